@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MODEL_FILES', 'describe_model', 'verify_files', 'Predictor', 'predict_table']
 
-# %% ../nbs/55_predict.ipynb #58c7d3f0
+# %% ../nbs/55_predict.ipynb #264705c1
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,7 @@ from .core import BadInput, Damaged, NotFound, digest, file_digest, read_json, w
 from .image import MAX_PIXELS, Preprocess, decode, preprocess
 from .task import Prediction, get_task, predictions_table
 
-# %% ../nbs/55_predict.ipynb #d4e91b90
+# %% ../nbs/55_predict.ipynb #06a9ae64
 MODEL_FILES = ('model.onnx', 'model.safetensors', 'model.json', 'preprocess.json', 'thresholds.json')
 
 def describe_model(folder:str|Path,  # where the export is
@@ -35,7 +35,7 @@ def verify_files(folder:str|Path) -> None:
         if not (folder/name).is_file() or file_digest(folder/name) != want:
             raise Damaged(f'{folder.name}/{name} is not the file that was released', f'sha256 {want[:16]}…', 'fetch the bundle again, or roll back')
 
-# %% ../nbs/55_predict.ipynb #ca6663dd
+# %% ../nbs/55_predict.ipynb #91be1901
 def _onnx_network(path:Path, device:str, threads:int) -> Callable:
     "The graph in ONNX Runtime. External data is not read from outside the folder: the graph must be one file."
     o = ort.SessionOptions(); o.intra_op_num_threads = threads; o.log_severity_level = 3
@@ -46,9 +46,10 @@ def _onnx_network(path:Path, device:str, threads:int) -> Callable:
     return lambda batch: dict(zip(names, session.run(names, {feed: batch})))
 
 def _torch_network(folder:Path, info:dict) -> Callable:
-    "The network built again on the GPU, channels last, in half precision where that is what the GPU is good at."
+    "The network built again on the GPU, channels last, in full float32: the answers that were judged."
     import torch
     from safetensors.torch import load_file
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     task = get_task(info['task']); cfg = task.Config.model_validate(info['config'] | {'pretrained': False})
     net = task.network(cfg, info['classes']); net.load_state_dict(load_file(folder/'model.safetensors'))
     net = net.eval().to('cuda', memory_format=torch.channels_last)
@@ -61,7 +62,7 @@ def _torch_has_cuda() -> bool:
     except ImportError: return False
     return torch.cuda.is_available()
 
-# %% ../nbs/55_predict.ipynb #241b9732
+# %% ../nbs/55_predict.ipynb #940da221
 class Predictor:
     "A model folder, ready to answer."
     def __init__(self, folder:str|Path,      # a run's `export/`, or a bundle
@@ -101,7 +102,7 @@ class Predictor:
         outputs = self.infer(np.stack([self.prepare(f) for f in files]))
         return [self.answer(outputs, i) for i in range(len(files))]
 
-# %% ../nbs/55_predict.ipynb #9916687e
+# %% ../nbs/55_predict.ipynb #24ced672
 def predict_table(predictor:Predictor,
                   rows:pa.Table,  # manifest rows
                   read:Callable,  # uri -> bytes, such as `Dataset.read`
