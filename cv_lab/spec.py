@@ -6,7 +6,7 @@
 __all__ = ['Name', 'names_in', 'select', 'Strict', 'Rule', 'Metrics', 'DataRules', 'Decision', 'Serving', 'Problem',
            'parse_problem', 'load_problem', 'judge', 'rule_end']
 
-# %% ../nbs/01_spec.ipynb #e2d16fb9
+# %% ../nbs/01_spec.ipynb #17789569
 import ast, re
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np, yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from .core import BadInput, NotFound, digest
 
-# %% ../nbs/01_spec.ipynb #ce54ae9b
+# %% ../nbs/01_spec.ipynb #648ba083
 _COMPARE = {ast.Eq: lambda a, b: a == b, ast.NotEq: lambda a, b: a != b, ast.Lt: lambda a, b: a < b,
             ast.LtE: lambda a, b: a <= b, ast.Gt: lambda a, b: a > b, ast.GtE: lambda a, b: a >= b}
 
@@ -33,7 +33,7 @@ def names_in(expression:str) -> set[str]: # the tags an expression asks for
     "The tag names in a slice expression."
     return {n.id for n in ast.walk(_parse(expression)) if isinstance(n, ast.Name)}
 
-# %% ../nbs/01_spec.ipynb #edbfceab
+# %% ../nbs/01_spec.ipynb #fb3888f2
 def _compare(op, a, b) -> np.ndarray:
     "One comparison; a tag is a text, so it is read as a number where the other side is one."
     if isinstance(op, (ast.In, ast.NotIn)):
@@ -47,7 +47,7 @@ def _number(x) -> float:
     try: return float(x)
     except (TypeError, ValueError): return np.nan
 
-# %% ../nbs/01_spec.ipynb #0899a581
+# %% ../nbs/01_spec.ipynb #17709baa
 def select(expression:str,               # for example "lighting == 'night' and blur < 0.3"
            tags:dict[str, list], # tag name -> one text per item, None where an item has none
           ) -> np.ndarray: # (N,) bool
@@ -68,7 +68,7 @@ def select(expression:str,               # for example "lighting == 'night' and 
         return np.array(tags[node.id], dtype=object)
     return np.broadcast_to(np.asarray(value(_parse(expression)), bool), (n,))
 
-# %% ../nbs/01_spec.ipynb #d81707a8
+# %% ../nbs/01_spec.ipynb #bcd0fb99
 class Strict(BaseModel): model_config = ConfigDict(extra='forbid', frozen=True)
 
 class Rule(Strict):
@@ -95,7 +95,7 @@ class Rule(Strict):
                  else f'loses <= {self.lose_at_most:g} against {self.against}')
         return f'{self.metric}{f" on {self.slice}" if self.slice else ""} {bound}'
 
-# %% ../nbs/01_spec.ipynb #d76ae391
+# %% ../nbs/01_spec.ipynb #c1781b71
 class Metrics(Strict):
     "Which figures lead, and how sure they must be."
     primary: str = 'accuracy'
@@ -121,7 +121,7 @@ class Serving(Strict):
     max_pixels: int = Field(50_000_000, ge=1)
     max_batch: int = Field(64, ge=1, le=1024)
 
-# %% ../nbs/01_spec.ipynb #65d49ed0
+# %% ../nbs/01_spec.ipynb #eca0c8aa
 Name = Annotated[str, Field(pattern=r'^[a-z0-9][a-z0-9_-]{0,62}$')]
 
 class Problem(Strict):
@@ -156,7 +156,7 @@ class Problem(Strict):
     @cached_property
     def digest(self) -> str: return digest(self.model_dump(mode='json'))
 
-# %% ../nbs/01_spec.ipynb #4e5b2e64
+# %% ../nbs/01_spec.ipynb #acbbab32
 def _line(node:yaml.Node, loc:tuple) -> int:
     "The line of the deepest part of `loc` that is in the YAML tree."
     line = node.start_mark.line + 1
@@ -189,15 +189,15 @@ def load_problem(path:str|Path) -> Problem:
                        'make one with: cvlab init DATASET')
     return parse_problem(path.read_text(encoding='utf8'), str(path))
 
-# %% ../nbs/01_spec.ipynb #046eebbd
+# %% ../nbs/01_spec.ipynb #360badb5
 def judge(rule:Rule,          # what is asked
           figure:dict|None,   # value, low, high, support; for `against`: of the difference (ours - theirs), paired
           higher_is_better:bool=True, # for `against`
          ) -> dict: # verdict, measured, said
     "Does `figure` satisfy `rule`?"
-    if figure is None or figure.get('value') is None: return dict(verdict='fail', measured=None, said='was not measured')
-    if (n := figure.get('support')) is not None and n < rule.min_support:
+    if figure is not None and (n := figure.get('support')) is not None and n < rule.min_support:
         return dict(verdict='not judged', measured=figure, said=f'{n} items, fewer than {rule.min_support}')
+    if figure is None or figure.get('value') is None: return dict(verdict='fail', measured=None, said='was not measured')
     v = figure['value']; low, high = figure.get('low'), figure.get('high')
     if rule.judge == 'point' or low is None: low = high = v
     if rule.at_least is not None: ok, seen = low >= rule.at_least, low
