@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OPSET', 'checkpoint_network', 'export_onnx', 'export_run', 'parity', 'latency', 'performance']
 
-# %% ../nbs/50_optimize.ipynb #3cc7ab7f
+# %% ../nbs/50_optimize.ipynb #3d7f7632
 import io, logging, os, platform, time, warnings
 from pathlib import Path
 from typing import Callable, Sequence
@@ -18,7 +18,7 @@ from .spec import Problem
 from .task import get_task
 from .train import Run
 
-# %% ../nbs/50_optimize.ipynb #65c1b482
+# %% ../nbs/50_optimize.ipynb #45733350
 OPSET = 20
 
 def checkpoint_network(run:Run) -> tuple[torch.nn.Module, object]: # in evaluation mode, and the task's settings
@@ -50,7 +50,7 @@ def export_run(run:Run, problem:Problem, force:bool=False) -> Path: # the folder
         write_json(note, dict(weights=weights, opset=OPSET))
     return out
 
-# %% ../nbs/50_optimize.ipynb #283609a8
+# %% ../nbs/50_optimize.ipynb #f3b145fb
 def parity(run:Run, predictor:Predictor, rows:pa.Table, read:Callable, tolerance:float=1e-4, batch:int=64) -> dict:
     "The exported graph against the checkpoint, on whole files."
     net, worst, differ, uris = checkpoint_network(run)[0], 0., [], rows['uri'].to_pylist()
@@ -62,7 +62,7 @@ def parity(run:Run, predictor:Predictor, rows:pa.Table, read:Callable, tolerance
             if [x.label for x in a.annotations] != [x.label for x in b.annotations]: differ.append(rows['id'][i+j].as_py())
     return dict(items=len(uris), max_abs_diff=worst, labels_equal=not differ, differ=differ[:20], tolerance=tolerance, ok=not differ and worst <= tolerance)
 
-# %% ../nbs/50_optimize.ipynb #f2ac81df
+# %% ../nbs/50_optimize.ipynb #6f8cc8a3
 def latency(predictor:Predictor, files:Sequence[bytes], repeats:int=200, warm_up:int=20) -> dict:
     "Milliseconds from file to answer, one at a time."
     took = []

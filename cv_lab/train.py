@@ -6,7 +6,7 @@
 __all__ = ['Fit', 'settings', 'augmentation', 'Images', 'Shuffled', 'Fitter', 'History', 'code_digest', 'run_config', 'lineage',
            'Run', 'fit']
 
-# %% ../nbs/30_train.ipynb #f6e1b0cc
+# %% ../nbs/30_train.ipynb #83ad81d0
 import inspect, logging, os, platform, shutil, subprocess, sys, time, warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from .image import decode, preprocess
 from .spec import Problem, Strict
 from .task import get_task, predictions_table
 
-# %% ../nbs/30_train.ipynb #d3d486b1
+# %% ../nbs/30_train.ipynb #92435ca4
 class Fit(Strict):
     "Settings of a training."
     epochs: int = Field(20, ge=1)
@@ -55,7 +55,7 @@ def settings(problem:Problem, **changes) -> tuple[Fit, Any]: # training settings
         known = [*Fit.model_fields, *task.Config.model_fields]
         raise BadInput('\n'.join(f'{".".join(map(str, x["loc"]))}: {x["msg"]}' for x in e.errors()), f'settings among: {", ".join(known)}', 'correct `train` in the problem file, or the parameter') from None
 
-# %% ../nbs/30_train.ipynb #c28ab8fd
+# %% ../nbs/30_train.ipynb #cd67b896
 def augmentation(steps:list[dict]) -> Callable|None:
     "torchvision v2 transforms from data: [{name: arguments}, ...]."
     def one(name, args):
@@ -81,7 +81,7 @@ class Images(torch.utils.data.Dataset):
         image = self.load(i) if self.kept is None else self.kept[i]
         return (self.augment(image) if self.augment else image), self.targets[i]
 
-# %% ../nbs/30_train.ipynb #8e932cf7
+# %% ../nbs/30_train.ipynb #926893cf
 class Shuffled(Sampler):
     "This process's share of the items, in an order that depends only on the seed and the epoch; seeds what is random in it."
     def __init__(self, n:int, seed:int): self.n, self.seed, self.epoch = n, seed, 0
@@ -95,7 +95,7 @@ class Shuffled(Sampler):
         torch.manual_seed(int(np.random.SeedSequence([self.seed, self.epoch, me]).generate_state(1)[0]))
         return iter(np.random.default_rng([self.seed, self.epoch]).permutation(self.n)[:self.n//world*world][me::world].tolist())
 
-# %% ../nbs/30_train.ipynb #0fba2cc0
+# %% ../nbs/30_train.ipynb #c10fa7b2
 class Fitter(L.LightningModule):
     "The loop's side of a task."
     def __init__(self, net, problem:Problem, fit:Fit, cfg, truth:pa.Table):
@@ -126,7 +126,7 @@ class Fitter(L.LightningModule):
         cycle = torch.optim.lr_scheduler.OneCycleLR(opt, self.fit.lr, total_steps=int(self.trainer.estimated_stepping_batches))
         return dict(optimizer=opt, lr_scheduler=dict(scheduler=cycle, interval='step'))
 
-# %% ../nbs/30_train.ipynb #f69af1f2
+# %% ../nbs/30_train.ipynb #253da6d3
 class History(Callback):
     "Keeps a row per epoch, prints it, and writes `history.csv`."
     def __init__(self, path:Path, epochs:int): self.path, self.epochs, self.rows, self.since = path, epochs, [], 0.
@@ -143,7 +143,7 @@ class History(Callback):
         print(f'epoch {len(self.rows):>3}/{self.epochs} {bar:·<20}', *(f'{k} {v:.4f}' for k, v in sorted(figures.items())), f'{time.perf_counter() - self.since:.1f} s', flush=True)
         self.since = time.perf_counter()
 
-# %% ../nbs/30_train.ipynb #efa09b69
+# %% ../nbs/30_train.ipynb #c3735989
 def code_digest(task:str) -> str:
     "A hash of the source that decides the weights."
     import cv_lab.backbone, cv_lab.image, cv_lab.train
@@ -166,7 +166,7 @@ def lineage(config:dict, root:Path) -> dict:
                 python=platform.python_version(), torch=str(torch.__version__), machine=platform.machine(), cores=os.cpu_count(), threads=torch.get_num_threads(),
                 gpu=torch.cuda.get_device_name() if config['fit']['accelerator'] == 'gpu' else None)
 
-# %% ../nbs/30_train.ipynb #12bc68e3
+# %% ../nbs/30_train.ipynb #5bbe1921
 @dataclass
 class Run:
     "A run folder."
@@ -199,7 +199,7 @@ def _loaders(problem:Problem, dataset:Dataset, fit:Fit, cfg) -> tuple[DataLoader
     size = min(fit.batch_size, len(a))
     return DataLoader(a, size, sampler=Shuffled(len(a), fit.seed), drop_last=True, **kw), DataLoader(b, 4*size, **kw)
 
-# %% ../nbs/30_train.ipynb #1d800831
+# %% ../nbs/30_train.ipynb #b0b739e1
 def _loggers(run:Run, config:dict) -> list:
     "W&B, offline unless WANDB_MODE says otherwise; none with WANDB_MODE=disabled."
     if os.environ.get('WANDB_MODE') == 'disabled': return []
@@ -212,7 +212,7 @@ def _quietly():
     warnings.filterwarnings('ignore', module='lightning.*')
     for said in ('.*isinstance.treespec.*', '.*does not have many workers.*', '.*srun.*'): warnings.filterwarnings('ignore', said)
 
-# %% ../nbs/30_train.ipynb #85be2454
+# %% ../nbs/30_train.ipynb #fadac2e9
 def fit(problem:Problem, dataset:Dataset, runs:str|Path|None=None, # the folder of all runs; the workspace's when None
         force:bool=False,                                           # train again what has not changed
         **changes,                                                  # of `Fit` and of the task's `Config`
