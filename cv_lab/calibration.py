@@ -6,13 +6,13 @@
 __all__ = ['temper', 'fit_temperature', 'least_confidence', 'reliability', 'plot_reliability', 'label_matrix', 'probabilities_of',
            'fit_thresholds']
 
-# %% ../nbs/41_calibration.ipynb #fe5ef4bc
+# %% ../nbs/41_calibration.ipynb #2f489005
 import numpy as np, pandas as pd, pyarrow as pa
 from scipy.optimize import minimize_scalar
 from .core import BadInput
 from .spec import Problem
 
-# %% ../nbs/41_calibration.ipynb #9d0ac2da
+# %% ../nbs/41_calibration.ipynb #f0f6f8cd
 def temper(probs:np.ndarray, # (N, C), probabilities
            temperature:float, multilabel:bool=False) -> np.ndarray: # (N, C)
     "Probabilities as they would be at another temperature."
@@ -28,12 +28,14 @@ def fit_temperature(true:np.ndarray,  # (N, C) bool
                     multilabel:bool=False) -> float: # in [0.05, 20]
     "The temperature at which the truth is likeliest."
     if not len(true): raise BadInput('there are no held-out items to calibrate on', 'items in the split `val`', 'split the dataset again')
+    n, C = true.shape; e = 1/(n + 2); others = 1 if multilabel else max(C - 1, 1)
+    want = np.where(true, 1 - e, e/others)
     def nll(log_t):
-        p = np.clip(temper(probs, np.exp(log_t), multilabel), 1e-12, 1 - 1e-12 if multilabel else 1)
-        return -(np.where(true, np.log(p), np.log1p(-p)).mean() if multilabel else np.log(p[true]).mean())
+        p = np.clip(temper(probs, np.exp(log_t), multilabel), 1e-12, 1 - 1e-12)
+        return -(want*np.log(p) + (1 - want)*np.log1p(-p) if multilabel else want*np.log(p)).sum(1).mean()
     return float(np.exp(minimize_scalar(nll, bounds=(np.log(.05), np.log(20)), method='bounded', options=dict(xatol=1e-6)).x))
 
-# %% ../nbs/41_calibration.ipynb #a42b3243
+# %% ../nbs/41_calibration.ipynb #acac0c96
 def least_confidence(right:np.ndarray,      # (N,) bool
                      confidence:np.ndarray, # (N,)
                      precision:float,       # of the answers given, this share shall be right
@@ -46,7 +48,7 @@ def least_confidence(right:np.ndarray,      # (N,) bool
     if not len(ok): return 1.000001
     return 0. if ok[-1] == len(c) - 1 else float(c[ok[-1]])
 
-# %% ../nbs/41_calibration.ipynb #7d92dce2
+# %% ../nbs/41_calibration.ipynb #3cb1241f
 def reliability(right:np.ndarray, confidence:np.ndarray, bins:int=15) -> pd.DataFrame: # a row per bin that has items
     "Mean confidence and share right per bin of equal width, with a 95 % Wilson interval."
     b = np.clip((np.asarray(confidence)*bins).astype(int), 0, bins - 1)
@@ -70,7 +72,7 @@ def plot_reliability(tables:dict[str, pd.DataFrame], # title -> `reliability`
     axes[0, 0].set_ylabel('share right')
     fig.tight_layout(); return fig
 
-# %% ../nbs/41_calibration.ipynb #8363fe58
+# %% ../nbs/41_calibration.ipynb #a74b5c2f
 def label_matrix(truth:pa.Table, classes:list[str]) -> np.ndarray: # (N, C) bool
     "Which class each item has."
     labels = [{a['label'] for a in anns or []} for anns in truth['annotations'].to_pylist()]
