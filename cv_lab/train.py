@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Fit', 'settings', 'augmentation', 'Images', 'Shuffled', 'Fitter', 'History', 'code_digest', 'run_config', 'lineage',
-           'Run', 'fit']
+           'Run', 'make_trainer', 'make_loaders', 'fit', 'StepTimer', 'bare_loop']
 
-# %% ../nbs/30_train.ipynb #83ad81d0
+# %% ../nbs/30_train.ipynb #edd61610
 import inspect, logging, os, platform, shutil, subprocess, sys, time, warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from .image import decode, preprocess
 from .spec import Problem, Strict
 from .task import get_task, predictions_table
 
-# %% ../nbs/30_train.ipynb #92435ca4
+# %% ../nbs/30_train.ipynb #df143787
 class Fit(Strict):
     "Settings of a training."
     epochs: int = Field(20, ge=1)
@@ -55,7 +55,7 @@ def settings(problem:Problem, **changes) -> tuple[Fit, Any]: # training settings
         known = [*Fit.model_fields, *task.Config.model_fields]
         raise BadInput('\n'.join(f'{".".join(map(str, x["loc"]))}: {x["msg"]}' for x in e.errors()), f'settings among: {", ".join(known)}', 'correct `train` in the problem file, or the parameter') from None
 
-# %% ../nbs/30_train.ipynb #cd67b896
+# %% ../nbs/30_train.ipynb #f48bf734
 def augmentation(steps:list[dict]) -> Callable|None:
     "torchvision v2 transforms from data: [{name: arguments}, ...]."
     def one(name, args):
@@ -81,7 +81,7 @@ class Images(torch.utils.data.Dataset):
         image = self.load(i) if self.kept is None else self.kept[i]
         return (self.augment(image) if self.augment else image), self.targets[i]
 
-# %% ../nbs/30_train.ipynb #926893cf
+# %% ../nbs/30_train.ipynb #86d46ddb
 class Shuffled(Sampler):
     "This process's share of the items, in an order that depends only on the seed and the epoch; seeds what is random in it."
     def __init__(self, n:int, seed:int): self.n, self.seed, self.epoch = n, seed, 0
@@ -95,7 +95,7 @@ class Shuffled(Sampler):
         torch.manual_seed(int(np.random.SeedSequence([self.seed, self.epoch, me]).generate_state(1)[0]))
         return iter(np.random.default_rng([self.seed, self.epoch]).permutation(self.n)[:self.n//world*world][me::world].tolist())
 
-# %% ../nbs/30_train.ipynb #c10fa7b2
+# %% ../nbs/30_train.ipynb #1eb77458
 class Fitter(L.LightningModule):
     "The loop's side of a task."
     def __init__(self, net, problem:Problem, fit:Fit, cfg, truth:pa.Table):
@@ -126,7 +126,7 @@ class Fitter(L.LightningModule):
         cycle = torch.optim.lr_scheduler.OneCycleLR(opt, self.fit.lr, total_steps=int(self.trainer.estimated_stepping_batches))
         return dict(optimizer=opt, lr_scheduler=dict(scheduler=cycle, interval='step'))
 
-# %% ../nbs/30_train.ipynb #253da6d3
+# %% ../nbs/30_train.ipynb #d7a6c273
 class History(Callback):
     "Keeps a row per epoch, prints it, and writes `history.csv`."
     def __init__(self, path:Path, epochs:int): self.path, self.epochs, self.rows, self.since = path, epochs, [], 0.
@@ -143,7 +143,7 @@ class History(Callback):
         print(f'epoch {len(self.rows):>3}/{self.epochs} {bar:·<20}', *(f'{k} {v:.4f}' for k, v in sorted(figures.items())), f'{time.perf_counter() - self.since:.1f} s', flush=True)
         self.since = time.perf_counter()
 
-# %% ../nbs/30_train.ipynb #c3735989
+# %% ../nbs/30_train.ipynb #2a5df619
 def code_digest(task:str) -> str:
     "A hash of the source that decides the weights."
     import cv_lab.backbone, cv_lab.image, cv_lab.train
@@ -166,7 +166,7 @@ def lineage(config:dict, root:Path) -> dict:
                 python=platform.python_version(), torch=str(torch.__version__), machine=platform.machine(), cores=os.cpu_count(), threads=torch.get_num_threads(),
                 gpu=torch.cuda.get_device_name() if config['fit']['accelerator'] == 'gpu' else None)
 
-# %% ../nbs/30_train.ipynb #5bbe1921
+# %% ../nbs/30_train.ipynb #bd716c3f
 @dataclass
 class Run:
     "A run folder."
@@ -180,16 +180,18 @@ class Run:
     @property
     def config(self) -> dict: return yaml.safe_load((self.path/'config.yaml').read_text())
 
-def _trainer(run:Run, fit:Fit, config:dict, loggers:list) -> L.Trainer:
+def make_trainer(run:Run, fit:Fit, config:dict, loggers:list, callbacks:list) -> L.Trainer:
+    "Lightning's trainer with our settings: two checkpoints, the best and the last, a history, early stopping."
     keep = run.path/'checkpoints'
     calls = [History(run.path/'history.csv', fit.epochs), EarlyStopping('val_loss', patience=fit.patience, mode='min'),
              ModelCheckpoint(keep, 'best', monitor='val_loss', mode='min', enable_version_counter=False),
              ModelCheckpoint(keep, 'last', save_top_k=1, every_n_epochs=1, save_on_train_epoch_end=True, enable_version_counter=False)]
     return L.Trainer(max_epochs=fit.epochs, accelerator=config['fit']['accelerator'], devices=fit.devices, strategy=fit.strategy, precision=config['fit']['precision'],
-                     callbacks=calls, logger=loggers, deterministic='warn', num_sanity_val_steps=0, use_distributed_sampler=False, enable_progress_bar=False, enable_model_summary=False,
+                     callbacks=calls + callbacks, logger=loggers, deterministic='warn', num_sanity_val_steps=0, use_distributed_sampler=False, enable_progress_bar=False, enable_model_summary=False,
                      log_every_n_steps=1_000_000, default_root_dir=run.path)
 
-def _loaders(problem:Problem, dataset:Dataset, fit:Fit, cfg) -> tuple[DataLoader, DataLoader]:
+def make_loaders(problem:Problem, dataset:Dataset, fit:Fit, cfg) -> tuple[DataLoader, DataLoader]:
+    "Training and validation items in batches."
     parts = {s: dataset.split(s) for s in ('train', 'val')}
     for s, rows in parts.items():
         if not len(rows): raise BadInput(f'the split {s!r} of {dataset.name} is empty', 'at least one item in train and in val', 'split the dataset again')
@@ -199,7 +201,7 @@ def _loaders(problem:Problem, dataset:Dataset, fit:Fit, cfg) -> tuple[DataLoader
     size = min(fit.batch_size, len(a))
     return DataLoader(a, size, sampler=Shuffled(len(a), fit.seed), drop_last=True, **kw), DataLoader(b, 4*size, **kw)
 
-# %% ../nbs/30_train.ipynb #b0b739e1
+# %% ../nbs/30_train.ipynb #34af85f4
 def _loggers(run:Run, config:dict) -> list:
     "W&B, offline unless WANDB_MODE says otherwise; none with WANDB_MODE=disabled."
     if os.environ.get('WANDB_MODE') == 'disabled': return []
@@ -212,9 +214,10 @@ def _quietly():
     warnings.filterwarnings('ignore', module='lightning.*')
     for said in ('.*isinstance.treespec.*', '.*does not have many workers.*', '.*srun.*'): warnings.filterwarnings('ignore', said)
 
-# %% ../nbs/30_train.ipynb #fadac2e9
+# %% ../nbs/30_train.ipynb #99de8dbe
 def fit(problem:Problem, dataset:Dataset, runs:str|Path|None=None, # the folder of all runs; the workspace's when None
         force:bool=False,                                           # train again what has not changed
+        callbacks:list=(),                                          # Lightning's, beside ours
         **changes,                                                  # of `Fit` and of the task's `Config`
        ) -> Run:
     "Train, resume, or find a finished run."
@@ -227,18 +230,18 @@ def fit(problem:Problem, dataset:Dataset, runs:str|Path|None=None, # the folder 
             if force:
                 for p in [run.path/'done.json', *(run.path/'checkpoints').glob('*.ckpt')]: p.unlink(missing_ok=True)
             if run.done: print(f'{run.name}: nothing has changed, so nothing is trained'); return run
-            return _train(run, problem, dataset, how, cfg, config)
+            return _train(run, problem, dataset, how, cfg, config, list(callbacks))
     except Timeout: raise RunFailed(f'{run.name} is being trained by another process', 'one process per run', 'wait for it, or stop it') from None
 
-def _train(run:Run, problem:Problem, dataset:Dataset, how:Fit, cfg, config:dict) -> Run:
+def _train(run:Run, problem:Problem, dataset:Dataset, how:Fit, cfg, config:dict, callbacks:list) -> Run:
     _quietly(); L.seed_everything(how.seed, workers=True, verbose=False)
     write_atomic(run.path/'config.yaml', yaml.safe_dump(config, sort_keys=False)); write_json(run.path/'lineage.json', lineage(config, run.path.parent.parent))
-    train, val = _loaders(problem, dataset, how, cfg)
+    train, val = make_loaders(problem, dataset, how, cfg)
     net = get_task(problem.task).network(cfg, problem.classes).to(memory_format=torch.channels_last)
     last, loggers = run.path/'checkpoints/last.ckpt', _loggers(run, config)
     print(f'{run.name}: {len(train.dataset)} items, {sum(p.numel() for p in net.parameters())/1e6:.2f} M weights, {config["fit"]["accelerator"]}, {config["fit"]["precision"]}'
           + (', resumed from the last finished epoch' if last.exists() else ''), flush=True)
-    since, trainer = time.perf_counter(), _trainer(run, how, config, loggers)
+    since, trainer = time.perf_counter(), make_trainer(run, how, config, loggers, callbacks)
     trainer.fit(Fitter(net, problem, how, cfg, dataset.split('val')), train, val, ckpt_path=last if last.exists() else None, weights_only=True)
     if trainer.is_global_zero: _finish(run, net, trainer, time.perf_counter() - since)
     for log in loggers: log.experiment.finish()
@@ -252,3 +255,30 @@ def _finish(run:Run, net, trainer:L.Trainer, seconds:float) -> None:
     save_file(weights, tmp); os.replace(tmp, run.path/'export/model.safetensors')
     write_json(run.path/'done.json', dict(weights=file_digest(run.path/'export/model.safetensors'), best_epoch=int(best['epoch']) + 1, epochs=trainer.current_epoch,
                                           seconds=round(seconds, 1), steps=trainer.global_step))
+
+# %% ../nbs/30_train.ipynb #f8fc55f2
+def _now() -> float:
+    if torch.cuda.is_available(): torch.cuda.synchronize()
+    return time.perf_counter()
+
+class StepTimer(Callback):
+    "Seconds per training step, epoch by epoch, without what lies between epochs."
+    def __init__(self): self.seconds, self.since = [], 0.
+    def on_train_batch_start(self, trainer, module, batch, i):
+        if i == 0: self.since = _now()
+    def on_train_batch_end(self, trainer, module, outputs, batch, i):
+        if i + 1 == trainer.num_training_batches: self.seconds.append((_now() - self.since)/(i + 1))
+
+def bare_loop(problem:Problem, dataset:Dataset, **changes) -> list[float]: # seconds per step of each epoch
+    "The same training as `fit`, with nothing around it."
+    how, cfg = settings(problem, **changes); torch.manual_seed(how.seed); task = get_task(problem.task)
+    on = 'cuda' if torch.cuda.is_available() and how.accelerator != 'cpu' else 'cpu'; half = run_config(problem, dataset, how)['fit']['precision'] == 'bf16-mixed'
+    net = task.network(cfg, problem.classes).to(on, memory_format=torch.channels_last); train, _ = make_loaders(problem, dataset, how, cfg); took = []
+    opt = torch.optim.AdamW(net.parameters(), how.lr, weight_decay=how.weight_decay, fused=True); cycle = torch.optim.lr_scheduler.OneCycleLR(opt, how.lr, total_steps=how.epochs*len(train))
+    for epoch in range(how.epochs):
+        train.sampler.set_epoch(epoch); net.train(); batches = iter(train); batch = next(batches); since, n = _now(), 0
+        while batch is not None:
+            with torch.autocast(on, torch.bfloat16, enabled=half): loss = task.loss(net(batch[0].to(on, non_blocking=True).contiguous(memory_format=torch.channels_last)), batch[1].to(on), cfg)
+            opt.zero_grad(); loss.backward(); opt.step(); cycle.step(); n += 1; batch = next(batches, None)
+        took.append((_now() - since)/n)
+    return took

@@ -1,0 +1,108 @@
+"A run is what decided it: the same twice, the same after a kill, refused when it cannot be."
+import os, signal, subprocess, sys, textwrap
+
+import pandas as pd, pytest, torch
+
+from cv_lab.core import BadInput, RunFailed
+from cv_lab.spec import Problem
+from cv_lab.tasks import classification
+from cv_lab.train import Shuffled, augmentation, fit, settings
+
+SMALL = dict(epochs=6, batch_size=12, lr=5e-3, task=dict(image=dict(height=16, width=16)))
+SCRIPT = '''
+import sys
+from cv_lab.tasks import classification
+from cv_lab.train import fit
+from tests.test_train import SMALL, problem
+run = fit(problem(), classification.example(sys.argv[1]), sys.argv[2], **SMALL)
+print('weights', run.done['weights'])
+'''
+
+
+def problem(**kw):
+    return Problem(name='stripes', task='classification', classes=['lying', 'standing', 'slanted'], owner='o', intended_use='i',
+                   acceptance=[{'metric': 'accuracy', 'at_least': .5}], **kw)
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch): monkeypatch.setenv('WANDB_MODE', 'disabled')
+
+
+def start(tmp_path, runs):
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    return subprocess.Popen([sys.executable, '-u', '-c', textwrap.dedent(SCRIPT), str(tmp_path/'stripes'), str(tmp_path/runs)], cwd=root, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True, env=os.environ | {'WANDB_MODE': 'disabled', 'OMP_NUM_THREADS': '1', 'PYTHONPATH': root})
+
+
+def test_killed_and_resumed_ends_with_the_same_weights(tmp_path):
+    whole = start(tmp_path, 'whole').communicate(timeout=180)[0]
+    victim, seen = start(tmp_path, 'killed'), []
+    for line in victim.stdout:
+        seen.append(line)
+        if line.startswith('epoch   4/6'): victim.send_signal(signal.SIGKILL); break
+    victim.wait(30); victim.stdout.close()
+    assert victim.returncode == -signal.SIGKILL and not any(l.startswith('weights') for l in seen)
+    again = start(tmp_path, 'killed').communicate(timeout=180)[0]
+    assert 'resumed from the last finished epoch' in again and 'epoch   1/6' not in again
+    last = lambda text: text.strip().splitlines()[-1]
+    assert last(whole).startswith('weights ') and last(again) == last(whole)
+    history = pd.read_csv(next((tmp_path/'killed').glob('*/history.csv')))
+    assert history['epoch'].tolist() == [1, 2, 3, 4, 5, 6]
+
+
+def test_same_seed_same_weights_and_metrics(tmp_path):
+    data = classification.example(tmp_path/'stripes'); a, b = (fit(problem(), data, tmp_path/r, **SMALL) for r in 'ab')
+    assert a.done['weights'] == b.done['weights'] and a.history.equals(b.history)
+    assert fit(problem(), data, tmp_path/'c', **SMALL, seed=1).done['weights'] != a.done['weights']
+
+
+def test_nothing_is_trained_twice(tmp_path, capsys):
+    data = classification.example(tmp_path/'stripes'); a = fit(problem(), data, tmp_path/'r', **SMALL); when = (a.path/'done.json').stat().st_mtime_ns
+    again = fit(problem(owner='somebody else'), data, tmp_path/'r', **SMALL)       # not what decides the weights
+    assert 'nothing has changed' in capsys.readouterr().out and again.path == a.path and (a.path/'done.json').stat().st_mtime_ns == when
+    fit(problem(), data, tmp_path/'r', force=True, **SMALL); assert (a.path/'done.json').stat().st_mtime_ns > when
+
+
+def test_two_processes_do_not_train_one_run(tmp_path):
+    from filelock import FileLock
+    data = classification.example(tmp_path/'stripes'); run = fit(problem(), data, tmp_path/'r', **SMALL)
+    with FileLock(run.path/'.lock'), pytest.raises(RunFailed, match='another process'): fit(problem(), data, tmp_path/'r', **SMALL)
+
+
+def test_multi_label_trains(tmp_path):
+    data = classification.example(tmp_path/'stripes'); run = fit(problem(multilabel=True), data, tmp_path/'r', **SMALL | {'epochs': 2})
+    assert run.config['fit']['task']['multilabel'] and run.done['epochs'] == 2
+
+
+@pytest.mark.parametrize('change,said', [(dict(learning_rate=1), 'learning_rate'), (dict(epochs=0), 'epochs'), (dict(precision='int4'), 'precision'), (dict(task=dict(netwrk='x')), 'netwrk')])
+def test_settings_are_checked(change, said):
+    with pytest.raises(BadInput, match=said): settings(problem(), **change)
+
+
+def test_a_leaking_dataset_is_refused(tmp_path):
+    from dataclasses import replace
+    import pyarrow as pa
+    data = classification.example(tmp_path/'stripes'); at = data.table.schema.get_field_index('group')
+    leaky = replace(data, table=data.table.set_column(at, 'group', pa.array(['one group']*len(data))), version='')
+    with pytest.raises(BadInput, match='more than one split: one group'): fit(problem(), leaky, tmp_path/'r', **SMALL)
+
+
+def test_order_depends_on_seed_and_epoch_only():
+    a, b = Shuffled(50, 0), Shuffled(50, 0); a.set_epoch(3); list(b); b.set_epoch(3)
+    assert list(a) == list(b) != list(Shuffled(50, 1)) and sorted(a) == list(range(50))
+    b.set_epoch(4); assert list(a) != list(b)
+
+
+def test_augmentation_is_data_and_only_transforms():
+    image = torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8); out = augmentation([{'RandomHorizontalFlip': {'p': 1.}}])(image)
+    assert torch.equal(out, image.flip(-1))
+    with pytest.raises(BadInput, match='no transform'): augmentation([{'functional': {}}])
+
+
+def test_pretrained_weights_of_a_local_file(tmp_path):
+    import timm
+    from safetensors.torch import save_file
+    from cv_lab.backbone import image_network
+    kw = dict(channels=(8, 8, 16, 16)); donor = timm.create_model('resnet10t', num_classes=7, **kw); save_file(donor.state_dict(), tmp_path/'w.safetensors')
+    net = image_network('resnet10t', 3, pretrained=str(tmp_path/'w.safetensors'), **kw)
+    assert torch.equal(net.body.conv1[0].weight, donor.conv1[0].weight) and net.body.get_classifier().out_features == 3
