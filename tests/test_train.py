@@ -20,8 +20,8 @@ print('weights', run.done['weights'])
 
 
 def problem(**kw):
-    return Problem(name='stripes', task='classification', classes=['lying', 'standing', 'slanted'], owner='o', intended_use='i',
-                   acceptance=[{'metric': 'accuracy', 'at_least': .5}], **kw)
+    return Problem(**dict(name='stripes', task='classification', classes=['lying', 'standing', 'slanted'], owner='o', intended_use='i',
+                          acceptance=[{'metric': 'accuracy', 'at_least': .5}]) | kw)
 
 
 @pytest.fixture(autouse=True)
