@@ -9,9 +9,9 @@ __all__ = ['canonical_json', 'digest', 'file_digest', 'write_atomic', 'write_jso
 
 # %% ../nbs/00_core.ipynb #88236c09
 import hashlib, json, math, os, secrets
-from dataclasses import dataclass, field, fields, asdict
+from dataclasses import dataclass, fields, asdict
 from pathlib import Path
-from typing import Any, Iterable, Iterator
+from typing import Any, Iterable
 
 # %% ../nbs/00_core.ipynb #5b9912e7
 def canonical_json(obj:Any, # anything `json` can write; dataclasses and paths too

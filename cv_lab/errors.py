@@ -6,7 +6,6 @@
 __all__ = ['confusion', 'plot_confusion', 'mistakes', 'where_mistakes_fall', 'in_words']
 
 # %% ../nbs/42_errors.ipynb #dacf65e9
-from typing import Sequence
 import numpy as np, pandas as pd, pyarrow as pa
 from .spec import Problem, select
 from .task import get_task

@@ -6,13 +6,12 @@
 __all__ = ['OPSET', 'checkpoint_network', 'export_onnx', 'export_run', 'parity', 'latency', 'performance']
 
 # %% ../nbs/50_optimize.ipynb #3d7f7632
-import io, logging, os, platform, time, warnings
+import logging, os, platform, time, warnings
 from pathlib import Path
 from typing import Callable, Sequence
 import numpy as np, onnx, pyarrow as pa, torch
 from safetensors.torch import load_file
-from tqdm.auto import tqdm
-from .core import RunFailed, file_digest, read_json, write_atomic, write_json
+from .core import file_digest, read_json, write_atomic, write_json
 from .predict import Predictor, describe_model
 from .spec import Problem
 from .task import get_task

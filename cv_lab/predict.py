@@ -8,12 +8,11 @@ __all__ = ['MODEL_FILES', 'describe_model', 'verify_files', 'Predictor', 'predic
 
 # %% ../nbs/55_predict.ipynb #c679b87b
 from dataclasses import asdict
-from functools import cached_property
 from pathlib import Path
-from typing import Callable, Iterable
+from typing import Callable
 import numpy as np, onnxruntime as ort, pyarrow as pa, pyarrow.parquet as pq
 from .calibration import fit_thresholds
-from .core import BadInput, Damaged, NotFound, digest, file_digest, read_json, write_atomic, write_json
+from .core import Damaged, NotFound, digest, file_digest, read_json, write_atomic, write_json
 from .image import MAX_PIXELS, Preprocess, decode, preprocess
 from .spec import Problem
 from .task import Prediction, get_task, predictions_table

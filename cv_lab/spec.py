@@ -7,7 +7,7 @@ __all__ = ['Name', 'names_in', 'select', 'Strict', 'Rule', 'Metrics', 'DataRules
            'parse_problem', 'load_problem', 'judge', 'rule_end']
 
 # %% ../nbs/01_spec.ipynb #17789569
-import ast, re
+import ast
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal

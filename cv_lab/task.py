@@ -7,7 +7,7 @@ __all__ = ['CONTRACT', 'OPTIONAL', 'Prediction', 'predictions_table', 'faults', 
 
 # %% ../nbs/20_task.ipynb #9ff6f429
 import importlib, inspect, pkgutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import ModuleType
 import numpy as np, pyarrow as pa
 from .core import Annotation, BadInput

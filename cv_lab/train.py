@@ -7,7 +7,7 @@ __all__ = ['Fit', 'settings', 'augmentation', 'Images', 'Shuffled', 'Fitter', 'H
            'Run', 'make_trainer', 'make_loaders', 'fit', 'StepTimer', 'bare_loop']
 
 # %% ../nbs/30_train.ipynb #edd61610
-import inspect, logging, os, platform, shutil, subprocess, sys, time, warnings
+import inspect, logging, os, platform, shutil, subprocess, time, warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Sampler
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
-from .core import (BadInput, RunFailed, Workspace, canonical_json, digest, file_digest, read_json, workspace,
+from .core import (BadInput, RunFailed, digest, file_digest, read_json, workspace,
                          write_atomic, write_json)
 from .data.manifest import Dataset, shared_groups
 from .image import decode, preprocess

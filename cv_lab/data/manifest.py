@@ -10,9 +10,9 @@ __all__ = ['ANNOTATION', 'SCHEMA', 'PREDICTIONS', 'SPLITS', 'make_table', 'check
 import hashlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Iterable, Iterator, Sequence
+from typing import Iterable, Sequence
 import numpy as np, pandas as pd, pyarrow as pa, pyarrow.compute as pc, pyarrow.parquet as pq
-from ..core import (Annotation, BadInput, Damaged, NotFound, canonical_json, digest, inside, read_json, write_atomic,
+from ..core import (Annotation, BadInput, Damaged, NotFound, canonical_json, inside, read_json, write_atomic,
                          write_json)
 
 # %% ../../nbs/10_data.manifest.ipynb #f32a896c
