@@ -148,8 +148,10 @@ class Annotation:
     caption: str|None = None               # a sentence about the image
     annotator: str|None = None             # who said it
     score: float|None = None               # confidence in [0, 1]
+    attributes: dict[str, str]|None = None # what only some formats say: crowd, occluded, rotation, ids of other tools
 
     def __post_init__(self):
+        if self.attributes is not None: self.attributes = {str(k): str(v) for k, v in sorted(dict(self.attributes).items())} or None
         if self.bbox is not None: self.bbox = check_bbox(self.bbox)
         if self.score is not None and not 0 <= self.score <= 1:
             raise BadInput(f'a score of {self.score}', 'a confidence in [0, 1]', 'apply softmax or sigmoid first')

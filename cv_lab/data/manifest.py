@@ -20,7 +20,8 @@ ANNOTATION = pa.struct([
     ('label', pa.string()), ('bbox', pa.list_(pa.float64())),
     ('mask', pa.struct([('size', pa.list_(pa.int32())), ('counts', pa.string())])),
     ('polygon', pa.list_(pa.list_(pa.float64()))), ('text', pa.string()), ('track_id', pa.string()),
-    ('caption', pa.string()), ('annotator', pa.string()), ('score', pa.float64())])
+    ('caption', pa.string()), ('annotator', pa.string()), ('score', pa.float64()),
+    ('attributes', pa.map_(pa.string(), pa.string()))])
 
 SCHEMA = pa.schema([
     ('id', pa.string()), ('uri', pa.string()), ('sha256', pa.string()), ('width', pa.int32()), ('height', pa.int32()),
@@ -118,7 +119,9 @@ def version_of(t:pa.Table) -> str: # 16 hex digits
     said = [c for c in SCHEMA.names if c not in ('id', 'uri')]
     rows = []
     for batch in t.select(said).to_batches(max_chunksize=50_000):
-        rows += [hashlib.sha256(canonical_json(r).encode()).digest() for r in batch.to_pylist()]
+        for r in batch.to_pylist():
+            r['annotations'] = [{k: v for k, v in a.items() if v is not None} for a in r['annotations'] or []]
+            rows.append(hashlib.sha256(canonical_json(r).encode()).digest())
     return hashlib.sha256(b''.join(sorted(rows))).hexdigest()[:16]
 
 # %% ../../nbs/10_data.manifest.ipynb #2d4e577f
