@@ -149,6 +149,7 @@ class Annotation:
     annotator: str|None = None             # who said it
     score: float|None = None               # confidence in [0, 1]
     attributes: dict[str, str]|None = None # what only some formats say: crowd, occluded, rotation, ids of other tools
+    accepted: bool|None = None             # of a model: said at its operating point; False: a candidate, kept for the curves
 
     def __post_init__(self):
         if self.attributes is not None: self.attributes = {str(k): str(v) for k, v in sorted(dict(self.attributes).items())} or None

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'SUFFIXES', 'MAX_PIXELS', 'BadImage', 'TooLarge', 'NotAnImage', 'open_image', 'decode', 'Preprocess',
-           'preprocess']
+           'Placement', 'placement', 'preprocess']
 
 # %% ../nbs/02_image.ipynb #82263b1d
 import io, warnings
@@ -76,6 +76,22 @@ class Preprocess:
     interpolation: Literal['nearest', 'bilinear', 'bicubic'] = 'bilinear' # Pillow's, which smooth when they shrink
     pad: int = 114   # grey level of the letterbox margins
 
+@dataclass(frozen=True)
+class Placement:
+    "Where an upright image lies in the network's input; everything in whole pixels."
+    width: int; height: int             # of the image
+    x: int; y: int; w: int; h: int      # the rectangle of the input that it fills
+    page: tuple[int, int]               # width and height of the input
+
+def placement(width:int, height:int, cfg:Preprocess) -> Placement:
+    "Where `preprocess` puts an image of this size."
+    page = cfg.width, cfg.height
+    if cfg.fit == 'squash': return Placement(width, height, 0, 0, *page, page)
+    s = min(cfg.width/width, cfg.height/height)
+    w, h = max(1, round(width*s)), max(1, round(height*s))
+    return Placement(width, height, (cfg.width - w)//2, (cfg.height - h)//2, w, h, page)
+
+# %% ../nbs/02_image.ipynb #a0ae9d1b
 def preprocess(rgb:np.ndarray,     # (H, W, 3) uint8, from `decode`
                cfg:Preprocess,
               ) -> np.ndarray: # (3, cfg.height, cfg.width) uint8
@@ -83,10 +99,6 @@ def preprocess(rgb:np.ndarray,     # (H, W, 3) uint8, from `decode`
     if rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.dtype != np.uint8:
         raise BadInput(f'an array of shape {rgb.shape} and type {rgb.dtype}', '(H, W, 3) uint8, RGB', 'use cv_lab.image.decode')
     im, how = Image.fromarray(rgb), Image.Resampling[cfg.interpolation.upper()]
-    if cfg.fit == 'squash': im = im.resize((cfg.width, cfg.height), how)
-    else:
-        s = min(cfg.width/im.width, cfg.height/im.height)
-        w, h = max(1, round(im.width*s)), max(1, round(im.height*s))
-        page = Image.new('RGB', (cfg.width, cfg.height), (cfg.pad,)*3)
-        page.paste(im.resize((w, h), how), ((cfg.width - w)//2, (cfg.height - h)//2)); im = page
+    p = placement(im.width, im.height, cfg); im = im.resize((p.w, p.h), how)
+    if (p.w, p.h) != p.page: page = Image.new('RGB', p.page, (cfg.pad,)*3); page.paste(im, (p.x, p.y)); im = page
     return np.ascontiguousarray(np.asarray(im).transpose(2, 0, 1))

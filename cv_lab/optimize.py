@@ -12,7 +12,7 @@ from typing import Callable, Sequence
 import numpy as np, onnx, pyarrow as pa, torch
 from safetensors.torch import load_file
 from .core import file_digest, read_json, write_atomic, write_json
-from .predict import Predictor, describe_model
+from .predict import Predictor, describe_model, differences
 from .spec import Problem
 from .task import get_task
 from .train import Run
@@ -52,14 +52,16 @@ def export_run(run:Run, problem:Problem, force:bool=False) -> Path: # the folder
 # %% ../nbs/50_optimize.ipynb #f3b145fb
 def parity(run:Run, predictor:Predictor, rows:pa.Table, read:Callable, tolerance:float=1e-4, batch:int=64) -> dict:
     "The exported graph against the checkpoint, on whole files."
-    net, worst, differ, uris = checkpoint_network(run)[0], 0., [], rows['uri'].to_pylist()
+    net, worst, differ, uris = checkpoint_network(run)[0], dict(score=0.), [], rows['uri'].to_pylist()
     for i in range(0, len(uris), batch):
-        images = np.stack([predictor.prepare(read(u)) for u in uris[i:i+batch]])
-        with torch.inference_mode(): theirs = {k: v.numpy() for k, v in net(torch.from_numpy(images)).items()}
-        for j, (a, b) in enumerate(zip(predictor.decoded(predictor.infer(images)), predictor.decoded(theirs))):
-            if a.probs is not None: worst = max(worst, float(np.abs(a.probs - b.probs).max()))
-            if [x.label for x in a.annotations] != [x.label for x in b.annotations]: differ.append(rows['id'][i+j].as_py())
-    return dict(items=len(uris), max_abs_diff=worst, labels_equal=not differ, differ=differ[:20], tolerance=tolerance, ok=not differ and worst <= tolerance)
+        prepared = [predictor.prepare(read(u)) for u in uris[i:i+batch]]
+        with torch.inference_mode(): theirs = {k: v.numpy() for k, v in net(torch.from_numpy(np.stack([p.pixels for p in prepared]))).items()}
+        for j, (a, b) in enumerate(zip(predictor.decoded(predictor.outputs(prepared), prepared), predictor.decoded(theirs, prepared))):
+            d = differences(a, b); worst = {k: max(worst.get(k, 0.), d.get(k, 0.)) for k in worst | d}
+            if d['labels']: differ.append(rows['id'][i+j].as_py())
+    overlap = {f'{k}_iou': 1 - worst[k] for k in ('box', 'mask') if k in worst}
+    ok = not differ and worst['score'] <= tolerance and overlap.get('box_iou', 1) >= .999 and overlap.get('mask_iou', 1) >= .99
+    return dict(items=len(uris), max_abs_diff=worst['score'], labels_equal=not differ, differ=differ[:20], tolerance=tolerance, ok=ok, **overlap)
 
 # %% ../nbs/50_optimize.ipynb #6f8cc8a3
 def latency(predictor:Predictor, files:Sequence[bytes], repeats:int=200, warm_up:int=20) -> dict:

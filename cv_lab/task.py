@@ -17,9 +17,9 @@ from .data.manifest import PREDICTIONS, make_table
 CONTRACT = dict(
     Config=  'the settings of the task: a pydantic model with defaults; has `image: Preprocess`',
     network= '(cfg, classes) -> nn.Module; images (N, 3, H, W) uint8 -> dict of named tensors, batch first',
-    targets= '(annotations, cfg, classes) -> what the loss wants for one image, as an array',
+    targets= '(annotations, cfg, classes) -> what the loss wants for one image: an array, or a dict of arrays',
     loss=    '(outputs, targets, cfg) -> a scalar tensor',
-    decode=  '(outputs, cfg, classes, thresholds) -> one Prediction per image, from arrays',
+    decode=  '(outputs, cfg, classes, thresholds) -> one Prediction per image, from arrays; boxes and masks in pixels of the input',
     score=   '(truth, predictions, problem) -> a function from item weights (B, N) to {metric: (B,)}',
     METRICS= '{metric: is higher better}',
     mistakes='(truth, predictions, problem) -> a DataFrame: id, kind, what, severity; kind from TAXONOMY',
@@ -28,7 +28,10 @@ CONTRACT = dict(
     example= '(folder) -> a tiny Dataset with real files, for pages and contract tests')
 
 OPTIONAL = dict(
-    calibrate='(truth, predictions, problem) -> thresholds, fitted on held-out data')
+    GEOMETRY='parts of an annotation that move with the image, of: bbox, mask, polygon. Then `targets` gets what is left after augmentation, in pixels of the input',
+    collate= '(targets) -> a batch of them, where they are no arrays of one shape',
+    calibrate='(truth, predictions, problem) -> thresholds, fitted on held-out data',
+    figures= '(truth, predictions, problem) -> {title: matplotlib figure}, for the report of its errors')
 
 # %% ../nbs/20_task.ipynb #20a563bf
 @dataclass
@@ -41,7 +44,8 @@ class Prediction:
 
     def said(self, classes:list[str]) -> dict: # ready for JSON
         "The prediction as the service answers it."
-        out = dict(accepted=bool(self.accepted), annotations=[a.said() for a in self.annotations])
+        say = lambda a: {k: v for k, v in a.said().items() if k != 'accepted'}
+        out = dict(accepted=bool(self.accepted), annotations=[say(a) for a in self.annotations if a.accepted is not False])
         labels = [a.label for a in self.annotations if a.label is not None]
         if self.probs is not None:
             out |= dict(labels=labels, label=labels[0] if labels else None, confidence=max((a.score or 0 for a in self.annotations), default=0.),

@@ -21,7 +21,7 @@ ANNOTATION = pa.struct([
     ('mask', pa.struct([('size', pa.list_(pa.int32())), ('counts', pa.string())])),
     ('polygon', pa.list_(pa.list_(pa.float64()))), ('text', pa.string()), ('track_id', pa.string()),
     ('caption', pa.string()), ('annotator', pa.string()), ('score', pa.float64()),
-    ('attributes', pa.map_(pa.string(), pa.string()))])
+    ('attributes', pa.map_(pa.string(), pa.string())), ('accepted', pa.bool_())])
 
 SCHEMA = pa.schema([
     ('id', pa.string()), ('uri', pa.string()), ('sha256', pa.string()), ('width', pa.int32()), ('height', pa.int32()),
