@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['temper', 'fit_temperature', 'least_confidence', 'reliability', 'plot_reliability', 'label_matrix', 'probabilities_of',
-           'fit_thresholds']
+           'right_and_sure', 'fit_thresholds']
 
 # %% ../nbs/41_calibration.ipynb #2f489005
 import numpy as np, pandas as pd, pyarrow as pa
@@ -82,6 +82,13 @@ def probabilities_of(truth:pa.Table, predictions:pa.Table) -> np.ndarray: # (N, 
     "The probabilities of a predictions table."
     probs = dict(zip(predictions['id'].to_pylist(), predictions['probs'].to_pylist()))
     return np.array([probs[i] for i in truth['id'].to_pylist()], np.float64)
+
+def right_and_sure(true:np.ndarray,  # (N, C) bool
+                   probs:np.ndarray, # (N, C)
+                   multilabel:bool=False) -> tuple[np.ndarray, np.ndarray]: # bool, float; (N,), or (N*C,) when multi-label
+    "Which answers are right, and how sure the model was of each: what a reliability diagram is made of."
+    if multilabel: return (true == (probs >= .5)).ravel(), np.where(probs >= .5, probs, 1 - probs).ravel()
+    return true[np.arange(len(probs)), probs.argmax(1)], probs.max(1)
 
 def fit_thresholds(truth:pa.Table, predictions:pa.Table, # of held-out items, at temperature 1
                    problem:Problem) -> dict: # what thresholds.json holds

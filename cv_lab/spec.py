@@ -131,6 +131,7 @@ class Problem(Strict):
     classes: list[str] = Field(min_length=1)
     owner: str = Field(min_length=1)
     intended_use: str = Field(min_length=1)
+    dataset: str|None = None     # what it is trained on when nothing else is named: an embedded dataset or a folder
     out_of_scope: list[str] = []
     multilabel: bool = False
     slices: dict[str, str] = {}
