@@ -1,0 +1,164 @@
+"""`check` against planted faults and independent computations."""
+import json
+import numpy as np, pandas as pd, pytest
+from PIL import Image, ImageDraw, ImageFilter
+import io
+from cv_lab.core import Annotation, canonical_json, digest
+from cv_lab.data import quality as q
+from cv_lab.data.manifest import Dataset, assign_splits, first_labels, make_table
+from cv_lab.spec import Problem
+from cv_lab.tasks import classification
+
+
+def encoded(im, format='JPEG', **kw):
+    f = io.BytesIO(); im.save(f, format, **kw); return f.getvalue()
+
+
+def picture(i, size=(160, 120)):
+    rng = np.random.default_rng(i); w, h = size; im = Image.new('RGB', (2*w, 2*h), tuple(int(v) for v in rng.integers(90, 170, 3)))
+    pen = ImageDraw.Draw(im)
+    for x, y, r in zip(rng.uniform(0, 2*w, 60), rng.uniform(0, 2*h, 60), rng.uniform(4, 30, 60)):
+        pen.ellipse([x - r, y - r*.7, x + r, y + r*.7], tuple(int(v) for v in rng.integers(20, 240, 3)))
+    px = np.asarray(im.reduce(2), float) + rng.normal(0, 3, (h, w, 3))
+    return Image.fromarray(px.clip(0, 255).astype(np.uint8))
+
+
+def dataset(folder, files, labels=None, **columns):
+    rows = []
+    for k, (name, data) in enumerate(files.items()):
+        (folder/name).write_bytes(data)
+        rows.append(dict(id=name, uri=name, sha256=digest(data), annotations=[Annotation((labels or {}).get(name, 'ab'[k % 2]))],
+                         **{c: v[name] for c, v in columns.items()}))
+    return Dataset(make_table(rows), 'test', folder, ['a', 'b'])
+
+
+def cut(data, i): return data[:int(len(data)*(.2 + .6*(i % 7)/7))]
+def zeroed(data, i): return data[:len(data)//2] + bytes(len(data) - len(data)//2)
+
+FAULTS = dict(
+    unreadable=lambda im, i: [cut(encoded(im), i), zeroed(encoded(im), i), cut(encoded(im, 'PNG'), i), b'', b'no image', cut(encoded(im, 'WEBP'), i)][i % 6],
+    blank=lambda im, i: encoded(Image.fromarray((np.full((120, 160), 40 + i*6.) + np.random.default_rng(i).normal(0, i % 3, (120, 160))).clip(0, 255).astype(np.uint8))),
+    dark=lambda im, i: encoded(im.point(lambda v: int(v*(.05 + .12*(i % 10)/10)))),
+    blown_out=lambda im, i: encoded(im.point(lambda v: int(min(255, v*2.2 + 110 + 5*(i % 10))))),
+    blurred=lambda im, i: encoded(im.filter(ImageFilter.GaussianBlur(2.5 + (i % 5)))),
+    odd_size=lambda im, i: encoded(im.resize((im.width//(3 + i % 3), im.height//(3 + i % 3)))),
+    odd_aspect=lambda im, i: encoded(im.rotate(90, expand=True)))
+
+
+@pytest.fixture(scope='module')
+def planted(tmp_path_factory):
+    files = {f'{i:04}': encoded(picture(i), ['JPEG', 'PNG', 'WEBP'][i % 3]) for i in range(500)}
+    truth = {}
+    for k, (kind, spoil) in enumerate(FAULTS.items()):
+        for i in range(20):
+            name = f'{(k*20 + i)*3:04}'; files[name] = spoil(picture((k*20 + i)*3), i); truth[name] = kind
+    for i in range(20): files[f'{450 + i:04}'] = files[f'{480 + i:04}']; truth[f'{450 + i:04}'] = 'duplicate'
+    d = dataset(tmp_path_factory.mktemp('planted'), files)
+    return d, truth, q.check(d, workers=1)
+
+
+@pytest.mark.parametrize('kind', [*FAULTS, 'duplicate'])
+def test_finds_what_was_planted(planted, kind):
+    _, truth, report = planted
+    want = {n for n, k in truth.items() if k == kind}; got = set(report.findings.loc[report.findings['kind'] == kind, 'id'])
+    if kind == 'duplicate': got = {f'{int(g) - 30:04}' if int(g) >= 480 else g for g in got}   # either of the two may be named
+    assert len(want & got)/len(want) >= .9 and len(want & got)/len(got) >= .9, (sorted(want - got), sorted(got - want))
+
+
+def test_processes_measure_the_same(planted):
+    d, _, report = planted
+    pd.testing.assert_frame_equal(q.measure_files(d, workers=2), report.seen)
+
+
+def test_a_clean_tiny_dataset_has_no_findings(tmp_path):
+    d = classification.example(tmp_path); r = q.check(d)
+    assert r.ok and r.findings.empty and r.score > .95
+
+
+def test_leaks_are_errors_and_the_test_item_stays(tmp_path):
+    files = {f'{i}.png': encoded(picture(i), 'PNG') for i in range(8)}; files['7.png'] = files['0.png']
+    split = {n: 'test' if n in ('0.png', '1.png') else 'train' for n in files}
+    group = {n: 'g1' if n in ('1.png', '5.png') else n for n in files}
+    r = q.check(dataset(tmp_path, files, {'7.png': 'b', '0.png': 'a'}, split=split, group=group))
+    kinds = r.findings.groupby('kind')['id'].agg(list)
+    assert kinds['leaked_content'] == ['7.png'] and kinds['leaked_group'] == ['5.png'] and kinds['conflict'] == ['7.png']
+    assert not r.ok and {x['rule']: x['verdict'] for x in r.rules}['nothing shared between splits'] == 'fail'
+
+
+def test_same_pixels_in_another_file(tmp_path):
+    im = picture(1); r = q.check(dataset(tmp_path, {'a': encoded(im, 'PNG'), 'b': encoded(im, 'PNG', compress_level=1), 'c': encoded(picture(2), 'PNG')}))
+    assert r.findings.loc[r.findings['kind'] == 'duplicate', 'id'].tolist() == ['b']
+
+
+def test_changed_missing_and_escaping_files(tmp_path):
+    d = dataset(tmp_path, {f'{i}': encoded(picture(i)) for i in range(6)})
+    (tmp_path/'1').write_bytes(encoded(picture(99))); (tmp_path/'2').unlink()
+    rows = d.table.to_pylist(); rows[3]['uri'] = '../../etc/passwd'
+    r = q.check(Dataset(make_table([dict(x, tags=dict(x['tags'] or [])) for x in rows]), 'd', tmp_path, d.classes))
+    by = r.findings.groupby('kind')['id'].agg(list)
+    assert by['changed'] == ['1'] and by['unreadable'] == ['2', '3']
+
+
+def test_rules_of_the_problem(tmp_path):
+    d = dataset(tmp_path, {f'{i}': encoded(picture(i)) for i in range(6)} | {'bad': b'x'}, split={**{str(i): 'train' for i in range(6)}, 'bad': 'train'})
+    def verdicts(**data):
+        p = Problem(name='p', task='classification', classes=['a', 'b'], owner='o', intended_use='t', acceptance=[dict(metric='accuracy', at_least=.5)], data=data)
+        return {r['rule']: r['verdict'] for r in q.check(d, p).rules}
+    assert verdicts()['items that can be read'] == 'fail' and verdicts(max_broken=.2)['items that can be read'] == 'pass'
+    assert verdicts(min_per_class=3)['training items of each class'] == 'pass' and verdicts(min_per_class=4)['training items of each class'] == 'fail'
+    assert verdicts(require_license=True)['a licence for every item'] == 'fail' and verdicts()['a licence for every item'] == 'pass'
+
+
+def test_report_is_json(planted):
+    _, _, report = planted; said = json.loads(canonical_json(report.to_json()))
+    assert said['ok'] is False and said['version'] == report.dataset.version and 0 < said['score'] < 1
+    assert {r['verdict'] for r in said['rules']} <= {'pass', 'fail', 'not judged'}
+    assert {f['kind']: f['items'] for f in said['findings']}['duplicate'] == 20
+    assert '| rule | verdict |' in report._repr_markdown_()
+
+
+def test_pictures(planted):
+    import matplotlib; matplotlib.use('Agg')
+    _, _, report = planted
+    assert q.plot_balance(report) and q.plot_findings(report, each=2)
+
+
+def test_blur_effect_is_the_formula_of_the_paper():
+    px = np.asarray(picture(3).convert('L'), float)[:60, :70]
+    def naive(a, floor):   # along the rows; Crete et al. 2007, with loops
+        pad = np.pad(a, ((0, 0), (5, 5)), 'symmetric'); b = np.array([[pad[y, x:x + 11].mean() for x in range(a.shape[1])] for y in range(a.shape[0])])
+        d = [[max(abs(a[y, x + 1] - a[y, x]) - floor, 0) for x in range(a.shape[1] - 1)] for y in range(a.shape[0])]
+        e = [[abs(b[y, x + 1] - b[y, x]) for x in range(a.shape[1] - 1)] for y in range(a.shape[0])]
+        return 1 - sum(max(0, p - r) for u, v in zip(d, e) for p, r in zip(u, v))/sum(map(sum, d))
+    for floor in (0, 2): assert q.blur_effect(px.astype(np.uint8), floor=floor) == pytest.approx(max(naive(px, floor), naive(px.T, floor)), abs=1e-4)
+
+
+def test_same_boxes_against_all_pairs():
+    rng = np.random.default_rng(0); n = 300; a = rng.uniform(0, 60, (n, 2)); b = np.hstack([a, a + rng.uniform(5, 40, (n, 2))])
+    b[200:] = b[:100] + rng.normal(0, .8, (100, 4)); item, label = np.arange(n) % 100 // 20, np.array(['u', 'v'])[np.arange(n) % 100 % 2]
+    def iou(p, r):
+        w, h = min(p[2], r[2]) - max(p[0], r[0]), min(p[3], r[3]) - max(p[1], r[1]); x = max(w, 0)*max(h, 0)
+        return x/((p[2] - p[0])*(p[3] - p[1]) + (r[2] - r[0])*(r[3] - r[1]) - x)
+    want = {(i, j) for i in range(n) for j in range(i + 1, n) if item[i] == item[j] and label[i] == label[j] and iou(b[i], b[j]) >= .8}
+    assert {tuple(sorted(p)) for p in zip(*q.same_boxes(b, item, label, .8))} == want and len(want) > 20
+
+
+def test_class_counts_against_a_loop(tmp_path):
+    t = assign_splits(make_table([dict(id=str(i), sha256=digest(str(i)), annotations=[Annotation(c) for c in 'abc'[:i % 4]]) for i in range(50)]))
+    got = q.class_counts(t, ['a', 'b', 'c', 'd'])
+    for s in ('train', 'val', 'test'):
+        for c in 'abcd': assert got.loc[c, s] == sum(r['split'] == s and c in {a['label'] for a in r['annotations']} for r in t.to_pylist())
+    assert first_labels(t)[1] == 'a'
+
+
+def test_boxes_and_labels_of_the_table(tmp_path):
+    d = dataset(tmp_path, {str(i): encoded(picture(i)) for i in range(4)})
+    rows = [dict(r, tags={}) for r in d.table.to_pylist()]
+    rows[0]['annotations'] = [Annotation('a', [10, 10, 170, 50])]                                          # out of 160
+    rows[1]['annotations'] = [Annotation('a', [10, 10, 50, 50]), Annotation('a', [10, 10, 50, 51]), Annotation('b', [10, 10, 50, 50])]
+    rows[2]['annotations'] = [Annotation('z', [10, 10, 50, 50])]; rows[3]['annotations'] = []
+    f = q.check(Dataset(make_table(rows), 'd', tmp_path, ['a', 'b'])).findings.groupby('kind')['id'].agg(list)
+    assert f['box_outside'] == ['0'] and f['box_twice'] == ['1'] and f['unknown_label'] == ['2'] and f['unlabelled'] == ['3']
+
+
+def test_an_empty_dataset(tmp_path): assert q.check(Dataset(make_table([]), 'none', tmp_path, ['a'])).to_json()['items'] == 0
