@@ -8,7 +8,7 @@ __all__ = ['app', 'Json', 'Options', 'say', 'options_of', 'import_', 'export', '
 # %% ../../nbs/95_cli.data.ipynb #487289d3
 import json
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -18,7 +18,7 @@ app = typer.Typer(name='data', no_args_is_help=True, rich_markup_mode='markdown'
                   help='Datasets: import other formats, export to them, check, split, version.')
 
 Json = Annotated[bool, typer.Option('--json', help='Print JSON, for a script.')]
-Options = Annotated[Optional[list[str]], typer.Option('--option', '-o', metavar='KEY=VALUE', help='An option of the format; see `cvlab data formats`.')]
+Options = Annotated[list[str]|None, typer.Option('--option', '-o', metavar='KEY=VALUE', help='An option of the format; see `cvlab data formats`.')]
 
 def say(obj, as_json:bool, text:str) -> None:
     "Print `obj` as JSON, or `text` for a person."
@@ -38,11 +38,11 @@ def options_of(pairs:list[str]|None) -> dict: # words that are JSON become numbe
 def import_(src:Annotated[Path, typer.Argument(help='A folder, a file, or a zip or tar of one.', show_default=False)],
             out:Annotated[Path, typer.Option('--out', help='The folder of the dataset: manifest, classes, quarantine.', show_default=False)],
             format:Annotated[str, typer.Option('--format', '-f', help='`auto` looks and says why; see `cvlab data formats`.')]='auto',
-            name:Annotated[Optional[str], typer.Option(help='The name of the dataset; that of --out if not given.')]=None,
+            name:Annotated[str|None, typer.Option(help='The name of the dataset; that of --out if not given.')]=None,
             strict:Annotated[bool, typer.Option('--strict', help='Exit non-zero, and write no dataset, if anything had to be left out or mended.')]=False,
             copy:Annotated[bool, typer.Option('--copy', help='Copy the images into --out; else they stay where they are.')]=False,
             split:Annotated[bool, typer.Option('--split/--no-split', help='Give items without a split one: 65 % train, 15 % val, 20 % test, copies kept together.')]=True,
-            workers:Annotated[Optional[int], typer.Option(min=1, help='Processes that look at the images; all cores if not given.')]=None,
+            workers:Annotated[int|None, typer.Option(min=1, help='Processes that look at the images; all cores if not given.')]=None,
             option:Options=None, as_json:Json=False) -> None:
     """Make a dataset of labelled images.
 
@@ -69,7 +69,7 @@ def export(dataset:Annotated[Path, typer.Argument(help='The folder of a dataset.
            format:Annotated[str, typer.Option('--format', '-f', help='See `cvlab data formats`.', show_default=False)],
            out:Annotated[Path, typer.Option('--out', help='A folder that is not there yet, or empty.', show_default=False)],
            images:Annotated[str, typer.Option(help='`copy`, `link` (a second name of the same file), or `none`.')]='copy',
-           split:Annotated[Optional[str], typer.Option(help='Only this split.')]=None,
+           split:Annotated[str|None, typer.Option(help='Only this split.')]=None,
            option:Options=None, as_json:Json=False) -> None:
     """Write a dataset as another tool reads it, and say what that format cannot hold.
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from itertools import islice, tee
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Iterable, Iterator, Literal
+from typing import Iterable, Iterator, Literal
 import numpy as np, pandas as pd, pyarrow as pa, pyarrow.compute as pc
 from tqdm import tqdm
-from ..core import Annotation, BadInput, Refusal, canonical_json, inside, write_atomic
+from ..core import Annotation, BadInput, Refusal, inside, write_atomic
 from .files import ARCHIVES, Look, Quarantine, Source, look_all, unpack
 from .manifest import SCHEMA, Dataset, assign_splits, labels_in, load_dataset, make_table, save_dataset
 

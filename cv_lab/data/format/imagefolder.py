@@ -9,7 +9,7 @@ __all__ = ['TITLE', 'KEEPS', 'LOSES', 'SPLIT_NAMES', 'split_of', 'split_folders'
 import re
 from ...core import BadInput
 from ..files import Source
-from ..formats import NO_SPLIT, Found, Reading, Target, kind_of, natural
+from ..formats import NO_SPLIT, Found, Reading, Target, kind_of
 
 TITLE = 'Image folder'
 KEEPS = ('class', 'split')
