@@ -1,7 +1,7 @@
 "A run is what decided it: the same twice, the same after a kill, refused when it cannot be."
 import os, signal, subprocess, sys, textwrap
 
-import pandas as pd, pytest, torch
+import numpy as np, pandas as pd, pytest, torch
 
 from cv_lab.core import BadInput, RunFailed
 from cv_lab.spec import Problem
@@ -91,6 +91,27 @@ def test_order_depends_on_seed_and_epoch_only():
     a, b = Shuffled(50, 0), Shuffled(50, 0); a.set_epoch(3); list(b); b.set_epoch(3)
     assert list(a) == list(b) != list(Shuffled(50, 1)) and sorted(a) == list(range(50))
     b.set_epoch(4); assert list(a) != list(b)
+
+
+def test_rare_classes_come_more_often():
+    from cv_lab.train import repeat_factors, systematic
+    often = repeat_factors([[dict(label='a')]]*90 + [[dict(label='a'), dict(label='b')]]*10, .4); order = Shuffled(100, 0, often)
+    assert np.allclose(often[:90], 1) and np.allclose(often[90:], 2)
+    turns = np.zeros(100)
+    for epoch in range(200): order.set_epoch(epoch); picked = list(order); assert len(picked) == 100; turns += np.bincount(picked, minlength=100)
+    np.testing.assert_allclose(turns/200, often/often.mean(), atol=.12)
+    assert np.bincount(systematic(np.ones(7), .3)).tolist() == [1]*7
+
+
+def test_a_running_mean_is_resumed_bit_for_bit(tmp_path):
+    from lightning.pytorch.callbacks import Callback
+    class Stop(Callback):
+        def on_train_epoch_start(self, trainer, module):
+            if trainer.current_epoch == 3: raise RuntimeError('out of power')
+    data = classification.example(tmp_path/'stripes'); how = SMALL | dict(ema=.9, clip=1., warmup=.2, monitor='metric')
+    whole = fit(problem(), data, tmp_path/'a', **how)
+    with pytest.raises(RuntimeError, match='power'): fit(problem(), data, tmp_path/'b', callbacks=[Stop()], **how)
+    assert fit(problem(), data, tmp_path/'b', **how).done['weights'] == whole.done['weights'] != fit(problem(), data, tmp_path/'c', **how | dict(ema=0)).done['weights']
 
 
 def test_augmentation_is_data_and_only_transforms():
