@@ -21,7 +21,8 @@ GREY = 114 # of margins, as `Preprocess.pad`
 def _window(x, size:tuple[int, int], top:int, left:int, height:int, width:int):
     "`x` resized to `size`, then the window that begins at `top`, `left`; what lies outside is grey (no mask)."
     h, w = size; pad = [max(0, -left), max(0, -top), max(0, left + width - w), max(0, top + height - h)]
-    x = F.resize(x, list(size), antialias=True)
+    if isinstance(x, tv_tensors.Mask): x = tv_tensors.wrap((F.resize(x.as_subclass(torch.Tensor)*255, list(size), antialias=True) > 127).byte(), like=x)
+    else: x = F.resize(x, list(size), antialias=True)
     if any(pad): x = F.pad(x, pad, fill=GREY if isinstance(x, tv_tensors.Image) else 0)
     return F.crop(x, max(0, top), max(0, left), height, width)
 
