@@ -199,10 +199,10 @@ def _bundle_files(run:Path, problem_text:str, documents:dict[str, str]) -> dict[
             raise BadInput(f'{name!r} cannot be the name of a document', 'such as MODEL_CARD.md', 'rename it')
     return files | documents | {'problem.yaml': problem_text}
 
-def _label(run:Path) -> dict[str, str]:
+def _label(run:Path, problem:Problem) -> dict[str, str]:
     "What one wants to know of a bundle at a glance."
     lineage, gate = (read_json(run/n) if (run/n).is_file() else {} for n in ('lineage.json', 'gate.json'))
-    return dict(run=run.name, dataset=str(lineage.get('dataset') or ''), verdict=gate.get('verdict', 'not judged'))
+    return dict(problem=problem.name, run=run.name, dataset=str(lineage.get('dataset') or ''), verdict=gate.get('verdict', 'not judged'))
 
 def make_bundle(run_path:str|Path, problem:Problem,
                 problem_text:str,                    # the problem file as it is written
@@ -211,7 +211,7 @@ def make_bundle(run_path:str|Path, problem:Problem,
     "Everything that answers or explains, in one folder with checksums."
     run = Path(run_path); out = Path(out or run/'bundle'); out.parent.mkdir(parents=True, exist_ok=True)
     if parse_problem(problem_text).digest != problem.digest: raise BadInput('the text is of another problem', problem.name, 'pass the text of the same file')
-    files = _bundle_files(run, problem_text, documents or {}) | {'bundle.json': canonical_json(_label(run)) + '\n'}
+    files = _bundle_files(run, problem_text, documents or {}) | {'bundle.json': canonical_json(_label(run, problem)) + '\n'}
     with _held(out.parent/f'.{out.name}.lock'):
         for old in out.parent.glob(f'.{out.name}.part-*'): shutil.rmtree(old)
         part = out.parent/f'.{out.name}.part-{secrets.token_hex(4)}'; part.mkdir()
@@ -284,6 +284,14 @@ class Log:
                 e = dict(n=len(lines) + 1, at=at, before=digest(lines[-1]) if lines else '0'*64, **e)
                 lines.append(canonical_json(e).encode()); f.write(lines[-1] + b'\n'); f.flush(); os.fsync(f.fileno())
         return self._parse(lines[-1])
+
+    def moves(self, problem:str) -> dict[str, list[dict]]: # alias -> events
+        "The moves of each alias of a problem that are not known to have been given up."
+        events = self.read(); off = {e.get('of') for e in events if e.get('event') == 'abandoned'}; out = {}
+        for e in events:
+            if e.get('problem') == problem and e.get('event') in ('promote', 'rollback') and e.get('n') not in off:
+                out.setdefault(e.get('alias'), []).append(e)
+        return out
 
     def faults(self) -> list[str]:
         "Where the chain is broken."
@@ -367,18 +375,18 @@ class Store:
     def _shelve(self, made:Path, tag:str, **about):
         to = self._folder(tag)
         if to.exists(): return
-        to.parent.mkdir(parents=True, exist_ok=True); os.rename(made, to)
+        to.parent.mkdir(parents=True, exist_ok=True); self._log.append(event='add', bundle=tag, **about)
         write_atomic(to.parent/'latest', to.name)  # BentoML's own alias, for who asks BentoML
-        self._log.append(event='add', tag=tag, **about)
+        os.rename(made, to)
 
 def _about(bundle:Path) -> dict[str, str]:
     "The label of a bundle."
     said = read_json(bundle/'bundle.json')
-    return {k: str(said.get(k, '') if isinstance(said, dict) else '') for k in ('run', 'dataset', 'verdict')}
+    return {k: str(said.get(k, '') if isinstance(said, dict) else '') for k in ('problem', 'run', 'dataset', 'verdict')}
 
 def _identity(folder:Path) -> tuple[str, str]: # tag, digest
     "What a bundle is by its content; refused when it is damaged."
-    found = bundle_digest(folder); name = parse_problem((folder/'problem.yaml').read_text(encoding='utf8')).name
+    found = bundle_digest(folder); name = _about(folder)['problem']
     if not _NAME.fullmatch(name): raise BadInput(f'the problem name {name!r} cannot name a model', 'a letter or digit at the end', 'rename the problem')
     return f'{name}:{found[:16]}', found
 
@@ -411,18 +419,10 @@ class Aliases(Store):
         tag = self.resolve(problem, which); self.check(tag)
         return self._folder(tag)
 
-    def _moves(self, problem:str) -> dict[str, list[dict]]: # alias -> lines of the log
-        "The moves of each alias that are not known to have been given up."
-        lines = self._log.read(); off = {e.get('of') for e in lines if e.get('event') == 'abandoned'}; out = {}
-        for e in lines:
-            if e.get('problem') == problem and e.get('event') in ('promote', 'rollback') and e.get('n') not in off:
-                out.setdefault(e['alias'], []).append(e)
-        return out
-
     def _settle(self, problem:str) -> dict[str, dict]: # the entries
         "Say in the log which last move never took effect; under the lock."
         entries = self._entries(problem)
-        for alias, moves in self._moves(problem).items():
+        for alias, moves in self._log.moves(problem).items():
             if self._unfinished(entries.get(alias), moves): self._log.append(event='abandoned', of=moves[-1]['n'])
         return entries
 
@@ -439,7 +439,7 @@ class Aliases(Store):
 
     def alias_faults(self, problem:str) -> list[str]:
         "Where the aliases of a problem are not where the log left them."
-        entries, moves = self._entries(problem), self._moves(problem); out = []
+        entries, moves = self._entries(problem), self._log.moves(problem); out = []
         for a in sorted({*entries, *moves}):
             e, m = entries.get(a), moves.get(a, [])
             if m and self._unfinished(e, m): m = m[:-1]
@@ -457,6 +457,7 @@ def objections(folder:str|Path,            # of a bundle
     folder = Path(folder); problem = problem or parse_problem((folder/'problem.yaml').read_text(encoding='utf8'))
     if not (folder/'gate.json').is_file(): return ['the bundle has no verdict of the gate']
     v = read_verdict(folder/'gate.json'); out = verdict_faults(folder, problem)
+    if problem.name != tag.split(':')[0]: out.append(f'the bundle is for the problem {problem.name}')
     out += [f'{r.get("rule")}: {r.get("said")}' for r in v['rules'] if r.get('verdict') not in ('pass', 'not judged')]
     for alias, was in v['against'].items():
         if (now := standing.get(alias)) not in (None, was, tag):
@@ -504,8 +505,8 @@ class Promotions(Aliases):
 
 # %% ../nbs/60_release.ipynb #f72706d2
 def _stored_at(folder:Path) -> str: # by BentoML's note
-    try: return str(yaml.safe_load((folder/_STORE_NOTE).read_text(encoding='utf8'))['creation_time'])[:19]
-    except (OSError, yaml.YAMLError, KeyError, TypeError): return ''
+    found = re.search(r"^creation_time: '?(\d[-\dT:]{18})", (folder/_STORE_NOTE).read_text(encoding='utf8'), re.M)
+    return found[1] if found else ''
 
 class Registry(Promotions):
     "Bundles, aliases, log: what is released, what runs, and who said so."

@@ -167,7 +167,7 @@ def test_add_is_once(tmp_path, registry):
     assert registry.resolve('shapes', tag.split(':')[1][:8]) == tag and registry.models()[0]['run'] == 'a' and registry.verify()['ok']
     import bentoml; from bentoml._internal.models import ModelStore
     assert [str(m.tag) for m in bentoml.models.list(_model_store=ModelStore(registry.shelf))] == [tag]
-    assert bentoml.models.get('shapes:latest', _model_store=ModelStore(registry.shelf)).info.labels == dict(run='a', dataset='shapes@1', verdict='pass')
+    assert bentoml.models.get('shapes:latest', _model_store=ModelStore(registry.shelf)).info.labels == dict(problem='shapes', run='a', dataset='shapes@1', verdict='pass')
 
 
 def test_promotion_and_rollback(tmp_path, registry):
