@@ -4,12 +4,12 @@ A child process is killed at its first file operation, then (in a fresh copy) at
 end. Python's audit events are the moments: before every open for writing, rename, mkdir, remove and copy, and both sides
 of every fsync. (SIGKILL leaves what was written in the kernel's hands, so the fsync itself is left out, for speed.)
 """
-import os, shutil, signal, subprocess, sys, textwrap, time
+import os, shutil, signal, subprocess, sys, textwrap
 from pathlib import Path
 
 import pytest
 
-from cv_lab.core import NotAccepted, Refusal
+from cv_lab.core import Refusal
 from cv_lab.release import Registry, bundle_digest, make_bundle, verdict_faults
 from tests.test_release import PROBLEM, TEXT, make_run, release
 
@@ -42,7 +42,7 @@ def lives(moment, within, action) -> bool:
 def moments(tmp_path, template, action, check, at_least):
     "Kill `action(folder)` at every moment, on a fresh copy of `template` each time, and `check(folder, finished)`."
     for n in range(1, 2000):
-        folder = tmp_path/f'{n}'; shutil.copytree(template, folder); done = lives(n, folder, lambda: action(folder))
+        folder = tmp_path/f'{n}'; shutil.copytree(template, folder); done = lives(n, folder, lambda at=folder: action(at))
         check(folder, done)
         if done: assert n > at_least, f'only {n} moments were tried'; return
         shutil.rmtree(folder)
