@@ -9,6 +9,7 @@ __all__ = ['canonical_json', 'digest', 'file_digest', 'write_atomic', 'write_jso
 
 # %% ../nbs/00_core.ipynb #88236c09
 import hashlib, json, math, os, secrets
+from contextlib import suppress
 from dataclasses import dataclass, fields, asdict
 from pathlib import Path
 from typing import Any, Iterable
@@ -133,6 +134,7 @@ def workspace(start:str|Path|None=None, # where to begin looking; the current fo
                                     'go to your clone, or set CVLAB_HOME to it')
     ws = Workspace(root)
     for k, v in ws.environment().items(): os.environ.setdefault(k, v)
+    with suppress(OSError): (root/'.cache').mkdir(exist_ok=True)
     return ws
 
 # %% ../nbs/00_core.ipynb #80b67d7c

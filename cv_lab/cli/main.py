@@ -9,7 +9,7 @@ __all__ = ['app', 'AsJson', 'print_json', 'print_table', 'run', 'not_accepted', 
 # %% ../../nbs/99_cli.main.ipynb #83caf70e
 import importlib, json, os, pkgutil, sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -37,9 +37,9 @@ def print_table(rows:list[dict], title:str|None=None) -> None:
 
 # %% ../../nbs/99_cli.main.ipynb #331c8f24
 @app.command()
-def run(experiment: Annotated[Optional[str], typer.Argument(help='A notebook of nbs/experiments/, such as `train`. Without one: what there is.')] = None,
-        parameter: Annotated[Optional[list[str]], typer.Option('--parameter', '-p', metavar='NAME=VALUE', help='A parameter; `-p name value` works too.')] = None,
-        problem: Annotated[Optional[Path], typer.Option(help='The problem file.')] = None, as_json: AsJson = False):
+def run(experiment: Annotated[str|None, typer.Argument(help='A notebook of nbs/experiments/, such as `train`. Without one: what there is.')] = None,
+        parameter: Annotated[list[str]|None, typer.Option('--parameter', '-p', metavar='NAME=VALUE', help='A parameter; `-p name value` works too.')] = None,
+        problem: Annotated[Path|None, typer.Option(help='The problem file.')] = None, as_json: AsJson = False):
     """Run an experiment into a report.
 
     For example: **cvlab run train --problem problems/digits.yaml -p epochs=3**
@@ -66,9 +66,9 @@ def run_rows(ws) -> list[dict]:
     "A row per finished run, newest last."
     rows = []
     for done in sorted(ws.runs.glob('*/done.json'), key=lambda p: p.stat().st_mtime):
-        folder, d = done.parent, read_json(done); read = lambda name: read_json(folder/name) if (folder/name).exists() else {}
-        m, gate = read('evaluation/metrics.json'), read('gate.json')
-        rows.append(dict(run=folder.name, dataset=read('lineage.json').get('dataset'), epochs=d.get('epochs'), seconds=d.get('seconds'), verdict=gate.get('verdict'),
+        folder, d = done.parent, read_json(done)
+        m, gate, line = (read_json(folder/n) if (folder/n).exists() else {} for n in ('evaluation/metrics.json', 'gate.json', 'lineage.json'))
+        rows.append(dict(run=folder.name, dataset=line.get('dataset'), epochs=d.get('epochs'), seconds=d.get('seconds'), verdict=gate.get('verdict'),
                          **{k: f['value'] for k, f in list(m.get('metrics', {}).items())[:4]}))
     return rows
 
@@ -90,7 +90,7 @@ def problem_of(run:Path, given:Path|None, ws) -> tuple: # the problem, its text
     return load_problem(path), Path(path).read_text(encoding='utf8')
 
 @app.command()
-def compare(ours: str, theirs: str, problem: Annotated[Optional[Path], typer.Option(help='The problem file; the runs’ own otherwise.')] = None, as_json: AsJson = False):
+def compare(ours: str, theirs: str, problem: Annotated[Path|None, typer.Option(help='The problem file; the runs’ own otherwise.')] = None, as_json: AsJson = False):
     "Two runs on the items both have answered: paired differences, and what flipped."
     import pyarrow.parquet as pq
     from cv_lab.evaluate import compare as paired
@@ -117,8 +117,8 @@ def release_run(folder:Path, spec, text:str, ws, alias:str|None='production', re
 def release(run: Annotated[str, typer.Argument(help='A run’s name; see `cvlab runs`.')] = '',
             alias: Annotated[str, typer.Option(help='Where it goes when the gate passes; `none` only stores it.')] = 'production',
             reason: str = '', by: Annotated[str, typer.Option(help='Who releases.')] = '',
-            override: Annotated[Optional[str], typer.Option(help='Promote in spite of a failing verdict, with this reason; needs --by, and is logged.')] = None,
-            problem: Annotated[Optional[Path], typer.Option(help='The problem file; the run’s own otherwise.')] = None, as_json: AsJson = False):
+            override: Annotated[str|None, typer.Option(help='Promote in spite of a failing verdict, with this reason; needs --by, and is logged.')] = None,
+            problem: Annotated[Path|None, typer.Option(help='The problem file; the run’s own otherwise.')] = None, as_json: AsJson = False):
     "Make a run the model that answers, if its gate passes."
     from cv_lab.experiment import find_run
     from cv_lab.release import verdict_table
@@ -154,7 +154,7 @@ def predict(images: Annotated[list[Path], typer.Argument(help='Image files.')], 
 # %% ../../nbs/99_cli.main.ipynb #d3541e28
 @app.command()
 def init(dataset: Annotated[str, typer.Argument(help='A dataset folder, or the name of an embedded one.')],
-         out: Annotated[Optional[Path], typer.Option(help='The file to write; problems/NAME.yaml otherwise.')] = None,
+         out: Annotated[Path|None, typer.Option(help='The file to write; problems/NAME.yaml otherwise.')] = None,
          name: Annotated[str, typer.Option(help='What the problem is called.')] = '', task: Annotated[str, typer.Option(help='Guessed from the annotations otherwise.')] = '',
          force: Annotated[bool, typer.Option(help='Write over a file that is there.')] = False):
     "Write a commented problem file for a dataset."
