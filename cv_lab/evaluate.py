@@ -150,10 +150,10 @@ def write_evidence(folder:str|Path, truth:pa.Table, predictions:pa.Table, proble
 def write_comparison(folder:str|Path,  # of a run's evaluation
                      problem:Problem, other:str|Path, # a folder with another model's truth.parquet and predictions.parquet
                      against:str, tag:str) -> dict:
-    "Compare with another model's tables, and write `comparison.json`."
+    "Compare with another model's tables, and write `comparison.json` (`comparison-ALIAS.json` for any but production)."
     folder, other = Path(folder), Path(other); names = ('truth.parquet', 'predictions.parquet')
     (truth, ours), (their_truth, theirs) = ([pq.read_table(f/n) for n in names] for f in (folder, other))
     found = dict(against=against, tag=tag, inputs=dict(ours=file_digest(folder/names[1]), theirs=file_digest(other/names[1])),
                  **compare(truth, ours, theirs, problem, their_truth))
-    write_json(folder/'comparison.json', found)
+    write_json(folder/('comparison.json' if against == 'production' else f'comparison-{against}.json'), found)
     return found

@@ -131,10 +131,10 @@ def release(run: Annotated[str, typer.Argument(help='A run’s name; see `cvlab 
 def model_folder(name:str, ws) -> Path:
     "The folder of a model: a run, `problem/alias`, or the one production model when nothing is named."
     from cv_lab.release import Registry
-    registry = Registry(ws.registry); served = {p: a for p, a in registry.aliases().items() if a}
+    registry = Registry(ws.registry); served = [(a['problem'], a['alias']) for a in registry.aliases()]
     if not name:
-        if len(served) == 1: return registry.path(next(iter(served)), 'production')
-        raise NotFound('no model was named', f'a run, or one of: {", ".join(f"{p}/{a}" for p, al in served.items() for a in al) or "nothing is released yet"}', 'give --model, or release a run')
+        if len(live := [p for p, a in served if a == 'production']) == 1: return registry.path(live[0], 'production')
+        raise NotFound('no model was named', f'a run, or one of: {", ".join("/".join(s) for s in served) or "nothing is released yet"}', 'give --model, or release a run')
     if (ws.runs/name/'export/model.onnx').is_file(): return ws.runs/name/'export'
     problem, _, alias = name.partition('/')
     return registry.path(problem, alias or 'production')
