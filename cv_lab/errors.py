@@ -26,8 +26,8 @@ def plot_confusion(table:pd.DataFrame):
     ax.imshow(off, cmap='Oranges', vmin=0, vmax=max(off.max(), .02)); names = [str(c)[:14] for c in table.index]
     ax.set(xticks=range(n), yticks=range(n), xlabel='said', ylabel='true'); ax.set_xticklabels(names, rotation=90 if max(map(len, names)) > 3 else 0); ax.set_yticklabels(names)
     for i, j in np.argwhere(table.to_numpy() > 0) if n <= 40 else []:
-        ax.text(j, i, table.iat[i, j], ha='center', va='center', fontsize=8, color='#0072B2' if i == j else 'black')
-    fig.tight_layout(); return fig
+        ax.text(j, i, table.iat[i, j], ha='center', va='center', fontsize=8, color='#0072B2' if i == j else 'white' if off[i, j] > .6*off.max() else 'black')
+    ax.grid(False); fig.tight_layout(); return fig
 
 # %% ../nbs/42_errors.ipynb #b5d179c3
 def mistakes(truth:pa.Table, predictions:pa.Table, problem:Problem) -> pd.DataFrame: # worst first; a bool column per slice

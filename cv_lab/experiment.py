@@ -94,7 +94,7 @@ class _Say(logging.Handler):
                 if cell.cell_type == 'markdown' and (h := re.match(r'#+ (.*)', cell.source)):
                     print(f'  {time.perf_counter() - self.since:5.1f} s  {h[1]}', flush=True)
             self.at = max(self.at, int(m[1]))
-        elif not re.match(r'Ending Cell|Input Notebook|Output Notebook|Working directory|Executing notebook|<|%', text) and text.strip():
+        elif not re.match(r'Ending Cell|Input Notebook|Output Notebook|Working directory|Executing notebook|<|%|.*(\\d%\\|.*\\||wandb.*WARNING)', text) and text.strip():
             print('\n'.join(f'           {line}' for line in text.rstrip().splitlines()), flush=True)
 
 def _execute(notebook:Path, folder:Path, values:dict, ws:Workspace, loud:bool) -> None:
@@ -107,7 +107,7 @@ def _execute(notebook:Path, folder:Path, values:dict, ws:Workspace, loud:bool) -
     try:
         papermill.execute_notebook(str(notebook), str(folder/'notebook.ipynb'), values, kernel_name='python3', cwd=str(ws.root),
                                    progress_bar=False, log_output=loud, request_save_on_cell_execute=True,
-                                   extra_arguments=['--log-level=40'])    # the kernel's own warnings are not for the reader
+                                   extra_arguments=['--log-level=50'])    # the kernel's own warnings are not for the reader
     finally:
         log.removeHandler(say)
         os.environ.pop('CVLAB_REPORT') if before is None else os.environ.__setitem__('CVLAB_REPORT', before)

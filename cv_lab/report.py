@@ -168,6 +168,8 @@ TEMPLATE = '''
 {% block in_prompt %}{% endblock %}{% block output_prompt %}{% endblock %}
 {% block input_group %}<details class="code"><summary>code</summary>{{ cell.source | highlight_code(metadata=cell.metadata) }}</details>{% endblock %}
 {% block output %}<div class="output">{{ super() }}</div>{% endblock output %}
+{% block rawcell %}{% endblock rawcell %}
+{% block execute_result %}{% block data_priority scoped %}{{ super() }}{% endblock %}{% endblock execute_result %}
 {% block markdowncell %}{{ cell.source | markdown2html }}{% endblock markdowncell %}
 {% block stream_stdout %}<pre>{{ output.text | ansi2html }}</pre>{% endblock %}
 {% block stream_stderr %}{% endblock %}
@@ -197,6 +199,7 @@ def render_html(notebook:str|Path,   # an executed notebook
     style = STYLE + HtmlFormatter(style='default', nobackground=True).get_style_defs('.highlight') + \
         '@media (prefers-color-scheme:dark){' + dark + '.highlight{background:none}}'
     exporter = HTMLExporter(extra_loaders=[DictLoader({'report.html.j2': TEMPLATE})], template_file='report.html.j2')
+    exporter.register_preprocessor('nbconvert.preprocessors.CoalesceStreamsPreprocessor', enabled=True)
     body, _ = exporter.from_notebook_node(nb, resources=dict(page_style=style, page_note=html.escape(note),
                                                              page_title=html.escape(first.splitlines()[0].lstrip('# '))))
     return write_atomic(out, body)
