@@ -1,12 +1,12 @@
 "Every format, found by being there: it keeps what it says it keeps, whatever the data; and it is recognised."
-import numpy as np, pyarrow.compute as pc, pytest
+import numpy as np, pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 
-from cv_lab.data.formats import CONTRACT, COLUMNS, FIELDS, KINDS, Target, content, export_dataset, formats, get_format, import_dataset, little_dataset, losses
-from cv_lab.data.manifest import Dataset, assign_splits, make_table
+from cv_lab.data.formats import CONTRACT, COLUMNS, FIELDS, KINDS, content, export_dataset, formats, get_format, import_dataset, little_dataset, losses
+from cv_lab.data.manifest import Dataset, make_table
 from cv_lab.core import file_digest
-from cv_lab.geometry import mask_box, rle_decode, rle_encode
+from cv_lab.geometry import mask_box, rle_encode
 
 FORMATS = formats()
 # What a format's LOSES says beyond KEEPS: what the drawn data must not hold for a round trip to be exact

@@ -9,7 +9,6 @@ __all__ = ['rotated_box', 'unrotated_box', 'runs_of', 'mask_of', 'from_brush', '
 import math
 import numpy as np
 from ..core import BadInput
-from ..geometry import rle_decode, rle_encode
 
 # %% ../../nbs/11_data.outlines.ipynb #89cd3a18
 def rotated_box(cx:float, cy:float,     # centre, pixels
