@@ -103,7 +103,7 @@ def unlisted(source:Source, listed:Iterable[str], also:Iterable[str]=()) -> None
 
 # %% ../../nbs/11_data.formats.ipynb #2b586cfb
 def _box(b:Iterable, w:int, h:int, clip:bool) -> tuple[list[float]|None, str, str]: # the box, what was wrong, what was mended
-    try: b = [float(v) for v in b]
+    try: b = [float(v) + 0. for v in b]                        # + 0.: no minus nought
     except (TypeError, ValueError): return None, 'box is not four numbers', ''
     if len(b) != 4 or not all(map(math.isfinite, b)): return None, 'box is not four numbers', ''
     if b[2] <= b[0] or b[3] <= b[1]: return None, 'box has no area', ''
@@ -112,7 +112,7 @@ def _box(b:Iterable, w:int, h:int, clip:bool) -> tuple[list[float]|None, str, st
     return [max(b[0], 0.), max(b[1], 0.), min(b[2], float(w)), min(b[3], float(h))], '', 'box reached out of the image'
 
 def _rings(rings:Iterable, w:int, h:int) -> tuple[list|None, str, str]:
-    try: rings = [[float(v) for v in r] for r in rings]
+    try: rings = [[float(v) + 0. for v in r] for r in rings]
     except (TypeError, ValueError): return None, 'polygon is not made of numbers', ''
     if not rings or any(len(r) < 6 or len(r) % 2 or not all(map(math.isfinite, r)) for r in rings): return None, 'polygon has fewer than three points', ''
     cut = [[min(max(v, 0.), float(h if i % 2 else w)) for i, v in enumerate(r)] for r in rings]
