@@ -12,7 +12,7 @@ import hashlib, json, math, os, secrets
 from contextlib import suppress
 from dataclasses import dataclass, fields, asdict
 from pathlib import Path
-from typing import Any, Iterable
+from typing import Any, Callable, Iterable
 
 # %% ../nbs/00_core.ipynb #5b9912e7
 def canonical_json(obj:Any, # anything `json` can write; dataclasses and paths too
@@ -39,14 +39,16 @@ def file_digest(path:str|Path, # the file to read
 
 # %% ../nbs/00_core.ipynb #19f66836
 def write_atomic(path:str|Path,    # where the content shall be
-                 content:bytes|str, # what it shall be
+                 content:bytes|str|Callable, # what it shall be, or a function that writes it into an open file
+                 sync:bool=True,   # wait until it is on the disk; not needed for what can be made again
                 ) -> Path: # `path`
     "Write a file so that a reader sees the old content or the new, never a part."
     path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f'.{path.name}.{secrets.token_hex(4)}')
     try:
         with open(tmp, 'wb') as f:
-            f.write(content.encode() if isinstance(content, str) else content); f.flush(); os.fsync(f.fileno())
+            content(f) if callable(content) else f.write(content.encode() if isinstance(content, str) else content)
+            if sync: f.flush(); os.fsync(f.fileno())
         os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
     return path

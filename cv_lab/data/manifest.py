@@ -4,15 +4,18 @@
 
 # %% auto #0
 __all__ = ['ANNOTATION', 'SCHEMA', 'PREDICTIONS', 'SPLITS', 'make_table', 'check_table', 'labels_in', 'first_labels', 'tags_of',
-           'assign_splits', 'shared_groups', 'version_of', 'Dataset', 'save_dataset', 'load_dataset', 'diff_versions']
+           'assign_splits', 'shared_groups', 'row_digests', 'version_of', 'Dataset', 'save_dataset', 'load_dataset',
+           'diff_versions']
 
 # %% ../../nbs/10_data.manifest.ipynb #5cd4ee46
 import hashlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Iterable, Sequence
-import numpy as np, pandas as pd, pyarrow as pa, pyarrow.compute as pc, pyarrow.parquet as pq
-from ..core import (Annotation, BadInput, Damaged, NotFound, canonical_json, inside, read_json, write_atomic,
+import numpy as np, pyarrow as pa, pyarrow.compute as pc, pyarrow.parquet as pq
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from ..core import (Annotation, BadInput, Damaged, NotFound, inside, read_json, write_atomic,
                          write_json)
 
 # %% ../../nbs/10_data.manifest.ipynb #f32a896c
@@ -78,17 +81,68 @@ def labels_in(t:pa.Table) -> list[str]: # sorted; numbers in the order of number
     found = pc.unique(pc.struct_field(pc.list_flatten(t['annotations']), 'label')).drop_null().to_pylist()
     return sorted(found, key=lambda v: (0, int(v), v) if v.isdecimal() else (1, 0, v))
 
+def _first_labels(t:pa.Table) -> pa.Array:
+    chunks = [pa.array([], pa.string())]
+    for c in t['annotations'].chunks:
+        label = pc.struct_field(c.flatten(), 'label'); said = np.flatnonzero(label.is_valid().to_numpy(False))
+        rows, first = np.unique(c.value_parent_indices().to_numpy()[said], return_index=True)
+        at = np.full(len(c), -1); at[rows] = said[first]
+        chunks.append(label.take(pa.array(at, mask=at < 0)))
+    return pa.concat_arrays(chunks)
+
 def first_labels(t:pa.Table) -> list[str|None]: # one per row
     "Each item's first label: what a split is balanced by."
-    return [next((a['label'] for a in anns if a['label'] is not None), None) if anns else None for anns in t['annotations'].to_pylist()]
+    return _first_labels(t).to_pylist()
 
 def tags_of(t:pa.Table) -> dict[str, list]: # tag -> one text per row, None where it has none; as `spec.select` wants it
     "The tags as columns, with device, source and split beside them."
-    rows = [dict(r or []) for r in t['tags'].to_pylist()]
+    tags, start = {}, 0
+    for c in t['tags'].chunks:
+        row, keys, values = _entries(c); keys = keys.to_numpy(False).astype(object); values = values.to_numpy(False)
+        for k in dict.fromkeys(keys): tags.setdefault(k, np.full(len(t), None))[start + row[keys == k]] = values[keys == k]
+        start += len(c)
     out = {k: t[k].to_pylist() for k in ('split', 'source', 'license', 'device', 'captured_at')}
-    return out | {k: [r.get(k) for r in rows] for k in sorted({k for r in rows for k in r})}
+    return out | {k: tags[k].tolist() for k in sorted(tags)}
+
+def _entries(c:pa.MapArray) -> tuple[np.ndarray, pa.Array, pa.Array]: # row of each entry, keys, values
+    lengths = np.diff(c.offsets.to_numpy()); row = np.repeat(np.arange(len(c)), lengths); at = slice(c.offsets[0].as_py(), c.offsets[-1].as_py())
+    said = c.is_valid().to_numpy(False)[row]
+    return row[said], c.keys[at].filter(said), c.items[at].filter(said)
 
 # %% ../../nbs/10_data.manifest.ipynb #df712366
+def _clusters(t:pa.Table) -> tuple[pa.Array, np.ndarray]: # a name for each cluster, the cluster of each row
+    "What must stay together: a group, and groups that share an image. Without a group, equal images."
+    keys = pc.coalesce(t['group'], t['sha256']); names = pc.unique(keys); of = pc.index_in(keys, names).to_numpy()
+    images = pc.unique(t['sha256']).drop_null(); has = t['sha256'].is_valid().to_numpy(); n = len(names)
+    if len(images) == has.sum(): return names, of
+    image = pc.index_in(t['sha256'], images).drop_null().to_numpy()
+    links = coo_array((np.ones(len(image), np.int8), (of[has], n + image)), shape=(n + len(images),)*2)
+    of_name = connected_components(links, directed=False)[1][:n]
+    by_name = np.argsort(pc.rank(names).to_numpy(), kind='stable'); found, first, back = np.unique(of_name[by_name], return_index=True, return_inverse=True)
+    cluster = np.empty(n, int); cluster[by_name] = back
+    return names.take(by_name[first]), cluster[of]
+
+def _seeded(seed:int, names:pa.Array) -> np.ndarray: # (N,) S32
+    "A hash of each name: an order that depends on nothing else."
+    out = np.empty(len(names), 'S32')
+    for i in range(0, len(out), 500_000): out[i:i+500_000] = [hashlib.sha256(f'{seed}/{g}'.encode()).digest() for g in names.slice(i, 500_000).to_pylist()]
+    return out
+
+def _cluster_labels(of:np.ndarray, labels:pa.Array, n:int) -> np.ndarray: # (n,) index of the sorted labels, -1 where there is none
+    "The first label of each cluster."
+    names = pc.unique(labels).drop_null(); names = names.take(pc.sort_indices(names)); label = pc.fill_null(pc.index_in(labels, names), -1).to_numpy()
+    out = np.full(n, -1); said = np.flatnonzero(label >= 0)[::-1]; out[of[said]] = label[said]   # of many writes the last one stays
+    return out
+
+# %% ../../nbs/10_data.manifest.ipynb #22040581
+def _shares_drawn(size:np.ndarray, label:np.ndarray, order:np.ndarray, cuts:np.ndarray) -> np.ndarray: # (N,) which share
+    "Cut the clusters of every class, in their order, where the shares end; a cluster lies where its middle does."
+    order = order[np.argsort(label[order], kind='stable')]; sized, out = size[order], np.zeros(len(order), int)
+    begins = np.flatnonzero(np.diff(label[order], prepend=-2)); lengths = np.diff(begins, append=len(order))
+    before = np.cumsum(sized) - sized; total = np.add.reduceat(sized, begins) if len(order) else sized
+    out[order] = np.searchsorted(cuts, (before - np.repeat(before[begins], lengths) + sized/2)/np.repeat(total, lengths), side='right')
+    return out
+
 def assign_splits(t:pa.Table,
                   shares:dict[str, float]=dict(train=.65, val=.15, test=.2), # sum to 1
                   seed:int=0,
@@ -96,33 +150,71 @@ def assign_splits(t:pa.Table,
     "Give every item without a split one of `shares`, by group, balanced by class."
     if set(shares) - set(SPLITS) or abs(sum(shares.values()) - 1) > 1e-6 or min(shares.values()) < 0:
         raise BadInput(f'shares {shares}', f'shares of {", ".join(SPLITS)} that sum to 1', 'for example train=.7, val=.15, test=.15')
-    rows = pd.DataFrame(dict(group=pc.coalesce(t['group'], t['sha256']).to_pylist(), label=first_labels(t), split=t['split'].to_pylist()))
-    groups = rows.groupby('group', sort=False).agg(size=('group', 'size'), label=('label', 'first'), split=('split', 'first')).reset_index()
-    groups['order'] = [hashlib.sha256(f'{seed}/{g}'.encode()).digest() for g in groups['group']]
-    groups = groups.sort_values(['label', 'order'], na_position='first')
-    by = groups.groupby('label', dropna=False)['size']
-    middle = (by.cumsum() - groups['size']/2) / by.transform('sum')
-    names = list(shares); cuts = np.cumsum([shares[n] for n in names])[:-1]
-    drawn = pd.Series(np.array(names)[np.searchsorted(cuts, middle, side='right')], index=groups.index)
-    chosen = dict(zip(groups['group'], groups['split'].where(groups['split'].notna(), drawn)))
-    return t.set_column(t.schema.get_field_index('split'), SCHEMA.field('split'), pa.array([chosen[g] for g in rows['group']], pa.string()))
+    names, of = _clusters(t); n = len(names)
+    drawn = _shares_drawn(np.bincount(of, minlength=n), _cluster_labels(of, _first_labels(t), n), np.argsort(_seeded(seed, names), kind='stable'),
+                          np.cumsum(list(shares.values()))[:-1])
+    drawn = np.array([SPLITS.index(s) for s in shares])[drawn] if n else drawn
+    had = np.full(n, -1); np.maximum.at(had, of, pc.fill_null(pc.index_in(t['split'], pa.array(SPLITS)), -1).to_numpy())   # held out wins
+    chosen = pa.array(SPLITS).take(np.where(had >= 0, had, drawn)[of])
+    return t.set_column(t.schema.get_field_index('split'), SCHEMA.field('split'), chosen)
 
 def shared_groups(t:pa.Table) -> list[str]: # sorted
     "Groups, or equal contents, that lie in more than one split: leakage."
-    df = pd.DataFrame(dict(split=t['split'].to_pylist(), group=t['group'].to_pylist(), sha256=t['sha256'].to_pylist()))
-    leak = lambda key: [k for k, n in df.dropna(subset=[key, 'split']).groupby(key)['split'].nunique().items() if n > 1]
+    def leak(key):
+        n = t.select([key, 'split']).group_by(key).aggregate([('split', 'count_distinct')])
+        return n.filter(pc.and_(n[key].is_valid(), pc.greater(n['split_count_distinct'], 1)))[key].to_pylist()
     return sorted(leak('group') + leak('sha256'))
 
 # %% ../../nbs/10_data.manifest.ipynb #56cf3be1
+def _binary(a:pa.Array) -> pa.Array: # large_binary; null where nothing is said
+    "What each element says, as bytes; different content, different bytes."
+    t = a.type
+    if pa.types.is_map(t) or pa.types.is_list(t) or pa.types.is_large_list(t): return _joined(a)
+    if pa.types.is_struct(t): b = _fields(t.names, a.flatten(), len(a)); return pc.if_else(pc.equal(pc.binary_length(b), 0), None, b)
+    if pa.types.is_floating(t): return _eight(pc.add(a.cast(pa.float64()), 0.))       # so that -0 is 0
+    if pa.types.is_integer(t) or pa.types.is_boolean(t): return _eight(a.cast(pa.int8() if t == pa.bool_() else t).cast(pa.int64()))
+    return a.cast(pa.large_binary())
+
+def _eight(a:pa.Array) -> pa.Array:
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(8), len(a), a.buffers(), offset=a.offset).cast(pa.large_binary())
+
+def _framed(b:pa.Array) -> list[pa.Array]: # the length, then the bytes; both null where `b` is
+    return [_eight(pc.binary_length(b)), b]
+
+def _fields(names:list[str], columns:list, n:int) -> pa.Array:
+    "Named parts, joined in the order of their names; what is null is left out, and so is an empty list."
+    said = [(pa.scalar(f'{name}='.encode(), pa.large_binary()), _binary(c)) for name, c in sorted(zip(names, columns)) if c.null_count < len(c)]
+    parts = [pc.binary_join_element_wise(name, *_framed(b), pa.scalar(b'', pa.large_binary())) for name, b in said]
+    empty = pa.array([b'']*n, pa.large_binary())
+    return pc.binary_join_element_wise(empty, *parts, pa.scalar(b'', pa.large_binary()), null_handling='replace', null_replacement='')
+
+# %% ../../nbs/10_data.manifest.ipynb #5b2fa69a
+def _joined(a:pa.Array) -> pa.Array:
+    "Lists: their framed elements, one after the other. Maps: in the order of their keys."
+    if pa.types.is_map(a.type):
+        row, keys, values = _entries(a)
+        if (pc.less(keys[1:], keys[:-1]).to_numpy(False) & (np.diff(row) == 0)).any():
+            order = np.lexsort((pc.rank(keys, tiebreaker='dense').to_numpy(), row)); keys, values = keys.take(order), values.take(order)
+        e, lengths = _fields(['key', 'value'], [keys, values], len(keys)), np.bincount(row, minlength=len(a))
+    else: e, lengths = _binary(a.flatten()), pc.fill_null(pc.list_value_length(a), 0).to_numpy(False)
+    e = pc.binary_join_element_wise(pc.fill_null(_eight(pc.binary_length(e)), b'\xff'*8), pc.fill_null(e, b''), pa.scalar(b'', pa.large_binary()))
+    _, starts, data = e.buffers(); starts = np.frombuffer(starts, np.int64)[e.offset:e.offset + len(e) + 1]
+    ends = pa.py_buffer(np.ascontiguousarray(starts[np.r_[0, np.cumsum(lengths)]]))
+    said = pa.array(lengths > 0).buffers()[1]
+    return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(a), [said, ends, data])
+
+def row_digests(t:pa.Table) -> np.ndarray: # (N,) S32
+    "The SHA-256 of what each row says, without its id and path."
+    said = [c for c in t.schema.names if c not in ('id', 'uri')]; out = [np.empty(0, 'S32')]
+    for batch in t.select(said).to_batches(max_chunksize=50_000):
+        b = _fields(said, batch.columns, len(batch)); _, at, data = b.buffers(); data = memoryview(data or b'')
+        at = np.frombuffer(at, np.int64)[b.offset:b.offset + len(b) + 1].tolist()
+        out.append(np.array([hashlib.sha256(data[i:j]).digest() for i, j in zip(at, at[1:])], 'S32'))
+    return np.concatenate(out)
+
 def version_of(t:pa.Table) -> str: # 16 hex digits
     "The version of a dataset: a hash of its content, not of its file."
-    said = [c for c in SCHEMA.names if c not in ('id', 'uri')]
-    rows = []
-    for batch in t.select(said).to_batches(max_chunksize=50_000):
-        for r in batch.to_pylist():
-            r['annotations'] = [{k: v for k, v in a.items() if v is not None} for a in r['annotations'] or []]
-            rows.append(hashlib.sha256(canonical_json(r).encode()).digest())
-    return hashlib.sha256(b''.join(sorted(rows))).hexdigest()[:16]
+    return hashlib.sha256(np.sort(row_digests(t.select([c for c in SCHEMA.names if c in t.schema.names])))).hexdigest()[:16]
 
 # %% ../../nbs/10_data.manifest.ipynb #2d4e577f
 @dataclass
@@ -156,8 +248,7 @@ class Dataset:
 def save_dataset(d:Dataset, folder:str|Path) -> Dataset:
     "Write `manifest.parquet` and `dataset.json`; a reader sees the old dataset or the new one."
     folder = Path(folder).resolve(); root = d.root.resolve()
-    sink = pa.BufferOutputStream(); pq.write_table(check_table(d.table), sink, compression='zstd')
-    write_atomic(folder/f'manifest-{d.version}.parquet', sink.getvalue().to_pybytes())
+    t = check_table(d.table); write_atomic(folder/f'manifest-{d.version}.parquet', lambda f: pq.write_table(t, f, compression='zstd'))
     where = root.relative_to(folder).as_posix() if root.is_relative_to(folder) else str(root)
     write_json(folder/'dataset.json', dict(name=d.name, version=d.version, manifest=f'manifest-{d.version}.parquet', root=where,
                                            items=len(d), classes=d.classes, about=d.about))
@@ -178,8 +269,9 @@ def load_dataset(folder:str|Path, verify:bool=True) -> Dataset:
 # %% ../../nbs/10_data.manifest.ipynb #3ca8413d
 def diff_versions(old:pa.Table, new:pa.Table) -> dict[str, list[str]]: # ids of `new` (of `old` where removed)
     "What was added, removed, relabelled or moved to another split."
-    key = lambda t: {r['sha256']: r for r in t.select(['id', 'sha256', 'split', 'annotations']).to_pylist()}
-    a, b = key(old), key(new); both = [s for s in b if s in a]
-    return dict(added=[b[s]['id'] for s in b if s not in a], removed=[a[s]['id'] for s in a if s not in b],
-                relabelled=[b[s]['id'] for s in both if a[s]['annotations'] != b[s]['annotations']],
-                moved=[b[s]['id'] for s in both if a[s]['split'] != b[s]['split']])
+    at = pc.index_in(new['sha256'], pc.unique(old['sha256'])); gone = pc.invert(pc.is_in(old['sha256'], pc.unique(new['sha256'])))
+    first = pc.index_in(pc.unique(old['sha256']), old['sha256'].combine_chunks())
+    kept, was = new.filter(at.is_valid()), old.select(['split', 'annotations']).take(first.take(at.drop_null()))
+    differs = lambda c: pa.array(row_digests(kept.select([c])) != row_digests(was.select([c])))
+    ids = lambda t, mask: t['id'].filter(mask).to_pylist()
+    return dict(added=ids(new, at.is_null()), removed=ids(old, gone), relabelled=ids(kept, differs('annotations')), moved=ids(kept, differs('split')))

@@ -65,7 +65,7 @@ def digits(folder:str|Path, # made when it is not there
     scans, labels = digit_scans(); rows = _digit_rows(scans, labels)
     for row, scan in zip(tqdm(rows, 'digits', disable=None, unit='scan'), scans):
         data = _png(np.rint(scan*(255/16)).astype(np.uint8))
-        write_atomic(folder/row['uri'], data); row['sha256'] = digest(data)
+        write_atomic(folder/row['uri'], data, sync=False); row['sha256'] = digest(data)
     table = assign_splits(make_table(rows), SHARES)
     return save_dataset(Dataset(table, 'digits', folder, [str(c) for c in range(10)], dict(_ABOUT_DIGITS, recipe=recipe)), folder)
 
@@ -254,7 +254,7 @@ class Camera:
 
 CAMERAS = {'camera-A': Camera((1, 1, 1), (0, .25, .5, .75, 1), .012, .05, (88, 95)),
            'camera-B': Camera((1.06, 1, .9), (.02, .3, .57, .8, .98), .016, .15, (75, 88)),
-           'camera-C': Camera((.97, 1, 1.02), (.06, .27, .48, .7, .92), .03, .25, (60, 80)),
+           'camera-C': Camera((.97, 1, 1.02), (.06, .27, .48, .7, .92), .026, .25, (65, 82)),
            'camera-D': Camera((.88, .98, 1.14), (0, .14, .5, .88, 1), .02, .1, (70, 85), 80)}
 
 def _light(light:str, H:int, W:int, rng) -> np.ndarray: # (H, W, 3) or (1, 1, 3) float32 gains
@@ -264,7 +264,7 @@ def _light(light:str, H:int, W:int, rng) -> np.ndarray: # (H, W, 3) or (1, 1, 3)
     if light == 'shadow': slope *= 1 - r(.35, .6)/(1 + np.exp(-r(4, 25)*(x*math.sin(a) + y*math.cos(a) + r(-.4, .4))))
     if light == 'glare': slope += r(.3, .7)*np.exp(-((x - r(-.8, .8))**2 + (y - r(-.8, .8))**2)/r(.1, .4))
     tint = dict(dusk=(1.1, .94, .78), night=(.85, .95, 1.15)).get(light, (1, 1, 1))
-    level = dict(dusk=r(.5, .75), night=r(.25, .42)).get(light, r(.9, 1.05))
+    level = dict(dusk=r(.5, .75), night=r(.32, .5)).get(light, r(.9, 1.05))
     return (slope[..., None]*np.array(tint, np.float32)*level).astype(np.float32)
 
 # %% ../../nbs/14_data.samples.ipynb #09058544
@@ -275,7 +275,7 @@ def _blur(img:np.ndarray, blur:str, rng) -> np.ndarray:
         steps = [(round(math.sin(a)*(k - (n - 1)/2)), round(math.cos(a)*(k - (n - 1)/2))) for k in range(n)]
         return np.mean([np.roll(img, s, (0, 1)) for s in steps], 0, dtype=np.float32)
     im = Image.fromarray((img*255 + .5).clip(0, 255).astype(np.uint8))
-    return np.asarray(im.filter(ImageFilter.GaussianBlur(rng.uniform(.9, 1.5) if blur == 'soft' else .4)), np.float32)/255
+    return np.asarray(im.filter(ImageFilter.GaussianBlur(rng.uniform(.7, 1.2) if blur == 'soft' else .4)), np.float32)/255
 
 def photograph(img:np.ndarray, # (H, W, 3) float32: the lit scene
                cam:Camera, blur:str, gain:float, lens, sensor) -> bytes: # two random generators: of the scene, of the frame
@@ -339,14 +339,14 @@ def digit_scenes(folder:str|Path,                      # made when it is not the
                  workers:int|None=None,                # threads; all cores when None
                 ) -> Dataset:
     "Real scans staged on real pictures: boxes, masks, text, tracks, captions, slices and drift."
-    folder = Path(folder); recipe = dict(sample='digit_scenes', revision=1, scenes=scenes, seed=seed, size=list(size), cameras=list(cameras), clips=clips)
+    folder = Path(folder); recipe = dict(sample='digit_scenes', revision=2, scenes=scenes, seed=seed, size=list(size), cameras=list(cameras), clips=clips)
     if not cameras or set(cameras) - set(CAMERAS): raise BadInput(f'the cameras {list(cameras)}', f'some of: {", ".join(CAMERAS)}', 'correct the names')
     if scenes < 1 or min(size) < 64 or not 0 <= clips <= 1: raise BadInput(f'{scenes} scenes of {size} pixels, {clips} of them in clips', 'at least one, of at least 64x64, a share', 'correct the parameters')
     if (kept := _kept(folder, recipe)) is not None: return kept
     scans, labels = digit_scans()
     splits = assign_splits(make_table(_digit_rows(scans, labels)), SHARES)['split'].to_pylist()
     plan = plan_scenes(splits, scenes, seed, cameras, clips); [ground_picture(g) for g in GROUNDS]
-    def make(scene): return [(write_atomic(folder/row['uri'], data), row)[1] for row, data in _stage(scene, scans, labels, *size)]
+    def make(scene): return [(write_atomic(folder/row['uri'], data, sync=False), row)[1] for row, data in _stage(scene, scans, labels, *size)]
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool, tqdm(total=scenes, desc='digit scenes', disable=None, unit='image') as bar:
         rows = [row for made in pool.map(make, plan) for row in made if bar.update() or True]
     about = dict(what='digits of scikit-learn staged on pictures that scikit-image and scikit-learn ship', recipe=recipe,
