@@ -8,7 +8,7 @@ __all__ = ['Fit', 'settings', 'Images', 'Shuffled', 'systematic', 'repeat_factor
            'bare_loop']
 
 # %% ../nbs/30_train.ipynb #edd61610
-import functools, logging, os, platform, shutil, subprocess, time, warnings
+import functools, logging, os, platform, re, shutil, subprocess, time, warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,10 +197,14 @@ class RunningMean(WeightAveraging):
 
 # %% ../nbs/30_train.ipynb #2a5df619
 def code_digest(task:str) -> str:
-    "A hash of the source that decides the weights."
-    import cv_lab.augment, cv_lab.backbone, cv_lab.geometry, cv_lab.image, cv_lab.train
-    rooms = [cv_lab.augment, cv_lab.backbone, cv_lab.geometry, cv_lab.image, cv_lab.train, get_task(task)]
-    return digest([Path(m.__file__).read_text() for m in rooms])[:16]
+    "A hash of the source that decides the weights: training, the task, and the rooms that they stand on."
+    home, seen, todo = Path(__file__).parent, {}, ['train', f'tasks.{task}']
+    while todo:
+        room = todo.pop(); file = home/f'{room.replace(".", "/")}.py'
+        if room in seen or room.split('.')[0] in ('core', 'spec', 'task', 'data') or not file.is_file(): continue
+        seen[room] = text = file.read_text()
+        todo += re.findall(r'^\s*from (?:cv_lab\.|\.+)([\w.]+) import', text, re.M)
+    return digest(dict(sorted(seen.items())))[:16]
 
 def run_config(problem:Problem, dataset:Dataset, fit:Fit) -> dict:
     "Everything that decides the weights of a run."
