@@ -7,7 +7,7 @@ __all__ = ['ConvNorm', 'Features', 'Pyramid', 'pyramid']
 
 # %% ../nbs/19b_pyramid.ipynb #88328bd4
 from typing import Sequence
-import timm, torch
+import timm
 from torch import nn
 from torch.nn import functional as F
 from .backbone import FromUint8, timm_network

@@ -198,7 +198,8 @@ class RunningMean(WeightAveraging):
 # %% ../nbs/30_train.ipynb #2a5df619
 def code_digest(task:str) -> str:
     "A hash of the source that decides the weights: training, the task, and the rooms that they stand on."
-    home, seen, todo = Path(__file__).parent, {}, ['train', f'tasks.{task}']
+    import cv_lab
+    home, seen, todo = Path(cv_lab.__file__).parent, {}, ['train', f'tasks.{task}']
     while todo:
         room = todo.pop(); file = home/f'{room.replace(".", "/")}.py'
         if room in seen or room.split('.')[0] in ('core', 'spec', 'task', 'data') or not file.is_file(): continue
