@@ -68,8 +68,9 @@ def rows(scenes): return [dict(r, tags=dict(r['tags'])) for r in scenes.table.to
 def objects(row): return [a for a in row['annotations'] if a['label'] is not None]
 
 
-def test_any_process_makes_the_same_scenes(scenes, tmp_path):
-    code = f'from cv_lab.data.samples import digit_scenes; print(digit_scenes({str(tmp_path)!r}, scenes=150, workers=1).version)'
+def test_any_process_makes_the_same_scenes(tmp_path, tmp_path_factory):
+    scenes = digit_scenes(tmp_path_factory.mktemp('here'), scenes=40, workers=2)
+    code = f'from cv_lab.data.samples import digit_scenes; print(digit_scenes({str(tmp_path)!r}, scenes=40, workers=1).version)'
     out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=os.environ | {'PYTHONHASHSEED': '7', 'OMP_NUM_THREADS': '2'})
     assert out.stdout.strip() == scenes.version, out.stderr
     for row in scenes.table.to_pylist(): assert digest((tmp_path/row['uri']).read_bytes()) == row['sha256']
@@ -174,6 +175,12 @@ def test_a_glyph_that_is_not_turned_is_the_scan():
     up = glyph(scan, 64, shift=(3, -2)); np.testing.assert_allclose(np.roll(g, (-2, 3), (0, 1))[10:-10, 10:-10], up[10:-10, 10:-10], atol=1e-4)
     a, b = (ndimage.center_of_mass(glyph(scan, 64, angle=v)[:, :]) for v in (0, .3)); c, s = np.cos(.3), np.sin(.3); m = len(g)/2 - .5
     np.testing.assert_allclose((b[1] - m, b[0] - m), (c*(a[1] - m) - s*(a[0] - m), s*(a[1] - m) + c*(a[0] - m)), atol=.6)
+
+
+@pytest.mark.parametrize('task', ['detection', 'segmentation', 'instances', 'reading'])
+def test_the_problems_of_the_scenes_ask_for_tags_that_are_there(scenes, task):
+    problem = load_problem(f'problems/scenes_{task}.yaml'); tags = tags_of(scenes.table)
+    assert problem.classes == scenes.classes and all(select(where, tags).any() for where in problem.slices.values())
 
 
 @pytest.mark.parametrize('wrong', [dict(scenes=0), dict(size=(32, 32)), dict(clips=1.5), dict(cameras=['camera-Z']), dict(cameras=[])])
