@@ -146,7 +146,7 @@ class Asked:
 def _json_images(body:bytes, field:str, query:dict) -> tuple[list[bytes], dict]:
     found = read_json_body(body); options = found.pop('options', None) or {}
     if not isinstance(options, dict): raise Fault('bad_option', 'options is no object', 'a JSON object', 'see /openapi.json')
-    if field not in found or (extra := set(found) - {field}):
+    if set(found) != {field}:
         raise Fault('bad_input', f'the fields are {sorted(found)[:5]}', f'{field!r}, and perhaps options', 'see /openapi.json')
     if field == 'images' and not isinstance(found[field], list): raise Fault('bad_input', 'images is no list', 'a list of base64 texts', 'see /openapi.json')
     texts = found[field] if field == 'images' else [found[field]]

@@ -8,18 +8,17 @@ __all__ = ['Source', 'toy_model', 'folders', 'cores', 'problem_of', 'Loaded', 'M
 # %% ../../nbs/66_service.models.ipynb #7eb0bb57
 import asyncio, os, time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 import numpy as np, pyarrow.parquet as pq
-from ..core import BadInput, Damaged, NotFound, Refusal, read_json
-from ..image import open_image
-from ..predict import Predictor, describe_model, golden_difference
+from ..core import Damaged, NotFound, Refusal, digest, read_json
+from ..image import open_image, placement
+from ..predict import Prepared, Predictor, describe_model, golden_difference
 from ..spec import Problem, Serving, load_problem
 from .batching import Batcher, Work, each_alone
 from .bodies import Limits
 from .faults import Fault
-from .telemetry import Metrics, ModelMetrics, event, image_summary
+from .telemetry import Metrics, ModelMetrics, event
 
 # %% ../../nbs/66_service.models.ipynb #fac73756
 def toy_model(folder:str|Path, gain:float=.05, problem:str='brightness', size:int=8) -> Path: # the folder
@@ -60,18 +59,19 @@ class Loaded:
     def __init__(self, folder:str|Path, pool, metrics:Metrics|None=None, device:str='auto', threads:int|None=None, max_batch:int|None=None, max_queue:int=256):
         self.folder = folder = Path(folder).resolve(); metrics = metrics or Metrics()
         self.predictor = p = Predictor(folder, device, threads or max(1, cores() - 1))
-        self.name, self.digest, self.version, self.since = p.problem_name, p.digest, folder.name, time.time()
+        self.name, self.version, self.since = p.problem_name, folder.name, time.time()
+        self.digest = digest(read_json(folder/'checksums.json')) if (folder/'checksums.json').is_file() else p.digest # of the bundle, as in the registry
         self.problem = problem_of(folder); self.limits = Limits.of(self.problem.serving if self.problem else Serving())
         size = max_batch or (8 if p.device == 'cpu' else self.limits.images)
-        self.metrics = ModelMetrics(metrics, self.name, self.digest, p.classes)
+        self.metrics = ModelMetrics(metrics, self.name, self.digest, p.classes); self.ref = dict(problem=self.name, version=self.version, digest=self.digest)
         self.batcher = Batcher(each_alone(self.run), pool, size, max_queue, self._observe)
         self._small = p.image.height*p.image.width <= 1 << 16
 
-    def run(self, xs:list[np.ndarray]) -> list[dict]:
+    def run(self, xs:list[Prepared]) -> list[dict]:
         "Answers for inputs; the only place where the network is called."
-        return [s.said(self.predictor.classes) for s in self.predictor.decoded(self.predictor.infer(np.stack(xs)))]
+        return [s.said(self.predictor.classes) for s in self.predictor.decoded(self.predictor.outputs(xs), xs)]
 
-    def prepare(self, data:bytes) -> np.ndarray:
+    def prepare(self, data:bytes) -> Prepared:
         "The network's input: the same lines as in training."
         if not data: raise Fault('empty_body', 'the image is empty: 0 bytes', 'the bytes of an image file', 'send the file itself')
         return self.predictor.prepare(data, self.limits.pixels)
@@ -87,9 +87,9 @@ class Loaded:
 
     def check(self):
         "Warm it, and compare it with the golden answers that travel with it."
-        h, w = self.predictor.image.height, self.predictor.image.width
-        for n in (1, self.batcher.max_batch, 1, 1): said = self.run([np.full((3, h, w), 128, np.uint8)]*n)
-        start = time.perf_counter(); said = self.run([np.zeros((3, h, w), np.uint8)]); self.batcher.per_item = time.perf_counter() - start
+        cfg = self.predictor.image; x = Prepared(np.full((3, cfg.height, cfg.width), 128, np.uint8), placement(cfg.width, cfg.height, cfg))
+        for n in (1, self.batcher.max_batch, 1, 1): start = time.perf_counter(); said = self.run([x]*n)
+        self.batcher.per_item = time.perf_counter() - start
         if any(not np.isfinite(a.get('score') or 0) for s in said for a in s['annotations']): raise Damaged('the model answers NaN', 'finite confidences', 'export the run again')
         if (golden := self.folder/'golden.parquet').is_file() and (d := golden_difference(self.predictor, pq.read_table(golden))) > 1e-3:
             raise Damaged(f'the model answers {d:.3g} away from its golden answers', 'at most 0.001', 'release the run again, on this kind of hardware')

@@ -9,7 +9,7 @@ __all__ = ['log', 'Metrics', 'ModelMetrics', 'entropy', 'JsonLines', 'set_up_log
 # %% ../../nbs/65_service.telemetry.ipynb #2f6315ca
 import json, logging, os, sys, threading, time
 from collections import deque
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -76,7 +76,7 @@ log = logging.getLogger('cv_lab.service')
 class JsonLines(logging.Formatter):
     "A log record as one line of JSON."
     def format(self, record:logging.LogRecord) -> str:
-        out = dict(time=datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec='milliseconds'), level=record.levelname.lower(), event=record.getMessage())
+        out = dict(time=datetime.fromtimestamp(record.created, UTC).isoformat(timespec='milliseconds'), level=record.levelname.lower(), event=record.getMessage())
         out |= {k: (v[:500] if isinstance(v, str) else v) for k, v in getattr(record, 'fields', {}).items()}
         if record.exc_info: out['exception'] = self.formatException(record.exc_info)[-4000:]
         return json.dumps(out, ensure_ascii=False, default=str)
@@ -105,7 +105,7 @@ class PredictionLog:
     def _open(self):
         if self._file and self._file.tell() < self.max_bytes: return
         if self._file: self._file.close()
-        name = f'predictions-{datetime.now(timezone.utc):%Y%m%dT%H%M%S.%f}-{os.getpid()}.jsonl'
+        name = f'predictions-{datetime.now(UTC):%Y%m%dT%H%M%S.%f}-{os.getpid()}.jsonl'
         self._file = open(self.folder/name, 'a', encoding='utf8')
         for old in sorted(self.folder.glob('predictions-*.jsonl'))[:-self.max_files]: old.unlink(missing_ok=True)
 
