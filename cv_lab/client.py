@@ -6,7 +6,7 @@
 __all__ = ['AGAIN', 'Image', 'ServiceFault', 'Unreachable', 'attempts', 'checked', 'Client', 'AsyncClient']
 
 # %% ../nbs/71_client.ipynb #9edeac83
-import asyncio, base64, random, time
+import asyncio, random, time
 from pathlib import Path
 from typing import Any, Generator
 import httpx

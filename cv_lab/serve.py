@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'ROOT', 'NATIVE', 'service', 'from_registry', 'from_bento', 'find_source', 'Carried', 'carried', 'pinned',
-           'Host', 'check_models', 'drain_on_signals', 'VisionService', 'Running', 'free_port', 'command',
+           'Host', 'bounded', 'check_models', 'drain_on_signals', 'VisionService', 'Running', 'free_port', 'command',
            'environment', 'start_service', 'wait_until_ready', 'serve']
 
 # %% ../nbs/70_serve.ipynb #06c603ed
 import asyncio, os, signal, socket, subprocess, sys, tempfile, time
 from contextlib import contextmanager
+from http import HTTPStatus
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterator
@@ -17,8 +18,9 @@ import bentoml, httpx
 from bentoml.models import BentoModel
 import cv_lab
 from .core import BadInput, NotFound, Refusal, RunFailed, workspace
-from .service.app import Service
-from .service.faults import as_fault
+from .service.app import Endpoint, Service
+from .service.bodies import read_body
+from .service.faults import ClientGone, Fault, as_fault
 from .service.models import Models, Source, folders
 from .service.telemetry import PredictionLog, event, set_up_log
 
@@ -92,9 +94,22 @@ class Host(bentoml.Service):
     def to_asgi(self, is_main:bool=True):
         theirs = super().to_asgi(is_main)
         async def app(scope, receive, send):
-            ours = scope['type'] == 'http' and scope['path'] not in NATIVE
-            await (service if ours else theirs)(scope, receive, send)
+            if scope['type'] == 'http' and scope['path'] not in NATIVE: return await service(scope, receive, send)
+            if scope['type'] == 'http' and scope['method'] == 'POST': receive = await bounded(scope, receive, send)
+            if receive: await theirs(scope, receive, send)
         return app
+
+async def bounded(scope, receive, send): # ASGI's receive, or None when it was answered already
+    "Read a body under our limits, for an endpoint that has none."
+    length = dict(scope['headers']).get(b'content-length')
+    try: body = await read_body(length and length.decode('latin1'), receive, 100_000_000, 20.)
+    except ClientGone: return None
+    except Fault as e:
+        async def refuse(*_, e=e): raise e
+        return await Endpoint(service, '/predict', refuse)(scope, receive, send)
+    rest = iter([dict(type='http.request', body=body, more_body=False)])
+    async def again(): return next(rest, None) or await receive()
+    return again
 
 def _settings() -> dict:
     "Settings of the service from the environment."
@@ -109,7 +124,7 @@ service = Service(_lazily())
 def check_models():
     "Load everything once, or end with a message."
     async def once():
-        models = Models(find_source(), device='cpu' if os.environ.get('CVLAB_DEVICE', 'auto') == 'auto' else os.environ['CVLAB_DEVICE'])
+        models = Models(find_source(), device=os.environ.get('CVLAB_DEVICE', 'auto'))
         await models.start(); await models.stop()
     try: asyncio.run(once())
     except Refusal as e: raise SystemExit(f'the service cannot start: {e}') from None
@@ -153,12 +168,11 @@ class VisionService:
     async def close(self): await service.stop()
 
     @bentoml.api(route='/predict')
-    async def predict(self, image:bytes) -> dict:
+    async def predict(self, image:bytes, /) -> dict:
         "The bytes of an image file: for BentoML's own client."
         try: return await service.answer(image)
         except Refusal as e:
-            e = as_fault(e)
-            raise bentoml.exceptions.BentoMLException(e.what, error_code=e.http_status) from None
+            e = as_fault(e); raise bentoml.exceptions.BentoMLException(str(e), error_code=HTTPStatus(e.http_status)) from None
 
 VisionService.models.extend(carried())
 

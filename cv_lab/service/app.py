@@ -197,7 +197,7 @@ class Service:
     def __init__(self, source:Source, **settings):
         self.source, self.metrics, self.inflight, self.ready, self._watch = source, Metrics(), 0, False, None
         self.configure(**settings); table = routes()
-        self.router = Router([Route(path, Endpoint(self, path, handler, kind), methods=[method]) for method, path, handler, kind, _ in table])
+        self.router = Router([Route(path, Endpoint(self, path, handler, kind), methods=[method]) for method, path, handler, kind, _ in table], redirect_slashes=False)
         paths = {}
         for method, path, _, _, operation in table:
             if operation: paths.setdefault(path, {})[method.lower()] = operation

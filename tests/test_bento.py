@@ -1,0 +1,109 @@
+"The real thing: `bentoml serve`, and a Bento served where there is no workspace."
+import base64, io, os, shutil, subprocess, sys
+from pathlib import Path
+
+import httpx, pytest, yaml
+from PIL import Image
+
+from cv_lab.core import RunFailed
+from cv_lab.predict import Predictor
+from cv_lab.release import Registry, make_bundle
+from cv_lab.serve import PACKAGES, free_port, start_service
+from cv_lab.service.models import toy_model
+from cv_lab.spec import parse_problem
+
+ROOT = Path(__file__).resolve().parents[1]
+PROBLEM = '''
+name: brightness
+task: classification
+owner: us
+intended_use: tests
+classes: [dark, bright]
+acceptance: [{metric: accuracy, at_least: 0.5}]
+serving: {max_image_mb: 1, max_batch: 4}
+'''
+
+
+def grey(level):
+    b = io.BytesIO(); Image.new('L', (40, 30), level).save(b, 'PNG'); return b.getvalue()
+
+
+@pytest.fixture(scope='module')
+def clone(tmp_path_factory):
+    "A clone with a production bundle in its registry, and things that no Bento should carry."
+    at = tmp_path_factory.mktemp('clone'); (at/'problems').mkdir()
+    shutil.copytree(ROOT/'cv_lab', at/'cv_lab', ignore=shutil.ignore_patterns('__pycache__'))
+    for name in ('bentofile.yaml', 'settings.ini', 'requirements.lock', 'pyproject.toml', 'README.md'): shutil.copy(ROOT/name, at)
+    for name in ('.env', 'secrets.pem', 'cv_lab/.env', 'data/private.png', 'runs/run.json'): (at/name).parent.mkdir(exist_ok=True); (at/name).write_text('PLANTED SECRET')
+    run = at/'runs/toy'; toy_model(run/'export'); bundle = make_bundle(run, parse_problem(PROBLEM), PROBLEM)
+    registry = Registry(at/'registry'); tag = registry.add(bundle); registry.promote(tag, override='a test', by='the tests')
+    return at
+
+
+def bentoml(*args, home, cwd):
+    env = {k: v for k, v in os.environ.items() if k not in ('BENTOML_HOME', 'CVLAB_MODEL', 'CVLAB_HOME')} | dict(HOME=str(home), BENTOML_DO_NOT_TRACK='True', PYTHONPATH='')
+    r = subprocess.run([sys.executable, '-m', 'bentoml', *args], env=env, cwd=cwd, capture_output=True, text=True, timeout=120)
+    assert r.returncode == 0, r.stdout + r.stderr
+    return r.stdout
+
+
+@pytest.fixture(scope='module')
+def bento(clone, tmp_path_factory):
+    "`bentoml build` as a user types it: the tag, and the home where it went."
+    home = tmp_path_factory.mktemp('home'); said = bentoml('build', '-o', 'tag', home=home, cwd=clone)
+    return said.strip().splitlines()[-1].removeprefix('__tag__:'), home
+
+
+def test_the_bento_holds_the_listed_files_the_model_and_no_torch(bento, clone):
+    tag, home = bento; at = home/'bentoml/bentos'/tag.replace(':', '/'); files = [p for p in at.rglob('*') if p.is_file()]
+    names = {p.relative_to(at).as_posix() for p in files}
+    assert {'src/cv_lab/serve.py', 'src/cv_lab/service/page.html', 'src/cv_lab/tasks/classification.py'} <= names
+    assert not any(b'PLANTED SECRET' in p.read_bytes() for p in files) and not any('.env' in n or n.startswith(('src/runs', 'src/data', 'src/registry', 'src/nbs')) for n in names)
+    about = yaml.safe_load((at/'bento.yaml').read_text()); models = {m['tag'] for s in about['services'] for m in s['models']}
+    assert models == {Registry(clone/'registry').resolve('brightness')}
+    needs = (at/'env/python/requirements.txt').read_text().split(); lock = (ROOT/'requirements.lock').read_text().split()
+    assert {n.split('==')[0] for n in needs} == set(PACKAGES) and all(n in lock for n in needs) and not any(n.startswith(('torch', 'timm', 'lightning')) for n in needs)
+
+
+def test_a_bento_answers_in_an_empty_folder_on_a_machine_without_the_workspace(bento, clone, tmp_path):
+    tag, home = bento; other, empty = tmp_path/'other', tmp_path/'empty'; other.mkdir(); empty.mkdir()
+    bentoml('export', tag, str(tmp_path/'x.bento'), home=home, cwd=empty)
+    bentoml('import', str(tmp_path/'x.bento'), home=other, cwd=empty)
+    env = dict(HOME=str(other), BENTOML_HOME=str(other/'bentoml'), PYTHONPATH=str(empty), CVLAB_HOME=str(empty))
+    image, want = grey(140), Predictor(Registry(clone/'registry').path('brightness'), 'cpu').predict([grey(140)])[0]
+    with start_service(bento=tag, env=env, cwd=empty) as s:
+        r = httpx.post(f'{s.url}/v1/predict', content=image, headers={'content-type': 'image/png'}); got = r.json()
+        assert r.status_code == 200 and {k: got[k] for k in want} == want
+        assert f"brightness:{got['model']['version']}" == Registry(clone/'registry').resolve('brightness') and got['model']['digest'].startswith(got['model']['version'])
+        assert httpx.get(f'{s.url}/v1/models').json()['models'][0]['limits'] == dict(max_image_bytes=1_000_000, max_pixels=50_000_000, max_images=4)
+        maps = {p for pid in [s.process.pid, *children(s.process.pid)] for p in Path(f'/proc/{pid}/maps').read_text().split() if 'libtorch' in p}
+        assert maps == set(), 'the CPU service has loaded torch'
+        assert s.stop() == 0
+    assert list(empty.iterdir()) == []
+
+
+def children(pid): return [int(c) for c in Path(f'/proc/{pid}/task/{pid}/children').read_text().split()]
+
+
+def test_bentoml_serve_end_to_end(tmp_path):
+    toy = toy_model(tmp_path/'toy'); image = grey(140); want = Predictor(toy, 'cpu').predict([image])[0]
+    with start_service(port=free_port(), model=toy) as s, httpx.Client(base_url=s.url) as http:
+        for way in (dict(content=image), dict(files={'image': image}), dict(json={'image': base64.b64encode(image).decode()})):
+            assert {k: v for k, v in http.post('/v1/predict', **way).json().items() if k in want} == want
+        assert http.post('/v1/predict', content=b'no image').status_code == 415
+        big = http.post('/v1/predict', content=iter([bytes(1 << 20)]*12)); assert big.status_code == 413 and big.json()['error']['code'] == 'too_large' # chunked
+        for path, text in (('/readyz', 'ok'), ('/livez', 'ok'), ('/metrics', 'cvlab_requests_total'), ('/openapi.json', '/v1/predict'), ('/', '<title>')):
+            r = http.get(path); assert r.status_code == 200 and text in r.text, path
+        assert http.get('/nowhere').json()['error']['code'] == 'not_found'
+        import bentoml as theirs
+        with theirs.SyncHTTPClient(s.url) as client: assert {k: v for k, v in client.predict(image).items() if k in want} == want
+        assert http.post('/predict', content=b'no image', headers={'content-type': 'application/octet-stream'}).status_code == 415
+        assert http.post('/predict', content=iter([bytes(1 << 20)]*101)).status_code == 413
+        assert s.stop() == 0
+
+
+def test_a_model_that_cannot_load_ends_the_process(tmp_path):
+    toy = toy_model(tmp_path/'toy'); (toy/'model.onnx').write_bytes(b'no graph')
+    with pytest.raises(RunFailed) as e:
+        with start_service(model=toy, seconds=30): pass
+    assert 'ended with status 1' in str(e.value) and 'the service cannot start' in str(e.value)
