@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['model_folder', 'read_evidence', 'judge_rules', 'read_verdict', 'verdict_table', 'say_verdict', 'bundle_digest',
            'make_bundle', 'verdict_faults', 'Log', 'Store', 'Aliases', 'objections', 'Promotions', 'Registry',
-           'opponents', 'write_gate', 'diff', 'export', 'load']
+           'opponents', 'write_gate', 'diff', 'export', 'load', 'mirror']
 
 # %% ../nbs/60_release.ipynb #f30b9b07
 import json, math, os, re, secrets, shutil
@@ -123,10 +123,10 @@ def judge_rules(problem:Problem, evidence:str|Path, # `evaluation/` of a run or 
     standing = (others or {}) | ({'production': production} if production else {})
     where = lambda r: [r.slice] if r.slice != 'each' else list(problem.slices)
     rows = [_judge_rule(r, s, found, standing, same) for r in problem.acceptance for s in where(r)]
-    judged = any(r['verdict'] == 'pass' for r in rows)
+    judged = any(r['verdict'] != 'not judged' for r in rows)
     rows += [_judge_parity(found.get('performance', {})), *_judge_data(found.get('data'))]
     if not judged: rows.append(dict(rule='something was judged', why='silence is no consent', verdict='fail',
-                                    measured=None, said='no acceptance rule passed'))
+                                    measured=None, said='no acceptance rule could be judged'))
     tables = sorted(p for p in folder.iterdir() if p.suffix in ('.json', '.parquet'))
     return dict(problem=problem.name, problem_digest=problem.digest,
                 verdict='fail' if any(r['verdict'] == 'fail' for r in rows) else 'pass', rules=rows,
@@ -640,3 +640,17 @@ def load(registry:Registry, file:str|Path) -> str: # the tag
         except Exception as e:
             raise BadInput(f'{file.name} is no exported model: {str(e)[:200]}', 'a file that export wrote', 'export it again') from None
         return registry.add(inside(at, f'{found.tag.name}/{found.tag.version}'))
+
+# %% ../nbs/60_release.ipynb #4a5c7a57
+def mirror(registry:Registry, problem:str, alias:str,
+           target:str) -> str: # the name of the W&B registry, such as `model`; what was done
+    "Show a move of an alias at W&B."
+    import wandb
+    tag = registry.resolve(problem, alias); folder = registry.path(tag); names = [alias, tag.split(':')[1]]
+    work = registry.home/'wandb'; work.mkdir(parents=True, exist_ok=True)
+    with wandb.init(project=problem, job_type='promote', name=tag.replace(':', '-'), dir=work) as run:
+        artifact = wandb.Artifact(problem, type='model', metadata=_about(folder) | dict(digest=digest(read_json(folder/'checksums.json'))))
+        artifact.add_dir(str(folder)); artifact = run.log_artifact(artifact, aliases=names)
+        if run.offline: return f'{tag} is kept for wandb sync; offline, W&B links nothing to a registry'
+        run.link_artifact(artifact, f'wandb-registry-{target}/{problem}', aliases=names)
+    return f'{tag} is {alias} in the W&B registry {target} too'
