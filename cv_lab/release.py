@@ -384,6 +384,10 @@ def _about(bundle:Path) -> dict[str, str]:
     said = read_json(bundle/'bundle.json')
     return {k: str(said.get(k, '') if isinstance(said, dict) else '') for k in ('problem', 'run', 'dataset', 'verdict')}
 
+def _stored_at(folder:Path) -> str: # by BentoML's note
+    found = re.search(r"^creation_time: '?(\d[-\dT:]{18})", (folder/_STORE_NOTE).read_text(encoding='utf8'), re.M)
+    return found[1] if found else ''
+
 def _identity(folder:Path) -> tuple[str, str]: # tag, digest
     "What a bundle is by its content; refused when it is damaged."
     found = bundle_digest(folder); name = _about(folder)['problem']
@@ -391,14 +395,30 @@ def _identity(folder:Path) -> tuple[str, str]: # tag, digest
     return f'{name}:{found[:16]}', found
 
 # %% ../nbs/60_release.ipynb #c02a32ed
+class _Entry(Strict): # where an alias points, by which line of the log, and what it pointed to before
+    tag: str; digest: str; n: int; line: str; at: str; by: str; reason: str; before: list[str]
+
+def _entry(line:dict, before:list[str]) -> dict: # what an alias's file says after a line of the log
+    return {k: line[k] for k in ('tag', 'digest', 'n', 'line', 'at', 'by', 'reason')} | dict(before=before)
+
+def _replay(moves:list[dict]) -> dict:
+    "Where the moves of an alias left it."
+    before = []
+    for was, m in zip(moves, moves[1:]):
+        before = [was['tag'], *before] if m['event'] == 'promote' else before[before.index(m['tag']) + 1:]
+    return _entry(moves[-1], before)
+
+# %% ../nbs/60_release.ipynb #ab05a33a
 class Aliases(Store):
     "The store, with names that point into it."
-    def _entries(self, problem:str) -> dict[str, dict]: # alias -> tag, who, why, the line of the log, what was before
+    def _entries(self, problem:str) -> dict[str, dict]: # alias -> `_Entry`
         if not _NAME.fullmatch(problem):
             raise BadInput(f'{problem!r} is no name of a problem', 'such as digits', 'see cvlab registry list')
         file = self.home/f'aliases/{problem}.json'
-        try: return read_json(file) if file.is_file() else {}
-        except BadInput as e: raise Damaged(e.what, 'the aliases of a problem', 'restore it from the last lines of the log') from None
+        try: return {a: _Entry.model_validate(e).model_dump() for a, e in dict(read_json(file)).items()} if file.is_file() else {}
+        except (BadInput, ValueError, TypeError):
+            raise Damaged(f'aliases/{problem}.json is not what was written there', 'the aliases of a problem',
+                          f'cvlab registry restore {problem}') from None
 
     def standing(self, problem:str) -> dict[str, str]: # alias -> tag
         "Where the aliases of a problem point."
@@ -416,7 +436,10 @@ class Aliases(Store):
 
     def path(self, problem:str, which:str|None=None) -> Path:
         "The folder of a bundle, every byte verified."
-        tag = self.resolve(problem, which); self.check(tag)
+        tag = self.resolve(problem, which); found = self.check(tag); name, _, also = problem.partition(':')
+        entry = self._entries(name).get(which or also or 'production')
+        if entry and entry['digest'] != found:
+            raise Damaged(f'{tag} is not what {name} was pointed at', f'digest {entry["digest"]}', 'see cvlab registry verify')
         return self._folder(tag)
 
     def _settle(self, problem:str) -> dict[str, dict]: # the entries
@@ -433,7 +456,7 @@ class Aliases(Store):
     def _move(self, problem, alias, tag, found, before, **why) -> dict: # under the lock
         entries = self._entries(problem); was = entries.get(alias, {}).get('tag')
         line = self._log.append(problem=problem, alias=alias, tag=tag, digest=found, was=was, **why)
-        entries[alias] = {k: line[k] for k in ('tag', 'digest', 'n', 'line', 'at', 'by', 'reason')} | dict(before=before)
+        entries[alias] = _entry(line, before)
         write_json(self.home/f'aliases/{problem}.json', entries)
         return entries[alias]
 
@@ -486,7 +509,7 @@ class Promotions(Aliases):
                 'an alias that nobody else moves', 'judge against the new one, then promote again')
             if now and now['tag'] == tag: return now
             if (bad := self._log.faults() + self.alias_faults(name)): raise Damaged('\n'.join(bad),
-                'a log and aliases that agree', 'find out who wrote there; see cvlab registry verify')
+                'a log and aliases that agree', f'find out who wrote there; then put a copy of the log back, or: cvlab registry restore {name}')
             against = objections(self._folder(tag), tag, self.standing(name), problem)
             if against and not override: raise NotAccepted('\n  '.join([f'{tag} may not be {alias}:', *against]),
                 'a passing verdict on this very bundle', 'improve the model, or override with a name and a reason')
@@ -504,10 +527,6 @@ class Promotions(Aliases):
         raise NotFound(f'{problem}:{alias} has nothing to go back to', 'an alias that was moved', 'promote another bundle')
 
 # %% ../nbs/60_release.ipynb #f72706d2
-def _stored_at(folder:Path) -> str: # by BentoML's note
-    found = re.search(r"^creation_time: '?(\d[-\dT:]{18})", (folder/_STORE_NOTE).read_text(encoding='utf8'), re.M)
-    return found[1] if found else ''
-
 class Registry(Promotions):
     "Bundles, aliases, log: what is released, what runs, and who said so."
     def models(self, problem:str|None=None) -> list[dict]: # newest first
@@ -535,16 +554,27 @@ class Registry(Promotions):
     def verify(self) -> dict: # ok; rows of what, ok, said; head: the digest of the log's last line
         "Check every stored byte, the chain of the log, and that the aliases are where the log left them."
         rows = []
-        def look(what, ask, *args):
-            try: faults = ask(*args)
-            except Refusal as e: faults = [e.what]
-            rows.append(dict(what=what, ok=not isinstance(faults, list) or not faults, said='; '.join(faults) if isinstance(faults, list) and faults else 'as it was'))
+        def look(what, ask, *args): # `ask` gives a list of faults, or anything else when all is well
+            try: found = ask(*args)
+            except Refusal as e: found = [e.what]
+            faults = found if isinstance(found, list) else []
+            rows.append(dict(what=what, ok=not faults, said='; '.join(faults) or 'as it was'))
         for tag in self.tags(): look(tag, self.check, tag)
         look('log', self._log.faults)
         for p in self.problems():
             look(f'aliases of {p}', self.alias_faults, p)
-            for a, t in self.standing(p).items(): look(f'{p}:{a}', self.check, t)
+            for a in (self.standing(p) if rows[-1]['ok'] else ()): look(f'{p}:{a}', self.path, p, a)
         return dict(ok=all(r['ok'] for r in rows), rows=rows, head=(self.log() or [{}])[-1].get('line'))
+
+    def restore(self, problem:str) -> dict[str, str]: # alias -> tag
+        "Put the aliases of a problem where the log left them."
+        with self._lock():
+            if (bad := self._log.faults()): raise Damaged('\n'.join(bad), 'a log that nobody changed', 'put a copy of the log back first')
+            try: now = self._entries(problem)
+            except Damaged: now = {}
+            left = {a: now[a] if a in now and self._unfinished(now[a], m) else _replay(m) for a, m in self._log.moves(problem).items()}
+            self._log.append(event='restore', of=problem); write_json(self.home/f'aliases/{problem}.json', left)
+        return self.standing(problem)
 
     def gc(self, keep:int=10) -> list[str]: # the tags removed
         "Remove old bundles, but nothing that an alias points to or would roll back to."

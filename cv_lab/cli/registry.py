@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'Bundle', 'Alias', 'By', 'Wandb', 'list_', 'show', 'diff', 'log', 'against', 'compare', 'promote', 'rollback',
-           'verify', 'gc', 'export', 'import_']
+           'verify', 'restore', 'gc', 'export', 'import_']
 
 # %% ../../nbs/96_cli.registry.ipynb #7cd446b4
 import getpass, sys
@@ -132,6 +132,11 @@ def verify(as_json:Json=False) -> None:
     if as_json: say(found, True, '')
     else: _table([r | dict(ok='ok' if r['ok'] else 'NO') for r in found['rows']]); print(f'the log ends with {found["head"]}')
     if not found['ok']: raise Damaged('; '.join(f'{r["what"]}: {r["said"]}' for r in found['rows'] if not r['ok']), 'what was released', 'roll back if it is in use; keep the folder for whoever finds out')
+
+@app.command()
+def restore(problem:Annotated[str, typer.Argument(show_default=False)], as_json:Json=False) -> None:
+    "Put the aliases of a problem where the log left them, after somebody wrote into them by hand."
+    found = _registry().restore(problem); say(found, as_json, '\n'.join(f'{problem}:{a} is {t}' for a, t in found.items()))
 
 @app.command()
 def gc(keep:Annotated[int, typer.Option(min=0, help='How many of the newest of each problem stay.')]=10, as_json:Json=False) -> None:
