@@ -15,11 +15,11 @@ from itertools import islice, tee
 from pathlib import Path
 from types import ModuleType
 from typing import Iterable, Iterator, Literal
-import numpy as np, pandas as pd, pyarrow as pa, pyarrow.compute as pc
+import numpy as np, pandas as pd, pyarrow as pa, pyarrow.compute as pc, pyarrow.parquet as pq
 from tqdm import tqdm
 from ..core import Annotation, BadInput, Refusal, canonical_json, inside, write_atomic
 from .files import ARCHIVES, Look, Quarantine, Source, look_all, unpack
-from .manifest import SCHEMA, Dataset, assign_splits, labels_in, load_dataset, make_table, save_dataset
+from .manifest import PREDICTIONS, SCHEMA, Dataset, assign_splits, labels_in, load_dataset, make_table, save_dataset
 
 # %% ../../nbs/11_data.formats.ipynb #40920b21
 CONTRACT = dict(
@@ -63,6 +63,7 @@ class Found:
     annotations: list[dict] = field(default_factory=list) # fields of `Annotation`, unchecked
     item: dict = field(default_factory=dict)              # columns of the manifest: split, group, tags, ...
     size: tuple[float, float]|None = None                 # width, height as the annotation file says; None: it does not
+    predictions: list[dict] = field(default_factory=list) # what a model said; kept apart from the annotations
     relative: bool = False           # boxes and polygons are in fractions of the image's width and height, not in pixels
     data: bytes|None = None          # the image file, where it was packed
 
@@ -74,6 +75,7 @@ class Reading:
     about: dict = field(default_factory=dict) # what else the format says, for its writer
     clip: bool = True                # cut boxes at the image's edge; False where the format means them to reach out
     total: int|None = None           # how many items, for the progress bar
+    predictions: list[dict] = field(default_factory=list) # filled while it is read: rows of a predictions table
 
 def natural(name:str) -> list: # a sort key
     "The order a person puts names in: 2 before 10."
@@ -173,8 +175,8 @@ def _same_size(found:Found, look:Look, q:Quarantine) -> bool:
 def _row(found:Found, look:Look, clip:bool, q:Quarantine) -> dict|None:
     if look.fault: return q.drop(found.image, look.fault, look.detail)
     if not _same_size(found, look, q): return None
-    if found.relative: found.annotations = [_in_pixels(a, look.width, look.height) for a in found.annotations]
-    anns = [_checked(a, found, look.width, look.height, clip, q) for a in found.annotations]
+    check = lambda a: _checked(_in_pixels(a, look.width, look.height) if found.relative else a, found, look.width, look.height, clip, q)
+    anns, found.predictions = map(check, found.annotations), [p for p in map(check, found.predictions) if p is not None]
     row = dict(id=found.image, uri=found.image, sha256=look.sha256, width=look.width, height=look.height,
                annotations=[a for a in anns if a is not None]) | {k: v for k, v in found.item.items() if v is not None}
     return dict(row, group=row.get('group') or look.sha256)
@@ -203,7 +205,9 @@ def _settled(reading:Reading, root:Path, images:Path|None, workers:int|None, q:Q
     here, there = tee(placed()); base = images or root
     looks = look_all((base/f.image for f in here), workers)
     for f, l in tqdm(zip(there, looks), 'images', reading.total, disable=None, unit='image', smoothing=.1):
-        if (row := _row(f, l, reading.clip, q)) is not None: yield row
+        if (row := _row(f, l, reading.clip, q)) is not None:
+            if f.predictions: reading.predictions.append(dict(id=f.image, annotations=f.predictions))
+            yield row
 
 def _copy(f:Found, root:Path, to:Path) -> None:
     to.parent.mkdir(parents=True, exist_ok=True)
@@ -217,6 +221,7 @@ class ImportResult:
     dataset: Dataset
     tally: dict
     quarantine: pd.DataFrame # item, part, action, reason, detail
+    predictions: pa.Table|None = None # what came with the annotations as a model's word; in predictions.parquet
 
 class Quarantined(BadInput):
     "Something was not as it should be, and `strict` was asked for."
@@ -244,6 +249,7 @@ def write_tally(tally:dict) -> str: # a few lines
     "The tally in words."
     said = lambda d: ', '.join(f'{k} {n:,}' for k, n in d.items())
     lines = [f"{tally['items']:,} items, {tally['annotations']:,} annotations" + (f" ({said(tally['kinds'])})" if tally['kinds'] else '')]
+    if tally.get('predictions'): lines.append(f"predictions, kept apart: {tally['predictions']:,}")
     if tally['unlabelled']: lines.append(f"unlabelled: {tally['unlabelled']:,}")
     lines.append('splits: ' + said(tally['splits']))
     shown = dict(islice(tally['labels'].items(), 20)); more = len(tally['labels']) - len(shown)
@@ -309,7 +315,11 @@ def import_dataset(src:str|Path,        # a folder, a file, or a zip or tar of o
     if strict and q.rows: raise Quarantined(f'{len(q.rows)} things in {src} are not as they should be: {tally["left_out"] | tally["mended"]}', 'nothing left out or mended under --strict', f'see {out/"quarantine.csv"}')
     classes = list(reading.classes or []); classes += sorted(set(labels_in(table)) - set(classes), key=natural)
     about = dict(format=fmt, why=why, imported_from=str(Path(src).resolve()), left_out=tally['left_out'], mended=tally['mended']) | ({fmt: reading.about} if reading.about else {})
-    return ImportResult(save_dataset(Dataset(table, name or out.name, images or source.root, classes, about), out), tally, q.table())
+    said = make_table(reading.predictions, PREDICTIONS) if reading.predictions else None
+    if said is not None:
+        tally['predictions'] = len(pc.list_flatten(said['annotations'])); sink = pa.BufferOutputStream(); pq.write_table(said, sink)
+        write_atomic(out/'predictions.parquet', sink.getvalue().to_pybytes())
+    return ImportResult(save_dataset(Dataset(table, name or out.name, images or source.root, classes, about), out), tally, q.table(), said)
 
 def _chain(first, rest):
     yield first
