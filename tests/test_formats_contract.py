@@ -14,6 +14,13 @@ LIMITS = dict(
     cvat=dict(rings=1, own_box=True, without=('track_id',)), # tracks are video: tests/test_formats_each.py
     labelstudio=dict(rings=1, own_box=True, read=dict(predictions='keep')),
     imagefolder=dict(one_label=True, safe_labels=True),
+    masks=dict(safe_labels=True, own_box=True),
+    mot=dict(groups=True, own_box=True, safe_labels=True),
+    icdar=dict(rings=1, points=4, own_box=True, label='text', no_hash=True),
+    textlines=dict(most=1),
+    cityscapes=dict(rings=1, own_box=True, label='car'),
+    kitti=dict(no_blanks=True),
+    openimages=dict(),
     yolo=dict(rings=1, pure=True, own_box=True, one_label=True, safe_labels=True))
 
 W, H = 48, 40
@@ -39,12 +46,13 @@ def rings(draw, points):
 
 
 @st.composite
-def annotations(draw, keeps, limit, cells):
+def annotations(draw, module, keeps, limit, cells):
     kinds = [k for k in KINDS if k in keeps]
     if limit.get('pure'): kinds = draw(st.sampled_from([['class'], [k for k in kinds if k != 'class']]))
     out = []
     for kind in draw(st.lists(st.sampled_from(kinds), max_size=limit.get('most', 5))):
-        a = dict(label=draw(safe if limit.get('safe_labels') else labels))
+        a = dict(label=limit.get('label') or draw(safe if limit.get('safe_labels') else labels))
+        if limit.get('no_blanks'): a['label'] = '_'.join(a['label'].split())
         if kind == 'box': a['bbox'] = draw(boxes())
         if kind == 'polygon': a['polygon'] = [draw(rings(limit.get('points'))) for _ in range(draw(st.integers(1, limit.get('rings', 2))))]; a['bbox'] = outline(a['polygon'])
         if kind == 'mask':
@@ -59,6 +67,9 @@ def annotations(draw, keeps, limit, cells):
             if 'score' in keeps and draw(st.booleans()): a['score'] = draw(st.integers(0, 100))/100
             if 'annotator' in keeps and draw(st.booleans()): a['annotator'] = draw(st.sampled_from(['Ada', 'b@c.org', '7']))
             if 'attributes' in keeps and draw(st.booleans()): a['attributes'] = {draw(st.sampled_from(['occluded', 'farbe', 'of day'])): draw(st.sampled_from(['1', 'rot', 'true', '12.5', 'ä b']))}
+            if (some := getattr(module, 'ATTRIBUTES', None)) and draw(st.booleans()):
+                k = draw(st.sampled_from(sorted(some))); a['attributes'] = {k: some[k]}
+                if k == 'ignore': a.pop('text', None)
         if limit.get('whole') and kind == 'box': a['bbox'] = [float(round(v)) for v in a['bbox'][:2]] + [float(round(v) + 1) for v in a['bbox'][2:]]; a['bbox'] = np.minimum(a['bbox'], [W - 1, H - 1, W, H]).tolist()
         out.append(a)
     if limit.get('one_label') and (c := [a for a in out if set(a) == {'label'}]): out = [a for a in out if set(a) > {'label'}] + c[:1]
@@ -73,15 +84,15 @@ def outline(polygon):
 def datasets(draw, module, limit, folder, files):
     keeps = [k for k in module.KEEPS if k not in limit.get('without', ())]; rows = []
     names = draw(st.lists(st.sampled_from([n for n, _ in files]), min_size=1, max_size=4, unique=True))
-    pure = draw(annotations(keeps, limit, [])) if limit.get('pure') else None
+    pure = draw(annotations(module, keeps, limit, [])) if limit.get('pure') else None
     for name in names:
         cells = [(y, x) for y in range(0, H - 10, 10) for x in range(0, W - 12, 12)]
-        anns = draw(annotations(keeps, limit, cells))
+        anns = draw(annotations(module, keeps, limit, cells))
         if pure is not None: anns = [a for a in anns if (set(a) == {'label'}) == any(set(p) == {'label'} for p in pure)]
         columns = {c: draw(st.one_of(st.none(), words)) for c in COLUMNS if c in keeps and c not in ('split', 'tags')}
         if 'split' in keeps: columns['split'] = draw(st.sampled_from(limit.get('splits', ['train', 'val', 'test', None])))
         if 'tags' in keeps: columns['tags'] = draw(st.dictionaries(st.sampled_from(['light', 'site no', 'größe']), words, max_size=2))
-        columns['group'] = columns.get('group') or dict(files)[name]
+        columns['group'] = columns.get('group') or (draw(st.sampled_from(['film 1', 'Fuß'])) if limit.get('groups') else dict(files)[name])
         rows.append(dict(id=name, uri=name, sha256=dict(files)[name], width=W, height=H, annotations=anns, **columns))
     t = make_table(rows); return Dataset(t, 'drawn', folder, sorted({a['label'] for r in rows for a in r['annotations'] if a.get('label')}))
 

@@ -29,7 +29,7 @@ CONTRACT = dict(
     recognise='(source) -> (strength, why): 3 it names itself, 2 its layout is typical, 1 it could be, 0 it is not',
     read='(source, ...) -> Reading; further parameters are options',
     write='(target, ...) -> None; further parameters are options')
-# and, where it has a place for some attributes only: ATTRIBUTES, their names
+# and, where it has a place for some attributes only: ATTRIBUTES, their names, each with a value for example
 
 KINDS = ('class', 'box', 'polygon', 'mask', 'line', 'caption')            # what an annotation is; line: the image is one line of text
 FIELDS = ('text', 'track_id', 'annotator', 'score', 'attributes')         # what it may say besides its label
@@ -401,7 +401,7 @@ def losses(t:pa.Table, module:ModuleType) -> dict[str, int]: # what -> how often
                 if c not in keeps and r[c] and not (c == 'group' and r[c] == r['sha256']): count(c)
             for a in r['annotations'] or []:
                 for f in FIELDS:
-                    if f in keeps or not a[f]: continue
+                    if f in keeps or not a[f] or (f == 'text' and kind_of(a) == 'line'): continue
                     if n := len(dict(a[f])) - len(attributes_kept(module, dict(a[f]))) if f == 'attributes' else 1: count(f, n)
                 if (k := kind_of(a)) not in keeps: count(k)
     return dict(sorted(lost.items()))
@@ -444,7 +444,7 @@ def little_dataset(folder:str|Path, module:ModuleType) -> Dataset:
                  mask=lambda: dict(label='cat', mask=_rle(square())), line=lambda: dict(text='Grün 10 €'), caption=lambda: dict(caption='A cat, and a dog.'))
     kinds['class'] = lambda: dict(label='cat')
     if 'class' in keeps and keeps & {'box', 'polygon', 'mask'}: kinds['class'] = lambda: dict(label='indoors')
-    extra = dict(text='EXIT', track_id='7', annotator='Ada', score=.75, attributes={k: '1' for k in getattr(module, 'ATTRIBUTES', ('occluded',))})
+    extra = dict(text='EXIT', track_id='7', annotator='Ada', score=.75, attributes=dict(getattr(module, 'ATTRIBUTES', dict(occluded='1'))))
     item = dict(split='train', group='film-1', source='shop', license='CC0', consent='form-3', captured_at='2024-05-01', device='cam-2', tags=dict(light='day'))
     for i in range(3):
         anns = [kinds[k]() for k in KINDS if k in keeps] if i < 2 else []
@@ -463,7 +463,7 @@ def _rle(mask:np.ndarray) -> dict:
 def content(t:pa.Table, module:ModuleType) -> list: # sorted; two tables say the same to a format when these are equal
     "What a table says of what a format keeps, without names and order."
     def one(a):
-        a = {k: v for k, v in a.items() if v is not None and (k not in FIELDS or k in module.KEEPS or k == 'attributes')}
+        a = {k: v for k, v in a.items() if v is not None and (k not in FIELDS or k in module.KEEPS or k == 'attributes' or (k == 'text' and kind_of(a) == 'line'))}
         if 'attributes' in a: a['attributes'] = {k: v for k, v in a['attributes'] if k in attributes_kept(module, [k])}
         if not a.get('attributes'): a.pop('attributes', None)
         return canonical_json(a)

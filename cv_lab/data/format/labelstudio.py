@@ -8,7 +8,6 @@ __all__ = ['TITLE', 'KEEPS', 'LOSES', 'recognise', 'read', 'write', 'labelling_c
 # %% ../../../nbs/11g_data.format.labelstudio.ipynb #2d8588ad
 import base64, json, math, re
 from collections import defaultdict
-from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 from xml.sax.saxutils import quoteattr
 from ...core import BadInput, digest, read_json
