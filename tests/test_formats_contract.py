@@ -20,7 +20,7 @@ LIMITS = dict(
     textlines=dict(most=1),
     cityscapes=dict(rings=1, own_box=True, label='car'),
     kitti=dict(no_blanks=True),
-    openimages=dict(),
+    fiftyone=dict(own_box=True),
     yolo=dict(rings=1, pure=True, own_box=True, one_label=True, safe_labels=True))
 
 W, H = 48, 40
