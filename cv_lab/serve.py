@@ -21,6 +21,7 @@ from .core import BadInput, NotFound, Refusal, RunFailed, workspace
 from .service.app import Endpoint, Service
 from .service.bodies import read_body
 from .service.faults import ClientGone, Fault, as_fault
+from .service.keys import Guard
 from .service.models import Models, Source, folders
 from .service.telemetry import PredictionLog, event, set_up_log
 
@@ -57,7 +58,7 @@ def _lazily() -> Source:
     return look
 
 # %% ../nbs/70_serve.ipynb #5eef1901
-PACKAGES = ('bentoml', 'httpx', 'matplotlib', 'numpy', 'onnxruntime', 'pandas', 'pillow', 'prometheus-client', 'pyarrow', 'pydantic', 'python-multipart', 'pyyaml', 'scikit-learn',
+PACKAGES = ('bentoml', 'httpx', 'numpy', 'onnxruntime', 'pandas', 'pillow', 'prometheus-client', 'pyarrow', 'pycocotools', 'pydantic', 'python-multipart', 'pyyaml',
             'scipy', 'starlette', 'filelock')
 ROOT = Path(cv_lab.__file__).parents[1]
 
@@ -114,9 +115,11 @@ async def bounded(scope, receive, send): # ASGI's receive, or None when it was a
 def _settings() -> dict:
     "Settings of the service from the environment."
     number = lambda name, default: type(default)(os.environ.get(name, default))
-    kept = os.environ.get('CVLAB_TELEMETRY')
-    return dict(device=os.environ.get('CVLAB_DEVICE', 'auto'), max_queue=number('CVLAB_MAX_QUEUE', 256), max_inflight=number('CVLAB_MAX_INFLIGHT', 128),
-                max_batch=number('CVLAB_MAX_BATCH', 0) or None, poll=number('CVLAB_POLL_SECONDS', 1.), kept=PredictionLog(kept) if kept else None)
+    env = os.environ.get; kept, challenger = env('CVLAB_TELEMETRY'), env('CVLAB_CHALLENGER')
+    return dict(device=env('CVLAB_DEVICE', 'auto'), max_queue=number('CVLAB_MAX_QUEUE', 256), max_inflight=number('CVLAB_MAX_INFLIGHT', 128),
+                max_batch=number('CVLAB_MAX_BATCH', 0) or None, poll=number('CVLAB_POLL_SECONDS', 1.), kept=PredictionLog(kept) if kept else None,
+                guard=Guard(env('CVLAB_KEYS'), env('CVLAB_OPEN') == '1'), jobs=env('CVLAB_JOBS'),
+                challengers=(folders(challenger) if Path(challenger).is_dir() else from_registry(workspace().registry, challenger)) if challenger else None)
 
 service = Service(_lazily())
 

@@ -69,7 +69,7 @@ class Loaded:
         size = max_batch or (8 if p.device == 'cpu' else self.limits.images)
         self.metrics = ModelMetrics(metrics, self.name, self.digest, p.classes); self.ref = dict(problem=self.name, version=self.version, digest=self.digest)
         self.batcher = Batcher(each_alone(self.run), pool, size, max_queue, self._observe)
-        self._small = p.image.height*p.image.width <= 1 << 16
+        self.small = p.image.height*p.image.width <= 1 << 16
 
     def run(self, xs:list[Prepared]) -> list[dict]:
         "Answers for inputs; the only place where the network is called."
@@ -80,10 +80,10 @@ class Loaded:
         if not data: raise Fault('empty_body', 'the image is empty: 0 bytes', 'the bytes of an image file', 'send the file itself')
         return self.predictor.prepare(data, self.limits.pixels)
 
-    def light(self, data:bytes) -> bool: # decoding it takes less time than asking another thread
-        if len(data) > 1 << 14 or not self._small: return False
-        im = open_image(data, self.limits.pixels) if data else None
-        return im is None or im.width*im.height <= 1 << 16
+    def pixels_in(self, data:bytes) -> int:
+        "How many pixels the header says, within the limit."
+        if not data: return 0
+        im = open_image(data, self.limits.pixels); return im.width*im.height
 
     def _observe(self, batch:list[Work]):
         m = self.metrics; m.batch.observe(len(batch)); m.stage['infer'].observe(batch[0].infer)
@@ -112,7 +112,7 @@ class Models:
         self.source, self.metrics, self.settings = source, metrics or Metrics(), dict(device=device, max_batch=max_batch, max_queue=max_queue)
         self.current, self.refused, self.swaps = {}, {}, 0
         self.device_pool = ThreadPoolExecutor(1, 'device'); self.decode_pool = ThreadPoolExecutor(cores(), 'decode')
-        self._one_at_a_time = asyncio.Lock()
+        self._one_at_a_time, self.big = asyncio.Lock(), asyncio.Semaphore(1)
 
     def load(self, folder:Path) -> Loaded:
         "A bundle, checked and warm."
