@@ -217,7 +217,7 @@ def test_the_series_do_not_grow_with_what_clients_send(toy):
         async with serving(toy) as (service, http):
             async def size(): return len((await http.get('/metrics')).text.splitlines())
             for p in ('/x', '/v1/models/x/predict'): await http.post(p, content=grey(1)); await http.request('BREW', p)
-            before = await size()
+            await size(); before = await size()
             for i in range(10_000): await service(scope(f'/{i}/{"x"*(i % 50)}') | dict(method=f'M{i}'), None, lambda m: asyncio.sleep(0))
             for i in range(200): await http.post(f'/v1/models/name{i}/predict', content=grey(1))
             return before, await size()
