@@ -9,13 +9,13 @@ __all__ = ['SHARES', 'GROUNDS', 'LIGHTS', 'BLURS', 'CHANGE', 'FRAMES', 'GREY', '
 
 # %% ../../nbs/14_data.samples.ipynb #406bd247
 import io, math, os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import Callable, Sequence
 import numpy as np
+from joblib import Parallel, delayed
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 from ..core import Annotation, BadInput, Refusal, digest, write_atomic
@@ -35,6 +35,7 @@ def _png(grey:np.ndarray) -> bytes: # (H, W) uint8
     "A PNG file of stored blocks."
     f = io.BytesIO(); Image.fromarray(grey).save(f, 'PNG', compress_level=0); return f.getvalue()
 
+@lru_cache
 def digit_scans() -> tuple[np.ndarray, np.ndarray]: # (1797, 8, 8) uint8 in 0..16, (1797,) labels 0..9
     "scikit-learn's scans of handwritten digits."
     from sklearn.datasets import load_digits
@@ -161,8 +162,8 @@ def plan_scenes(splits:Sequence[str],    # of the scans
     for kind, n in (('clip', n_clips), ('scene', scenes - n_clips*FRAMES)):
         of = np.repeat(list(SHARES), np.diff(np.rint(np.cumsum([0, *SHARES.values()])*n).astype(int)))
         for k, split in enumerate(rng.permutation(of).tolist()):
-            digits = int(rng.integers(2, 7)) if kind == 'clip' or rng.random() > .03 else 0    # some scenes are empty
-            first = (digits + 1)//2 if digits >= 4 and rng.random() < .4 else digits
+            digits = int(rng.integers(2, 9)) if kind == 'clip' or rng.random() > .03 else 0    # some scenes are empty
+            first = (digits + 1)//2 if digits > 6 or (digits >= 4 and rng.random() < .5) else digits
             lines = [[next(deal[split]) for _ in range(m)] for m in (first, digits - first) if m]
             light, camera = draw(LIGHTS), draw({c: .15 if c == 'camera-D' else .3 for c in cameras})
             out.append(Scene(f'{kind}-{k:04}', split, lines, draw(dict.fromkeys(GROUNDS, 1)), light, draw(BLURS), camera,
@@ -291,7 +292,7 @@ def photograph(img:np.ndarray, # (H, W, 3) float32: the lit scene
     f = io.BytesIO(); im.save(f, 'JPEG', quality=int(lens.integers(*cam.quality))); return f.getvalue()
 
 # %% ../../nbs/14_data.samples.ipynb #b2ae03ce
-_NUMBERS = ('no', 'one', 'two', 'three', 'four', 'five', 'six')
+_NUMBERS = ('no', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight')
 _SEEN = dict(day='by day', dusk='at dusk', night='at night', shadow='half in the shade', glare='in a glare')
 
 def _truth(scene:Scene, placed:list[Placed], masks:list[np.ndarray], labels:np.ndarray, ink:str) -> list[Annotation]:
@@ -329,6 +330,12 @@ def _stage(scene:Scene, scans:np.ndarray, labels:np.ndarray, width:int, height:i
                              digits=len(placed), lines=len(scene.lines), scans=' '.join(str(p.scan) for p in placed),
                              clip=scene.name if scene.frames > 1 else None, frame=f if scene.frames > 1 else None)), data
 
+
+def _batch(plan:Sequence[Scene], folder:Path, size:tuple[int, int]) -> list[dict]: # rows
+    "The files of some scenes: what one process does at a time."
+    scans, labels = digit_scans()
+    return [(write_atomic(folder/row['uri'], data, sync=False), row)[1] for scene in plan for row, data in _stage(scene, scans, labels, *size)]
+
 # %% ../../nbs/14_data.samples.ipynb #c8b53c36
 def digit_scenes(folder:str|Path,                      # made when it is not there
                  scenes:int=1000,                      # images, the frames of clips counted
@@ -336,19 +343,19 @@ def digit_scenes(folder:str|Path,                      # made when it is not the
                  size:tuple[int, int]=(192, 128),      # width, height
                  cameras:Sequence[str]=tuple(CAMERAS), # which take pictures; `camera-D` only from October on
                  clips:float=.2,                       # share of the images that are frames of clips
-                 workers:int|None=None,                # threads; all cores when None
+                 workers:int|None=None,                # processes; None: all cores, or one for a few scenes
                 ) -> Dataset:
     "Real scans staged on real pictures: boxes, masks, text, tracks, captions, slices and drift."
-    folder = Path(folder); recipe = dict(sample='digit_scenes', revision=2, scenes=scenes, seed=seed, size=list(size), cameras=list(cameras), clips=clips)
+    folder = Path(folder).resolve(); recipe = dict(sample='digit_scenes', revision=3, scenes=scenes, seed=seed, size=list(size), cameras=list(cameras), clips=clips)
     if not cameras or set(cameras) - set(CAMERAS): raise BadInput(f'the cameras {list(cameras)}', f'some of: {", ".join(CAMERAS)}', 'correct the names')
     if scenes < 1 or min(size) < 64 or not 0 <= clips <= 1: raise BadInput(f'{scenes} scenes of {size} pixels, {clips} of them in clips', 'at least one, of at least 64x64, a share', 'correct the parameters')
     if (kept := _kept(folder, recipe)) is not None: return kept
     scans, labels = digit_scans()
     splits = assign_splits(make_table(_digit_rows(scans, labels)), SHARES)['split'].to_pylist()
-    plan = plan_scenes(splits, scenes, seed, cameras, clips); [ground_picture(g) for g in GROUNDS]
-    def make(scene): return [(write_atomic(folder/row['uri'], data, sync=False), row)[1] for row, data in _stage(scene, scans, labels, *size)]
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool, tqdm(total=scenes, desc='digit scenes', disable=None, unit='image') as bar:
-        rows = [row for made in pool.map(make, plan) for row in made if bar.update() or True]
+    plan = plan_scenes(splits, scenes, seed, cameras, clips)
+    jobs = workers or (os.cpu_count() if scenes > 200 else 1)
+    batches = Parallel(jobs, return_as='generator')(delayed(_batch)(plan[i:i+20], folder, size) for i in range(0, len(plan), 20))
+    with tqdm(total=scenes, desc='digit scenes', disable=None, unit='image') as bar: rows = [row for made in batches for row in made if bar.update() or True]
     about = dict(what='digits of scikit-learn staged on pictures that scikit-image and scikit-learn ship', recipe=recipe,
                  drift=f'camera-D takes pictures from {CHANGE.date()} on', licenses={g: v.license for g, v in GROUNDS.items()})
     return save_dataset(Dataset(make_table(rows), 'digit_scenes', folder, [str(c) for c in range(10)], about), folder)
