@@ -79,7 +79,7 @@ class Rule(Strict):
     against: str|None = None              # an alias, such as `production`
     lose_at_most: float|None = Field(None, ge=0) # how much worse than `against` is still accepted
     slice: str|None = None                # a slice of the problem, or `each`
-    min_support: int = Field(20, ge=1)    # fewer items in the slice: the rule is not judged
+    min_support: int = Field(20, ge=1)    # fewer items: a rule on a slice is not judged, a rule on all items fails
     judge: Literal['interval', 'point'] = 'interval'
     why: str|None = None
 
@@ -197,7 +197,7 @@ def judge(rule:Rule,          # what is asked
          ) -> dict: # verdict, measured, said
     "Does `figure` satisfy `rule`?"
     if figure is not None and (n := figure.get('support')) is not None and n < rule.min_support:
-        return dict(verdict='not judged', measured=figure, said=f'{n} items, fewer than {rule.min_support}')
+        return dict(verdict='not judged' if rule.slice else 'fail', measured=figure, said=f'{n} items, fewer than {rule.min_support}')
     if figure is None or figure.get('value') is None: return dict(verdict='fail', measured=None, said='was not measured')
     v = figure['value']; low, high = figure.get('low'), figure.get('high')
     if rule.judge == 'point' or low is None: low = high = v
