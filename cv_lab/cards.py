@@ -137,7 +137,7 @@ Owner: {{ problem.owner }}. Every command is run in the workspace.
 
 | step | command | what you should see |
 |---|---|---|
-| start | `make serve` (`PORT=8080 make serve` for another port) | `ready on http://127.0.0.1:3000` |
+| start | `make serve` (`PORT=8080 make serve` for another port) | `serving on http://127.0.0.1:3000` |
 | is it up? | `curl -f http://127.0.0.1:3000/livez` | status 200 |
 | may it get traffic? | `curl -f http://127.0.0.1:3000/readyz` | status 200; 503 while it loads or shuts down |
 | ask it | `curl --data-binary @image.png -H 'Content-Type: image/png' http://127.0.0.1:3000/v1/predict` | a label, and the version that gave it |

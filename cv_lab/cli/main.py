@@ -173,11 +173,10 @@ def init(dataset: Annotated[str, typer.Argument(help='A dataset folder, or the n
 
 # %% ../../nbs/99_cli.main.ipynb #edf184db
 @app.command()
-def serve(port: Annotated[int, typer.Option(help='0: any free one.', envvar='PORT')] = 3000, host: str = '127.0.0.1'):
+def serve(port: Annotated[int, typer.Option(envvar='PORT')] = 3000, host: str = '127.0.0.1'):
     "Serve what the aliases name, until Ctrl-C."
-    from cv_lab.serve import start_service
-    with start_service(port=port, host=host) as service:
-        print(f'ready on {service.url}  (Ctrl-C stops it)', flush=True); service.wait()
+    from cv_lab import serve as room
+    workspace(); print(f'serving on http://{host}:{port}  (Ctrl-C stops it)', flush=True); room.serve(port, host)
 
 def _step(n:int, text:str) -> None: Console(highlight=False).print(f'\n[bold cyan]{n}/8[/] [bold]{text}[/]')
 
