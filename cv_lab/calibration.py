@@ -56,7 +56,7 @@ def reliability(right:np.ndarray, confidence:np.ndarray, bins:int=15) -> pd.Data
         items=('right', 'size'), confidence=('confidence', 'mean'), right=('right', 'mean')).reset_index()
     n, p, z = t['items'], t['right'], 1.96
     middle, half = (p + z*z/(2*n))/(1 + z*z/n), z*np.sqrt(p*(1 - p)/n + z*z/(4*n*n))/(1 + z*z/n)
-    return t.assign(low=middle - half, high=middle + half, left=t['bin']/bins)
+    return t.assign(low=np.minimum(middle - half, p), high=np.maximum(middle + half, p), left=t['bin']/bins)   # rounding must not part them from p
 
 def plot_reliability(tables:dict[str, pd.DataFrame], # title -> `reliability`
                     ):

@@ -94,7 +94,7 @@ class _Say(logging.Handler):
                 if cell.cell_type == 'markdown' and (h := re.match(r'#+ (.*)', cell.source)):
                     print(f'  {time.perf_counter() - self.since:5.1f} s  {h[1]}', flush=True)
             self.at = max(self.at, int(m[1]))
-        elif not re.match(r'Ending Cell|Input Notebook|Output Notebook|Working directory|Executing notebook|<|%|.*(\\d%\\|.*\\||wandb.*WARNING)', text) and text.strip():
+        elif not re.match(r'Ending Cell|Input Notebook|Output Notebook|Working directory|Executing notebook|<|%|.*\d%\|.*\||.*wandb.*WARNING', text) and text.strip():
             print('\n'.join(f'           {line}' for line in text.rstrip().splitlines()), flush=True)
 
 def _execute(notebook:Path, folder:Path, values:dict, ws:Workspace, loud:bool) -> None:
