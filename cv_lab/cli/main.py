@@ -197,15 +197,15 @@ def walk(problem: Annotated[Path, typer.Argument(help='The problem file.')] = Pa
     _step(5, 'The acceptance rules'); print_table(verdict_table(trained.verdict).to_dict('records'))
     if trained.verdict['verdict'] != 'pass': raise not_accepted(trained.verdict)
     _step(6, 'The release'); tag, _ = release_run(folder, spec, path.read_text(encoding='utf8'), ws, reason='the whole way once'); print(f'{tag} is production')
-    _step(7, 'The service'); image = _ask_service(data, spec, tag)
+    _step(7, 'The service'); image = _ask_service(ws, data, spec)
     _step(8, 'What to look at'); _paths(ws, trained, errors, spec, image)
 
-def _ask_service(data, spec, tag:str) -> Path:
+def _ask_service(ws, data, spec) -> Path:
     "Start the service, ask it about one test image over HTTP, show the answer, stop it."
     import httpx
     from cv_lab.serve import start_service
     row = data.split('test').slice(0, 1).to_pylist()[0]; image = data.root/row['uri']
-    with start_service(port=0) as service:
+    with start_service(env=dict(CVLAB_HOME=str(ws.root))) as service:
         answer = httpx.post(f'{service.url}/v1/models/{spec.name}/predict', content=image.read_bytes(), headers={'Content-Type': 'application/octet-stream'}, timeout=30)
         answer.raise_for_status(); print(f'POST {service.url}/v1/models/{spec.name}/predict  {os.path.relpath(image)}'); print_json(answer.json())
     print(f'true: {", ".join(a["label"] for a in row["annotations"] if a["label"])}; the service is stopped'); return image
