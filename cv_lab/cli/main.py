@@ -110,7 +110,8 @@ def release_run(folder:Path, spec, text:str, ws, alias:str|None='production', re
     from cv_lab.release import Registry, make_bundle, write_gate
     registry = Registry(ws.registry); verdict = write_gate(folder, spec, registry)
     tag = registry.add(make_bundle(folder, spec, text, documents(folder, spec)))
-    if alias: registry.promote(tag, alias, reason=reason or f'released from {folder.name}', by=by or os.environ.get('USER') or 'unknown', override=override)
+    if alias and registry.standing(spec.name).get(alias) != tag:
+        registry.promote(tag, alias, reason=reason or f'released from {folder.name}', by=by or os.environ.get('USER') or 'unknown', override=override)
     return tag, verdict
 
 @app.command()
