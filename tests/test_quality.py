@@ -4,7 +4,8 @@ import numpy as np, pandas as pd, pytest
 from PIL import Image, ImageDraw, ImageFilter
 import io
 from cv_lab.core import Annotation, canonical_json, digest
-from cv_lab.data import quality as q
+from cv_lab.data import duplicates, measures, quality as q
+from cv_lab.data.orientation import turned
 from cv_lab.data.manifest import Dataset, assign_splits, first_labels, make_table
 from cv_lab.spec import Problem
 from cv_lab.tasks import classification
@@ -47,12 +48,12 @@ FAULTS = dict(
 
 @pytest.fixture(scope='module')
 def planted(tmp_path_factory):
-    files = {f'{i:04}': encoded(picture(i), ['JPEG', 'PNG', 'WEBP'][i % 3]) for i in range(500)}
+    files = {f'{i:04}': encoded(picture(i), ['JPEG', 'PNG', 'WEBP'][i % 3]) for i in range(480)}
     truth = {}
     for k, (kind, spoil) in enumerate(FAULTS.items()):
         for i in range(20):
             name = f'{(k*20 + i)*3:04}'; files[name] = spoil(picture((k*20 + i)*3), i); truth[name] = kind
-    for i in range(20): files[f'{450 + i:04}'] = files[f'{480 + i:04}']; truth[f'{450 + i:04}'] = 'duplicate'
+    for i in range(20): files[f'{430 + i:04}'] = files[f'{460 + i:04}']; truth[f'{430 + i:04}'] = 'duplicate'
     d = dataset(tmp_path_factory.mktemp('planted'), files)
     return d, truth, q.check(d, workers=1)
 
@@ -61,13 +62,14 @@ def planted(tmp_path_factory):
 def test_finds_what_was_planted(planted, kind):
     _, truth, report = planted
     want = {n for n, k in truth.items() if k == kind}; got = set(report.findings.loc[report.findings['kind'] == kind, 'id'])
-    if kind == 'duplicate': got = {f'{int(g) - 30:04}' if int(g) >= 480 else g for g in got}   # either of the two may be named
+    if kind == 'duplicate': got = {f'{int(g) - 30:04}' if int(g) >= 460 else g for g in got}   # either of the two may be named
     assert len(want & got)/len(want) >= .9 and len(want & got)/len(got) >= .9, (sorted(want - got), sorted(got - want))
 
 
 def test_processes_measure_the_same(planted):
-    d, _, report = planted
-    pd.testing.assert_frame_equal(q.measure_files(d, workers=2), report.seen)
+    d, _, report = planted; some = Dataset(d.table.slice(0, 130), 'some', d.root, d.classes)
+    (seen, thumbs), (_, here) = (q.measure_files(some, workers=n) for n in (2, 1))
+    pd.testing.assert_frame_equal(seen, report.seen.drop(columns='cluster')[:130]); assert (thumbs == here).all()
 
 
 def test_a_clean_tiny_dataset_has_no_findings(tmp_path):
@@ -130,7 +132,7 @@ def test_blur_effect_is_the_formula_of_the_paper():
         d = [[max(abs(a[y, x + 1] - a[y, x]) - floor, 0) for x in range(a.shape[1] - 1)] for y in range(a.shape[0])]
         e = [[abs(b[y, x + 1] - b[y, x]) for x in range(a.shape[1] - 1)] for y in range(a.shape[0])]
         return 1 - sum(max(0, p - r) for u, v in zip(d, e) for p, r in zip(u, v))/sum(map(sum, d))
-    for floor in (0, 2): assert q.blur_effect(px.astype(np.uint8), floor=floor) == pytest.approx(max(naive(px, floor), naive(px.T, floor)), abs=1e-4)
+    for floor in (0, 2): assert measures.blur_effect(px.astype(np.uint8), floor=floor) == pytest.approx(max(naive(px, floor), naive(px.T, floor)), abs=1e-4)
 
 
 def test_same_boxes_against_all_pairs():
@@ -162,3 +164,71 @@ def test_boxes_and_labels_of_the_table(tmp_path):
 
 
 def test_an_empty_dataset(tmp_path): assert q.check(Dataset(make_table([]), 'none', tmp_path, ['a'])).to_json()['items'] == 0
+
+
+def gained(im, g): return im.point(lambda v: int(min(255, v*g)))
+
+
+NEAR = dict(
+    crop=lambda im, r: im.crop((x := int(r.integers(0, 12)), y := int(r.integers(0, 9)), x + int(160*r.uniform(.8, .92)), y + int(120*r.uniform(.8, .92)))),
+    resize=lambda im, r: im.resize((int(160*r.uniform(.4, .9)), int(120*r.uniform(.4, .9)))),
+    jpeg=lambda im, r: Image.open(io.BytesIO(encoded(im, quality=int(r.integers(10, 50))))),
+    brightness=lambda im, r: gained(im, r.choice([r.uniform(.5, .8), r.uniform(1.2, 1.5)])),
+    together=lambda im, r: NEAR['brightness'](NEAR['jpeg'](NEAR['resize'](NEAR['crop'](im, r), r), r), r))
+
+
+@pytest.fixture(scope='module')
+def near():
+    rng, ims, truth = np.random.default_rng(5), [picture(i) for i in range(250)], {}
+    for k, (kind, change) in enumerate(NEAR.items()):
+        for i in range(20): truth[(k*20 + i, len(ims))] = kind; ims.append(change(ims[k*20 + i], rng))
+    thumbs = np.stack([measures.measure(encoded(im))['thumb'] for im in ims])
+    return truth, {tuple(sorted(p)) for p in zip(*duplicates.near_duplicates(thumbs)[['a', 'b']].to_numpy().T.tolist())}
+
+
+@pytest.mark.parametrize('kind', NEAR)
+def test_near_duplicates_are_found(near, kind):
+    truth, found = near; want = {p for p, k in truth.items() if k == kind}
+    assert len(want & found) >= .9*len(want)
+
+
+def test_near_duplicates_are_not_invented(near):
+    truth, found = near
+    assert len(found & set(truth)) >= .9*len(found)
+
+
+def test_near_duplicates_through_the_index_are_those_of_all_pairs():
+    rng = np.random.default_rng(0); base = rng.integers(0, 256, (2500, 8, 8)).astype(np.uint8)   # enough for several cells
+    thumbs = np.stack([np.asarray(Image.fromarray(b).resize((64, 64), Image.Resampling.BICUBIC)) for b in base]); thumbs = np.concatenate([thumbs, (thumbs[:2000]*.8).astype(np.uint8)])
+    assert len(thumbs) > 4096
+    got = duplicates.near_duplicates(thumbs); pairs = {tuple(sorted(p)) for p in zip(got['a'].tolist(), got['b'].tolist())}
+    want = {(i, 2500 + i) for i in range(2000)}
+    assert len(pairs & want) >= .99*len(want) and len(pairs - want) <= .01*len(want)
+
+
+def test_likeness_is_no_copy():
+    from sklearn.datasets import load_digits
+    scans = np.stack([np.asarray(Image.fromarray((px*15).astype(np.uint8)).resize((64, 64), Image.Resampling.BILINEAR)) for px in load_digits().images[:600]])
+    assert len(duplicates.near_duplicates(scans)) <= 2
+
+
+def test_near_leak_names_the_item_outside_test(tmp_path):
+    files = {f'{i}': encoded(picture(i)) for i in range(30)}; files['3'] = encoded(picture(7).resize((120, 90)), quality=60)
+    split = {n: 'test' if n in ('7', '8') else 'train' for n in files}
+    r = q.check(dataset(tmp_path, files, split=split)); f = r.findings[r.findings['kind'] == 'leaked_near']
+    assert f[['id', 'other']].to_numpy().tolist() == [['3', '7']] and not r.ok
+    assert r.seen.set_index('id')['cluster'].pipe(lambda c: c['3'] == c['7'] and c['3'] != c['8'])
+
+
+def test_turned_pictures_and_none_where_there_is_no_top():
+    rng = np.random.default_rng(1); y = np.linspace(1, 0, 64)[:, None]
+    ims = np.stack([(60 + 120*y + 30*np.sin(np.arange(64)/rng.uniform(2, 9))*(y < .4) + rng.normal(0, 12, (64, 64))).clip(0, 255).astype(np.uint8) for _ in range(240)])
+    bad = rng.choice(240, 12, replace=False); k = 1 + np.arange(12) % 3
+    for i, n in zip(bad, k): ims[i] = np.rot90(ims[i], n)
+    found = turned(ims).set_index('item')['quarters']
+    assert set(found.index) == set(bad) and all((found[i] + n) % 4 == 0 for i, n in zip(bad, k))
+    assert turned(rng.integers(0, 255, (200, 64, 64)).astype(np.uint8)).empty
+
+
+def test_clusters():
+    assert len(set(duplicates.clusters(6, pd.DataFrame(dict(a=[0, 1, 4], b=[1, 2, 5]))))) == 3
