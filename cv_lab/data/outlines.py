@@ -61,8 +61,8 @@ def from_brush(rle:list[int], # bytes
         repeated, n = take(1), take(sizes[take(2)]) + 1
         if repeated: out[i:i + n] = take(word)
         else:
-            take(0); raw = bits[at:at + n*word]; take(n*word)
-            out[i:i + n] = np.packbits(np.frombuffer(raw.encode(), np.uint8) - 48)[:total - i]
+            words, at = bits[at:at + n*word], at + n*word
+            out[i:i + n] = np.packbits(np.frombuffer(words.encode(), np.uint8) - 48)[:total - i]
         i += n
     return out.reshape(height, width, 4)[..., 3] > 0
 

@@ -173,6 +173,7 @@ def _write_video(target:Target) -> None:
         if len(films) > 1 and sum(re.sub(r'[^\w.-]+', '_', f or '') == folder for f in films) > 1: folder += f'_{n}'
         splits = {r['split'] for r in rows}; root = _root(target, film or folder, 'interpolation', len(rows), (rows[0]['split'] or '') if len(splits) == 1 else '', rows[0]); tracks = {}
         if len(splits) > 1: target.lose('split', len(rows))
+        target.lost.pop('group', None)                     # the film's name
         for k, r in enumerate(rows):
             target.image(r, f'{folder}/images/frame_{k:06}.{r["uri"].rpartition(".")[2]}')
             for a in r['annotations']:

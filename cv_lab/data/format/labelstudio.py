@@ -42,16 +42,18 @@ def _geometry(r:dict) -> dict: # part of an annotation; bbox and polygon in frac
     a = rotated_box(cx, cy, bw*w, bh*h, float(v['rotation'])); a['polygon'] = [[p/(h if i % 2 else w) for i, p in enumerate(a['polygon'][0])]]
     return a
 
+_UNREAD = ('relation', 'keypointlabels', 'ellipselabels', 'keypoint', 'ellipse', 'videorectangle', 'rating', 'number')
 _LINE = ('line', 'transcription') # names of text fields that hold what the image says, not what it shows
 
 def _results(result:list[dict], image:str, q) -> list[dict]: # annotations
     "What one result list says."
     regions, whole = defaultdict(dict), []
     for r in result:
-        v, kind = r.get('value') or {}, r.get('type', ''); a = regions[r.get('id') or id(r)]
+        v, kind = r.get('value') or {}, r.get('type', '')
+        if not v or kind in _UNREAD: q.drop(image, 'a kind of region that is not read', kind, part='annotation'); continue
+        a = regions[r.get('id') or id(r)]
         try: where = _geometry(r)
         except (ValueError, TypeError, KeyError, ZeroDivisionError, BadInput) as e: q.drop(image, 'region cannot be read', f'{kind}: {getattr(e, "what", e)}', part='annotation'); regions.pop(r.get('id'), None); continue
-        if kind in ('relation', 'keypointlabels', 'ellipselabels', 'keypoint', 'ellipse', 'videorectangle', 'rating', 'number'): q.drop(image, 'a kind of region that is not read', kind, part='annotation'); continue
         names = next((v[k] for k in v if k.endswith('labels') and isinstance(v[k], list)), [])
         meta = r.get('meta') if isinstance(r.get('meta'), dict) else {}; said = {k: meta[k] for k in ('annotator', 'track_id') if k in meta}
         more = where.pop('attributes', {}) | dict(meta.get('attributes') or {}) | ({'labels': ', '.join(names[1:])} if len(names) > 1 else {})
