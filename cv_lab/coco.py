@@ -151,14 +151,17 @@ def average_precision(m:Matches, classes:int):
     return at
 
 def _one_class(out, weight, right, ignored, objects):
-    before, total = None, None; there = objects > 0; floor = np.spacing(1)
+    sel = np.flatnonzero(~ignored.all(0)); there, w = objects > 0, weight if len(sel) == weight.shape[1] else weight[:, sel]; right, ignored = right[:, sel], ignored[:, sel]
+    total = np.cumsum(w*~ignored[0] if ignored[0].any() else w, 1) if len(sel) else w
     for t in range(len(right)):
-        if before is None or (ignored[t] != before).any(): before, total = ignored[t], np.cumsum(weight*~ignored[t], 1)
-        k = np.flatnonzero(right[t]); tp = np.cumsum(weight[:, k], 1)
+        k = np.flatnonzero(right[t]); tp = np.cumsum(w[:, k], 1); n = total[:, k]
         if not len(k): out[there, t] = 0.; continue
-        precision = np.maximum.accumulate((tp/(total[:, k] + floor))[:, ::-1], 1)[:, ::-1]
+        if len(d := np.flatnonzero(ignored[t] != ignored[0])):                            # few boxes change sides from one demand to another
+            change = np.cumsum(w[:, d]*np.where(ignored[t, d], -1., 1.), 1); before = np.searchsorted(d, k, 'right')
+            n = n + np.where(before > 0, change[:, np.maximum(before - 1, 0)], 0.)
+        precision = np.maximum.accumulate((tp/(n + np.spacing(1)))[:, ::-1], 1)[:, ::-1]
         recall = tp/np.where(there, objects, 1.)[:, None]; step = np.rint(recall*100).astype(np.int64).clip(0, 100)
-        reached = step + (RECALLS[step] <= recall)                                                                # how many of the 101 recalls
+        reached = step + (RECALLS[step] <= recall)                                        # how many of the 101 recalls
         out[:, t] = np.where(there, (np.diff(reached, axis=1, prepend=0)*precision).sum(1)/len(RECALLS), np.nan)
 
 def _per_image(m:Matches, classes:int) -> list: # sparse (N, C) per area: objects that count
