@@ -89,12 +89,12 @@ def clean(s:dict, visible:float=.2, pixels:float=1.) -> dict:
     "A sample without the objects that have left the image."
     H, W = s['image'].shape[-2:]; b = s['boxes'].as_subclass(torch.Tensor); c = b.clamp(min=0).minimum(torch.tensor([W, H, W, H]))
     side = c[:, 2:] - c[:, :2]; whole = (b[:, 2:] - b[:, :2]).prod(1)
-    keep = (side >= pixels).all(1) & (side.prod(1) >= visible*whole)
+    left = side.prod(1)/whole.clamp(min=1e-9); keep = (side >= pixels).all(1) & (left >= visible)
     if len(s['masks']): keep &= s['masks'].flatten(1).any(1).bool() | torch.tensor([not a.get('mask') for a in s['said']])
     count = [sum(len(r)//2 for r in a.get('polygon') or []) for a in s['said']] if len(s['points']) else [0]*len(s['said'])
     rows = torch.repeat_interleave(keep, torch.tensor(count, dtype=torch.long)) if len(count) else torch.zeros(0, dtype=torch.bool)
     masks = s['masks'][keep] if len(s['masks']) else s['masks']; points = s['points'][rows].as_subclass(torch.Tensor).clamp(min=-.5).minimum(torch.tensor([W - .5, H - .5]))
-    return _sample(s['image'], c[keep], masks, points, [a for a, k in zip(s['said'], keep.tolist()) if k])
+    return _sample(s['image'], c[keep], masks, points, [a | dict(visible=v*a.get('visible', 1.)) for a, k, v in zip(s['said'], keep.tolist(), left.tolist()) if k])
 
 def from_sample(s:dict, parts:Sequence[str]) -> tuple[torch.Tensor, list[dict]]:
     "The image, and the annotations that are left, where they are now."

@@ -86,13 +86,18 @@ class Images(torch.utils.data.Dataset):
         found = self.task.targets(said, self.cfg, self.classes)
         return {k: torch.as_tensor(v) for k, v in found.items()} if isinstance(found, dict) else torch.as_tensor(found)
 
-    def place(self, i) -> Placement: # of the image in the network's input
+    def whole(self, said, width, height): # with a place for what speaks of the whole image
+        return getattr(self.task, 'whole', lambda annotations, width, height: annotations)(said, width, height)
+
+    def size(self, i) -> tuple[int, int]: # width and height of the image
         if None in self.sizes[i]: self.load(i)
-        return placement(*self.sizes[i], self.cfg.image)
+        return self.sizes[i]
+
+    def place(self, i) -> Placement: return placement(*self.size(i), self.cfg.image) # of the image in the network's input
 
     def item(self, i): # image and annotations, before augmentation
         image = self.load(i) if self.kept is None else self.kept[i]
-        if self.said[i] and isinstance(self.said[i][0], Annotation): self.said[i] = [to_input(a, self.place(i)).said() for a in self.said[i]]
+        if self.said[i] and isinstance(self.said[i][0], Annotation): self.said[i] = [to_input(a, self.place(i)).said() for a in self.whole(self.said[i], *self.size(i))]
         return image, self.said[i]
 
     def __len__(self): return len(self.uris)

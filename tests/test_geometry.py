@@ -79,3 +79,10 @@ def test_parts_that_are_not_asked_for_stay_out():
     px, a = scene(60, 60, (10, 10, 30, 30)); image = torch.from_numpy(px).permute(2, 0, 1)
     _, said = Augment([{'RandomHorizontalFlip': dict(p=1.)}], ('bbox',))(lambda i: (image, [a.said(), Annotation('whole image').said()]), 0, 1)
     assert len(said) == 1 and said[0]['bbox'] == [30, 10, 50, 30]
+
+
+@pytest.mark.parametrize('steps', [[], [{'RandomHorizontalFlip': dict(p=1.)}]], ids=['as it is', 'mirrored'])
+def test_what_has_left_the_image_is_told(steps):
+    px, _ = scene(60, 60, (10, 10, 30, 30)); image = torch.from_numpy(px).permute(2, 0, 1); cut = Annotation('blob', bbox=[-10, 10, 10, 30])
+    _, said = Augment(steps, ('bbox',))(lambda i: (image, [Annotation('blob', bbox=[10, 10, 30, 30]).said(), cut.said()]), 0, 1)
+    assert [a['visible'] for a in said] == [1., .5]
