@@ -92,7 +92,8 @@ def _judge_rule(rule:Rule, where:str|None, found:dict, standing:dict, same:tuple
 def _judge_parity(performance:dict) -> dict:
     p = performance.get('parity'); row = dict(rule='parity with the checkpoint', why='what was judged is what answers')
     if not isinstance(p, dict): return row | dict(verdict='fail', measured=None, said='was not measured')
-    said = p.get('said') or (f'{p.get("items", 0)} items, largest difference {p.get("max_abs_diff", math.nan):.2g}, '
+    worst = _figure(p, 'max_abs_diff'); worst = f'{worst["value"]:.2g}' if worst else 'unknown'
+    said = p.get('said') or (f'{p.get("items", 0)} items, largest difference {worst}, '
                              f'{len(p.get("differ") or [])} answers differ')
     return row | dict(verdict='pass' if p.get('ok') is True else 'fail', said=said,
                       measured={k: p[k] for k in ('items', 'max_abs_diff', 'tolerance') if k in p})
@@ -102,11 +103,12 @@ def _judge_data(data:dict|None) -> list[dict]:
     if data is None: return [row('checked', 'not judged', 'there is no data.json')]
     rows = [row(r.get('rule'), 'pass' if r.get('verdict') == 'pass' else 'not judged'
                 if r.get('verdict') == 'not judged' else 'fail', r.get('said', '')) for r in data.get('rules', [])]
-    if data.get('ok') is not True and all(r['verdict'] != 'fail' for r in rows): rows.append(row('all', 'fail', 'not ok'))
-    return rows
+    silent = data.get('ok') is not True and all(r['verdict'] != 'fail' for r in rows)
+    return rows + [row('all', 'fail', 'not ok')]*silent
 
 # %% ../nbs/60_release.ipynb #5daa23fe
 _MODEL = ('model.onnx', 'model.safetensors', 'model.json', 'preprocess.json', 'thresholds.json') # = predict.MODEL_FILES
+_JUDGED = ('.json', '.parquet')
 
 def _now() -> str:
     "The time in UTC; SOURCE_DATE_EPOCH, where it is set, so that a build can be repeated."
@@ -127,7 +129,7 @@ def judge_rules(problem:Problem, evidence:str|Path, # `evaluation/` of a run or 
     rows += [_judge_parity(found.get('performance', {})), *_judge_data(found.get('data'))]
     if not judged: rows.append(dict(rule='something was judged', why='silence is no consent', verdict='fail',
                                     measured=None, said='no acceptance rule could be judged'))
-    tables = sorted(p for p in folder.iterdir() if p.suffix in ('.json', '.parquet'))
+    tables = sorted(p for p in folder.iterdir() if p.suffix in _JUDGED)
     return dict(problem=problem.name, problem_digest=problem.digest,
                 verdict='fail' if any(r['verdict'] == 'fail' for r in rows) else 'pass', rules=rows,
                 inputs={f'evaluation/{p.name}': file_digest(p) for p in tables},
@@ -144,7 +146,8 @@ def read_verdict(path:str|Path) -> dict:
     "A verdict from a file, refused when it has not the form of one."
     try: return _Verdict.model_validate(read_json(path)).model_dump()
     except ValidationError as e:
-        raise Damaged(f'{Path(path).name} is no verdict: {e.errors()[0]["loc"]}', 'what the gate writes', 'judge the run again') from None
+        raise Damaged(f'{Path(path).name} is no verdict: {e.errors()[0]["loc"]}', 'what the gate writes',
+            'judge the run again') from None
 
 def verdict_table(verdict:dict): # pandas.DataFrame
     "The verdict as a table, a row per rule."
@@ -168,41 +171,48 @@ def _files_in(folder:Path) -> list[str]:
     for at, dirs, files in os.walk(folder):
         for n in dirs + files:
             p = Path(at)/n
-            if p.is_symlink(): raise Damaged(f'{p.name} in a bundle is a link', 'files and folders', 'make the bundle again')
+            if p.is_symlink():
+                raise Damaged(f'{p.name} in a bundle is a link', 'files and folders', 'make the bundle again')
             if n in files: out.append(p.relative_to(folder).as_posix())
     return sorted(out)
 
 def bundle_digest(folder:str|Path) -> str: # 64 hex digits
     "Check every file of a bundle against `checksums.json`, and name the whole; refused when anything differs."
     folder = Path(folder)
-    if not (folder/'checksums.json').is_file(): raise NotFound(f'{folder} is no bundle', 'a folder with checksums.json', 'release a run')
+    if not (folder/'checksums.json').is_file():
+        raise NotFound(f'{folder} is no bundle', 'a folder with checksums.json', 'release a run')
     want = read_json(folder/'checksums.json'); again = 'release the run again, or roll back'
     if not isinstance(want, dict): raise Damaged('checksums.json is not an object', 'name: sha256', again)
     there = set(_files_in(folder)) - {'checksums.json', _STORE_NOTE}
     if there != set(want):
-        raise Damaged(f'{folder.name}: ' + '; '.join(f'{n} is {"not listed" if n in there else "missing"}' for n in sorted(there ^ set(want))[:5]),
-                      'the files that checksums.json lists', again)
+        odd = [f'{n} is {"not listed" if n in there else "missing"}' for n in sorted(there ^ set(want))[:5]]
+        raise Damaged(f'{folder.name}: {"; ".join(odd)}', 'the files that checksums.json lists', again)
     for name, h in want.items():
-        if file_digest(folder/name) != h: raise Damaged(f'{folder.name}/{name} is not the file that was released', f'sha256 {h}', again)
+        if file_digest(folder/name) != h:
+            raise Damaged(f'{folder.name}/{name} is not the file that was released', f'sha256 {h}', again)
     return digest(want)
 
 # %% ../nbs/60_release.ipynb #8981e018
+_DOCUMENT = re.compile(r'[A-Za-z0-9][A-Za-z0-9_.-]*\.(md|html|txt|json)')
+
 def _bundle_files(run:Path, problem_text:str, documents:dict[str, str]) -> dict[str, Path|str]: # name -> content
     "What goes into the bundle of a run."
     files = {n: run/'export'/n for n in _MODEL if (run/'export'/n).is_file()}
     if missing := {*_MODEL} - {*files, 'model.safetensors'}:
-        raise NotFound(f'{run.name}/export lacks {", ".join(sorted(missing))}', 'an exported run', 'export the run again')
-    files |= {f'evaluation/{p.name}': p for p in sorted((run/'evaluation').glob('*')) if p.suffix in ('.json', '.parquet')}
+        raise NotFound(f'{run.name}/export lacks {", ".join(sorted(missing))}', 'an exported run',
+            'export the run again')
+    files |= {f'evaluation/{p.name}': p for p in sorted((run/'evaluation').glob('*')) if p.suffix in _JUDGED}
     files |= {n: run/n for n in ('golden.parquet', 'gate.json', 'lineage.json', 'config.yaml') if (run/n).is_file()}
     for name in documents:
-        if not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9_.-]*\.(md|html|txt|json)', name) or name in files or name == 'checksums.json':
+        if not _DOCUMENT.fullmatch(name) or name in {*files, 'checksums.json', 'bundle.json', 'gate.json'}:
             raise BadInput(f'{name!r} cannot be the name of a document', 'such as MODEL_CARD.md', 'rename it')
     return files | documents | {'problem.yaml': problem_text}
 
 def _label(run:Path, problem:Problem) -> dict[str, str]:
     "What one wants to know of a bundle at a glance."
     lineage, gate = (read_json(run/n) if (run/n).is_file() else {} for n in ('lineage.json', 'gate.json'))
-    return dict(problem=problem.name, run=run.name, dataset=str(lineage.get('dataset') or ''), verdict=gate.get('verdict', 'not judged'))
+    return dict(problem=problem.name, run=run.name, dataset=str(lineage.get('dataset') or ''),
+                verdict=gate.get('verdict', 'not judged'))
 
 def make_bundle(run_path:str|Path, problem:Problem,
                 problem_text:str,                    # the problem file as it is written
@@ -210,8 +220,10 @@ def make_bundle(run_path:str|Path, problem:Problem,
                 out:str|Path|None=None) -> Path:     # `bundle/` in the run folder when None
     "Everything that answers or explains, in one folder with checksums."
     run = Path(run_path); out = Path(out or run/'bundle'); out.parent.mkdir(parents=True, exist_ok=True)
-    if parse_problem(problem_text).digest != problem.digest: raise BadInput('the text is of another problem', problem.name, 'pass the text of the same file')
-    files = _bundle_files(run, problem_text, documents or {}) | {'bundle.json': canonical_json(_label(run, problem)) + '\n'}
+    if parse_problem(problem_text).digest != problem.digest:
+        raise BadInput('the text is of another problem', problem.name, 'pass the text of the same file')
+    label = canonical_json(_label(run, problem)) + '\n'
+    files = _bundle_files(run, problem_text, documents or {}) | {'bundle.json': label}
     with _held(out.parent/f'.{out.name}.lock'):
         for old in out.parent.glob(f'.{out.name}.part-*'): shutil.rmtree(old)
         part = out.parent/f'.{out.name}.part-{secrets.token_hex(4)}'; part.mkdir()
@@ -220,7 +232,8 @@ def make_bundle(run_path:str|Path, problem:Problem,
             if isinstance(content, Path): shutil.copyfile(content, part/name)
             else: (part/name).write_text(content, encoding='utf8', newline='\n')
         sums = {n: file_digest(part/n) for n in sorted(files)}; write_json(part/'checksums.json', sums)
-        if faults := verdict_faults(part, problem): raise NotAccepted('\n'.join(faults), 'a verdict on the files of this run', 'judge the run again')
+        if faults := verdict_faults(part, problem):
+            raise NotAccepted('\n'.join(faults), 'a verdict on the files of this run', 'judge the run again')
         _put(part, out)
     return out
 
@@ -239,7 +252,9 @@ def _held(path:Path, seconds:float=30):
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(path, timeout=seconds): yield
-    except Timeout: raise Refusal(f'another process has held {path.name} for {seconds:g} s', 'one writer at a time', 'try again when it is done') from None
+    except Timeout:
+        raise Refusal(f'another process has held {path.name} for {seconds:g} s', 'one writer at a time',
+                      'try again when it is done') from None
 
 # %% ../nbs/60_release.ipynb #799b033d
 def verdict_faults(folder:str|Path, problem:Problem) -> list[str]: # none: it belongs
@@ -248,9 +263,10 @@ def verdict_faults(folder:str|Path, problem:Problem) -> list[str]: # none: it be
     if not (folder/'gate.json').is_file(): return []
     v, sums = read_verdict(folder/'gate.json'), read_json(folder/'checksums.json')
     judged = {**v['inputs'], **v['model']}
-    owed = {n for n in sums if n in _MODEL or (n.startswith('evaluation/') and n.endswith(('.json', '.parquet')))}
+    owed = {n for n in sums if n in _MODEL or (n.startswith('evaluation/') and n.endswith(_JUDGED))}
     out = [f'the verdict is on another {n}' for n in sorted(owed | set(judged)) if judged.get(n) != sums.get(n)]
-    if v['problem_digest'] != problem.digest: out.append(f'the verdict is by other rules than those of {problem.name} now')
+    if v['problem_digest'] != problem.digest:
+        out.append(f'the verdict is by other rules than those of {problem.name} now')
     if out: return out
     again = judge_rules(problem, folder/'evaluation', others={a: t for a, t in v['against'].items() if t},
                         same=tuple(v['same']))
@@ -297,12 +313,13 @@ class Log:
         "Where the chain is broken."
         out, before = [], '0'*64
         for i, e in enumerate(self.read(), 1):
-            if e.get('n') != i or e.get('before') != before: out.append(f'line {i} of the log does not follow line {i - 1}')
+            if e.get('n') != i or e.get('before') != before:
+                out.append(f'line {i} of the log does not follow line {i - 1}')
             before = e['line']
         return out
 
 # %% ../nbs/60_release.ipynb #c8d5011b
-_ALIAS, _VERSION = re.compile(r'[a-z][a-z0-9_-]{0,31}'), re.compile(r'[0-9a-f]{6,16}')
+_ALIAS, _VERSION, _BEGINNING = (re.compile(r) for r in (r'[a-z][a-z0-9_-]{0,31}', r'[0-9a-f]{16}', r'[0-9a-f]{4,16}'))
 _NAME = re.compile(r'[a-z0-9]([a-z0-9_-]{0,61}[a-z0-9])?')
 
 def _bentoml(home:Path):
@@ -318,7 +335,8 @@ def _staging(root:Path):
     root.mkdir(parents=True, exist_ok=True)
     for lock in root.glob('*.lock'):
         try:
-            with FileLock(lock, timeout=0): shutil.rmtree(lock.with_suffix(''), ignore_errors=True); lock.unlink(missing_ok=True)
+            with FileLock(lock, timeout=0):
+                shutil.rmtree(lock.with_suffix(''), ignore_errors=True); lock.unlink(missing_ok=True)
         except Timeout: pass
     at = root/secrets.token_hex(8); lock = at.with_suffix('.lock')
     with FileLock(lock):
@@ -335,7 +353,8 @@ def _sync(folder:Path):
 class Store:
     "Bundles by digest, in BentoML's model store."
     def __init__(self, home:str|Path): # `workspace().registry`
-        self.home = Path(home).resolve(); self.shelf = self.home/'bentoml/models'; self._log = Log(self.home/'log.jsonl')
+        self.home = Path(home).resolve()
+        self.shelf, self._log = self.home/'bentoml/models', Log(self.home/'log.jsonl')
 
     def _lock(self): return _held(self.home/'.lock')
 
@@ -353,9 +372,12 @@ class Store:
     def check(self, tag:str) -> str: # the digest of the bundle
         "Verify every byte of a stored bundle, and that it is the one its tag names."
         folder = self._folder(tag)
-        if not folder.is_dir(): raise NotFound(f'{tag} is not in the registry', ', '.join(self.tags(tag.split(':')[0])[-5:]) or 'a stored bundle', 'see cvlab registry list')
+        if not folder.is_dir():
+            known = ', '.join(self.tags(tag.split(':')[0])[-5:])
+            raise NotFound(f'{tag} is not in the registry', known or 'a stored bundle', 'see cvlab registry list')
         is_, found = _identity(folder)
-        if is_ != tag: raise Damaged(f'the place of {tag} holds {is_}', tag, f'delete {folder.name} from the store, and release the run again')
+        if is_ != tag:
+            raise Damaged(f'the place of {tag} holds {is_}', tag, f'delete {folder.name} there, and release it again')
         return found
 
     def add(self, bundle:str|Path) -> str: # the tag
@@ -391,7 +413,8 @@ def _stored_at(folder:Path) -> str: # by BentoML's note
 def _identity(folder:Path) -> tuple[str, str]: # tag, digest
     "What a bundle is by its content; refused when it is damaged."
     found = bundle_digest(folder); name = _about(folder)['problem']
-    if not _NAME.fullmatch(name): raise BadInput(f'the problem name {name!r} cannot name a model', 'a letter or digit at the end', 'rename the problem')
+    if not _NAME.fullmatch(name): raise BadInput(f'the problem name {name!r} cannot name a model',
+        'a letter or digit at the end', 'rename the problem')
     return f'{name}:{found[:16]}', found
 
 # %% ../nbs/60_release.ipynb #c02a32ed
@@ -415,7 +438,9 @@ class Aliases(Store):
         if not _NAME.fullmatch(problem):
             raise BadInput(f'{problem!r} is no name of a problem', 'such as digits', 'see cvlab registry list')
         file = self.home/f'aliases/{problem}.json'
-        try: return {a: _Entry.model_validate(e).model_dump() for a, e in dict(read_json(file)).items()} if file.is_file() else {}
+        try:
+            said = dict(read_json(file)) if file.is_file() else {}
+            return {a: _Entry.model_validate(e).model_dump() for a, e in said.items()}
         except (BadInput, ValueError, TypeError):
             raise Damaged(f'aliases/{problem}.json is not what was written there', 'the aliases of a problem',
                           f'cvlab registry restore {problem}') from None
@@ -425,10 +450,10 @@ class Aliases(Store):
         return {a: e['tag'] for a, e in self._entries(problem).items()}
 
     def resolve(self, problem:str, which:str|None=None) -> str: # the tag
-        "The tag for `('digits', 'production')`, `'digits:challenger'`, `'digits:0123ab'`, or `'digits'`: its production."
+        "The tag for `'digits', 'production'`, `'digits:challenger'`, `'digits:0123ab'`, or `'digits'`: its production."
         problem, _, also = problem.partition(':'); which = which or also or 'production'
         if (tag := self.standing(problem).get(which)): return tag
-        found = [t for t in self.tags(problem) if t.startswith(f'{problem}:{which}')] if _VERSION.fullmatch(which) else []
+        found = [t for t in self.tags(problem) if _BEGINNING.fullmatch(which) and t.startswith(f'{problem}:{which}')]
         if len(found) == 1: return found[0]
         known = [*self.standing(problem), *(t.split(':')[1] for t in self.tags(problem)[-5:])]
         raise NotFound(f'{problem}:{which} {"could be " + " or ".join(found) if found else "is not in the registry"}',
@@ -439,7 +464,8 @@ class Aliases(Store):
         tag = self.resolve(problem, which); found = self.check(tag); name, _, also = problem.partition(':')
         entry = self._entries(name).get(which or also or 'production')
         if entry and entry['digest'] != found:
-            raise Damaged(f'{tag} is not what {name} was pointed at', f'digest {entry["digest"]}', 'see cvlab registry verify')
+            raise Damaged(f'{tag} is not what {name} was pointed at', f'digest {entry["digest"]}',
+                'see cvlab registry verify')
         return self._folder(tag)
 
     def _settle(self, problem:str) -> dict[str, dict]: # the entries
@@ -491,7 +517,7 @@ def objections(folder:str|Path,            # of a bundle
 def _who_and_why(by:str, reason:str, alias:str):
     if not (by or '').strip() or not (reason or '').strip():
         raise BadInput('moving an alias needs a name and a reason', 'who it is, and why', 'say both')
-    if not _ALIAS.fullmatch(alias) or _VERSION.fullmatch(alias) or alias == 'latest':
+    if not _ALIAS.fullmatch(alias) or _BEGINNING.fullmatch(alias) or alias == 'latest':
         raise BadInput(f'{alias!r} cannot be an alias', 'such as production or challenger', 'choose another name')
 
 class Promotions(Aliases):
@@ -509,7 +535,7 @@ class Promotions(Aliases):
                 'an alias that nobody else moves', 'judge against the new one, then promote again')
             if now and now['tag'] == tag: return now
             if (bad := self._log.faults() + self.alias_faults(name)): raise Damaged('\n'.join(bad),
-                'a log and aliases that agree', f'find out who wrote there; then put a copy of the log back, or: cvlab registry restore {name}')
+                'a log and aliases that agree', f'find out who wrote there, then: cvlab registry restore {name}')
             against = objections(self._folder(tag), tag, self.standing(name), problem)
             if against and not override: raise NotAccepted('\n  '.join([f'{tag} may not be {alias}:', *against]),
                 'a passing verdict on this very bundle', 'improve the model, or override with a name and a reason')
@@ -524,7 +550,8 @@ class Promotions(Aliases):
             for i, tag in enumerate(before):
                 if self._folder(tag).is_dir(): return self._move(problem, alias, tag, self.check(tag), before[i + 1:],
                                                                  event='rollback', by=by, reason=reason)
-        raise NotFound(f'{problem}:{alias} has nothing to go back to', 'an alias that was moved', 'promote another bundle')
+        raise NotFound(f'{problem}:{alias} has nothing to go back to', 'an alias that was moved',
+            'promote another bundle')
 
 # %% ../nbs/60_release.ipynb #f72706d2
 class Registry(Promotions):
@@ -540,7 +567,8 @@ class Registry(Promotions):
 
     def problems(self) -> list[str]:
         "The problems that have bundles or aliases."
-        return sorted({t.split(':')[0] for t in self.tags()} | {p.stem for p in (self.home/'aliases').glob('[a-z0-9]*.json')})
+        return sorted({t.split(':')[0] for t in self.tags()} |
+            {p.stem for p in (self.home/'aliases').glob('[a-z0-9]*.json')})
 
     def aliases(self, problem:str|None=None) -> list[dict]:
         "Who points where, since when, and by whom."
@@ -569,10 +597,12 @@ class Registry(Promotions):
     def restore(self, problem:str) -> dict[str, str]: # alias -> tag
         "Put the aliases of a problem where the log left them."
         with self._lock():
-            if (bad := self._log.faults()): raise Damaged('\n'.join(bad), 'a log that nobody changed', 'put a copy of the log back first')
+            if (bad := self._log.faults()):
+                raise Damaged('\n'.join(bad), 'a log that nobody changed', 'put a copy of the log back first')
             try: now = self._entries(problem)
             except Damaged: now = {}
-            left = {a: now[a] if a in now and self._unfinished(now[a], m) else _replay(m) for a, m in self._log.moves(problem).items()}
+            left = {a: now[a] if a in now and self._unfinished(now[a], m) else _replay(m)
+                    for a, m in self._log.moves(problem).items()}
             self._log.append(event='restore', of=problem); write_json(self.home/f'aliases/{problem}.json', left)
         return self.standing(problem)
 
@@ -582,7 +612,8 @@ class Registry(Promotions):
         with self._lock(), _staging(self.home/'staging') as trash:
             for p in self.problems():
                 held = {m['tag'] for m in self.models(p)[:keep]} | set(self.standing(p).values())
-                held |= {next((t for t in e['before'] if self._folder(t).is_dir()), '') for e in self._entries(p).values()}
+                held |= {next((t for t in e['before'] if self._folder(t).is_dir()), '')
+                    for e in self._entries(p).values()}
                 for tag in sorted(set(self.tags(p)) - held):
                     self._log.append(event='remove', bundle=tag); gone.append(tag)
                     os.rename(self._folder(tag), trash/tag.replace(':', '-'))
@@ -605,8 +636,10 @@ def _fair(evidence:Path, alias:str, tag:str, theirs:Path):
     "A comparison must have been made with the predictions that lie in the other's bundle."
     for p in evidence.glob('comparison*.json'):
         c = read_json(p)
-        if (c.get('against'), c.get('tag')) == (alias, tag) and (c.get('inputs') or {}).get('theirs') != _hash(theirs/'predictions.parquet'):
-            raise Damaged(f'{p.name} was not made with the predictions of {tag}', 'those in its bundle', 'compare again')
+        same = (c.get('inputs') or {}).get('theirs') == _hash(theirs/'predictions.parquet')
+        if (c.get('against'), c.get('tag')) == (alias, tag) and not same:
+            raise Damaged(f'{p.name} was not made with the predictions of {tag}', 'those in its bundle',
+                'compare again')
 
 def _stands(old:dict, new:dict) -> bool:
     "Is an older verdict on the same evidence, by the same rules, against the same other models?"
@@ -634,11 +667,13 @@ def _flat(x, at:str):
     else: yield at, x if isinstance(x, str) else canonical_json(x)
 
 def _facts(folder:Path) -> dict[str, str]:
-    m = read_json(folder/'evaluation/metrics.json'); say = lambda f: '–' if f['value'] is None else f'{f["value"]:.4f}'
+    say = lambda f: '–' if f['value'] is None else f'{f["value"]:.4f}'
+    m = read_json(folder/'evaluation/metrics.json')
     out = {f'figure: {k}': say(f) for k, f in m['metrics'].items()}
     out |= {f'figure: {k} on {s}': say(f) for s, x in m['slices'].items() for k, f in x['metrics'].items()}
     for n in ('bundle', 'lineage', 'thresholds', 'preprocess', 'model', 'evaluation/performance'):
-        if (folder/f'{n}.json').is_file(): out |= {f'{Path(n).stem}: {k}': v for k, v in _flat(read_json(folder/f'{n}.json'), '')}
+        if (folder/f'{n}.json').is_file():
+            out |= {f'{Path(n).stem}: {k}': v for k, v in _flat(read_json(folder/f'{n}.json'), '')}
     if (folder/'config.yaml').is_file():
         out |= {f'settings: {k}': v for k, v in _flat(yaml.safe_load((folder/'config.yaml').read_text()), '')}
     return out | {f'file: {n}': h[:16] for n, h in read_json(folder/'checksums.json').items()}
@@ -668,7 +703,8 @@ def load(registry:Registry, file:str|Path) -> str: # the tag
     with _staging(registry.home/'staging') as at:
         try: found = models.import_model(str(file.resolve()), _model_store=ModelStore(at))
         except Exception as e:
-            raise BadInput(f'{file.name} is no exported model: {str(e)[:200]}', 'a file that export wrote', 'export it again') from None
+            raise BadInput(f'{file.name} is no exported model: {str(e)[:200]}', 'a file that export wrote',
+                'export it again') from None
         return registry.add(inside(at, f'{found.tag.name}/{found.tag.version}'))
 
 # %% ../nbs/60_release.ipynb #4a5c7a57
@@ -679,7 +715,8 @@ def mirror(registry:Registry, problem:str, alias:str,
     tag = registry.resolve(problem, alias); folder = registry.path(tag); names = [alias, tag.split(':')[1]]
     work = registry.home/'wandb'; work.mkdir(parents=True, exist_ok=True)
     with wandb.init(project=problem, job_type='promote', name=tag.replace(':', '-'), dir=work) as run:
-        artifact = wandb.Artifact(problem, type='model', metadata=_about(folder) | dict(digest=digest(read_json(folder/'checksums.json'))))
+        about = _about(folder) | dict(digest=digest(read_json(folder/'checksums.json')))
+        artifact = wandb.Artifact(problem, type='model', metadata=about)
         artifact.add_dir(str(folder)); artifact = run.log_artifact(artifact, aliases=names)
         if run.offline: return f'{tag} is kept for wandb sync; offline, W&B links nothing to a registry'
         run.link_artifact(artifact, f'wandb-registry-{target}/{problem}', aliases=names)

@@ -88,7 +88,7 @@ def test_every_rule_has_its_row(tmp_path):
     (dict(accuracy=.85), 'accuracy >= 0.9'), (dict(night=.7), 'accuracy on night >= 0.8'), (dict(fog_items=40), 'accuracy on fog >= 0.8'),
     (dict(latency_ms_p95=51), 'latency_ms_p95 <= 50'), (dict(latency_ms_p95=None), 'latency_ms_p95 <= 50'),
     (dict(latency_ms_p95='fast'), 'latency_ms_p95 <= 50'), (dict(parity=None), 'parity with the checkpoint'),
-    (dict(parity=dict(ok=False, items=9, max_abs_diff=.2, differ=['x'])), 'parity with the checkpoint')])
+    (dict(parity=dict(ok=False, items=9, max_abs_diff=.2, differ=['x'])), 'parity with the checkpoint'), (dict(parity=dict(ok='yes', max_abs_diff='small')), 'parity with the checkpoint')])
 def test_what_fails_is_named(tmp_path, change, rule):
     v = judge_rules(PROBLEM, make_run(tmp_path, **change)/'evaluation')
     assert v['verdict'] == 'fail' and [r for r, x in rows(v).items() if x == 'fail'] == [rule]
@@ -134,6 +134,11 @@ def test_figures_of_another_network_or_problem_are_not_judged(tmp_path):
 
 # ---- the bundle
 
+def test_the_model_is_the_files_that_predict_reads():
+    from cv_lab import predict, release as module
+    assert module._MODEL == predict.MODEL_FILES
+
+
 def test_the_same_run_gives_the_same_bundle(tmp_path, registry):
     run = make_run(tmp_path); write_gate(run, PROBLEM, registry); a = make_bundle(run, PROBLEM, TEXT); first = (a/'checksums.json').read_bytes()
     stamp = a.stat().st_ino; make_bundle(run, PROBLEM, TEXT); assert a.stat().st_ino == stamp    # nothing was made again
@@ -164,7 +169,7 @@ def test_a_stale_verdict_is_not_bundled(tmp_path, registry):
 
 def test_add_is_once(tmp_path, registry):
     run = make_run(tmp_path); tag = release(run, registry); assert registry.add(run/'bundle') == tag and registry.tags() == [tag]
-    assert registry.resolve('shapes', tag.split(':')[1][:8]) == tag and registry.models()[0]['run'] == 'a' and registry.verify()['ok']
+    assert registry.resolve('shapes', tag.split(':')[1][:4]) == tag and registry.models()[0]['run'] == 'a' and registry.verify()['ok']
     import bentoml; from bentoml._internal.models import ModelStore
     assert [str(m.tag) for m in bentoml.models.list(_model_store=ModelStore(registry.shelf))] == [tag]
     assert bentoml.models.get('shapes:latest', _model_store=ModelStore(registry.shelf)).info.labels == dict(problem='shapes', run='a', dataset='shapes@1', verdict='pass')
