@@ -85,12 +85,12 @@ def test_no_detections_at_all():
     assert np.nanmax(p) == 0 and np.isnan(p[0, 0, :, 3]).all()
 
 
-def problem(): return Problem(name='p', task='detection', classes=NAMES, owner='o', intended_use='i', acceptance=[{'metric': 'map', 'at_least': .5}], metrics=dict(primary='map'))
+def problem(): return Problem(name='p', task='detection', classes=NAMES, owner='o', intended_use='i', acceptance=[{'metric': 'map50_95', 'at_least': .5}], metrics=dict(primary='map50_95'))
 
 
 def test_the_task_gives_cocos_twelve_figures():
     truth, said = tables(5, images=80); got = detection.score(truth, said, problem())(np.ones((1, 80))); e = pycoco(truth, said)
-    names = ['map', 'map50', 'map75', 'map_small', 'map_medium', 'map_large', 'ar1', 'ar10', 'ar100']
+    names = ['map50_95', 'map50', 'map75', 'map_small', 'map_medium', 'map_large', 'ar1', 'ar10', 'ar100']
     np.testing.assert_allclose([got[n][0] for n in names], e.stats[:9], rtol=0, atol=1e-9)
 
 
@@ -103,7 +103,7 @@ def test_weights_are_repetition():
 
 def test_predictions_in_another_order_and_missing_ones():
     truth, said = tables(2); w = np.ones((1, len(truth))); order = np.random.default_rng(0).permutation(len(said))
-    assert detection.score(truth, said.take(order), problem())(w)['map'] == detection.score(truth, said, problem())(w)['map']
+    assert detection.score(truth, said.take(order), problem())(w)['map50_95'] == detection.score(truth, said, problem())(w)['map50_95']
     with pytest.raises(BadInput, match='have no prediction: 039'): detection.score(truth, said.slice(0, 39), problem())
     with pytest.raises(BadInput, match="no class: \\['a'"): columns(truth, ['b'])
 

@@ -19,7 +19,7 @@ SMALL = dict(image=dict(height=64, width=96), strides=[8, 16], network_args=dict
 
 def problem(**kw):
     return Problem(**dict(name='shapes', task='detection', classes=['disc', 'square', 'cross'], owner='o', intended_use='i', acceptance=[{'metric': 'map50', 'at_least': .5}],
-                          metrics=dict(primary='map', resamples=100), slices=dict(many="crowding == 'many'")) | kw)
+                          metrics=dict(primary='map50_95', resamples=100), slices=dict(many="crowding == 'many'")) | kw)
 
 
 @pytest.fixture(scope='module')

@@ -99,7 +99,7 @@ def decode(outputs:dict, cfg:Config, classes:list[str], thresholds:dict) -> list
     return out
 
 # %% ../../nbs/22_tasks.detection.ipynb #f09c1c99
-METRICS = dict(map=True, map50=True, map75=True, map_small=True, map_medium=True, map_large=True, ar1=True, ar10=True, ar100=True, precision=True, recall=True, f1=True)
+METRICS = dict(map50_95=True, map50=True, map75=True, map_small=True, map_medium=True, map_large=True, ar1=True, ar10=True, ar100=True, precision=True, recall=True, f1=True)
 
 def matched(truth:pa.Table, predictions:pa.Table, problem:Problem, **kwargs): # coco.Matches
     "What was found, matched with what is there."
@@ -114,7 +114,7 @@ def score(truth:pa.Table, predictions:pa.Table, problem:Problem):
     sizes = [(i, name) for i, name in enumerate(m.areas) if i and (~m.ignored[i]).any()]
     def at(w:np.ndarray) -> dict[str, np.ndarray]:
         p, r = ap(w), ar(w); mean = p[:, 0].mean(1)                                       # (B, areas, ious, C), (B, areas, limits, C)
-        out = dict(map=_mean(mean), map50=_mean(p[:, 0, 0]), map75=_mean(p[:, 0, 5])) | {f'map_{n}': _mean(p[:, i].mean(1)) for i, n in sizes}
+        out = dict(map50_95=_mean(mean), map50=_mean(p[:, 0, 0]), map75=_mean(p[:, 0, 5])) | {f'map_{n}': _mean(p[:, i].mean(1)) for i, n in sizes}
         return out | {f'ar{k}': _mean(r[:, 0, i]) for i, k in enumerate((1, 10, 100))} | point(w) | dict(ap=mean, ap50=p[:, 0, 0])
     return at
 
