@@ -72,7 +72,7 @@ def candidates(thumbs:np.ndarray, # (N, THUMB, THUMB) uint8
         for asked, listed in ((q, cells[c]) for c in range(len(cells)) for q in np.array_split(order[bounds[c]:bounds[c + 1]], max(1, (bounds[c + 1] - bounds[c])//1024)) if len(q)):
             s = e[r][asked] @ e[0][listed].T; s[asked[:, None] == listed] = -1
             if s.shape[1] > 2*each and (s > least).sum() > 4*each*len(asked): s[s < np.partition(s, -2*each, axis=1)[:, -2*each, None]] = -1 # crowded: the best only
-            i, j = np.nonzero(s > least); found.append((listed[j], asked[i], np.full(len(i), r), s[i, j]))
+            i, j = np.nonzero(s > least); found.append((listed[j].astype(np.int32), asked[i].astype(np.int32), np.full(len(i), r, np.int8), s[i, j]))
         return tuple(np.concatenate(x) for x in zip(*found))
     with ThreadPoolExecutor(os.cpu_count()) as pool: a, b, r, s = (np.concatenate(x) for x in zip(*pool.map(ask, range(len(REGIONS)))))
     pairs = pd.DataFrame(dict(a=a, b=b, r=r, s=s)).sort_values(['s', 'a', 'b'], ascending=[False, True, True], kind='stable').drop_duplicates(['a', 'b'])
@@ -145,7 +145,7 @@ def near_duplicates(thumbs:np.ndarray, # (N, THUMB, THUMB) uint8, one of each gr
     "Pairs of items that are the same picture, the surest first."
     lively = np.flatnonzero(np.concatenate([p.std((1, 2)) > 2 for p in np.array_split(thumbs, len(thumbs)//4096 + 1)]))
     if len(lively) < 2: return pd.DataFrame(dict(a=[], b=[], score=[], box=[])).astype(dict(a=int, b=int, score=float))
-    t = thumbs[lively]; pairs = agreement(t, *candidates(t)); best = np.full(len(t), -1.)
+    t = thumbs if len(lively) == len(thumbs) else thumbs[lively]; pairs = agreement(t, *candidates(t)); best = np.full(len(t), -1.)
     for side in 'ab': np.maximum.at(best, pairs[side].to_numpy(int), pairs['score'].to_numpy())
     pairs = pairs[pairs['score'] >= (line_between(best) if least is None else least)].sort_values('score', ascending=False, ignore_index=True)
     return pairs.assign(a=lively[pairs['a'].to_numpy(int)], b=lively[pairs['b'].to_numpy(int)])
