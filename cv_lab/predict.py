@@ -7,10 +7,13 @@ __all__ = ['MODEL_FILES', 'GOLDEN', 'describe_model', 'verify_files', 'Prepared'
            'calibrate', 'write_golden', 'golden_difference']
 
 # %% ../nbs/45_predict.ipynb #c679b87b
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Callable, Sequence
-import numpy as np, onnxruntime as ort, pyarrow as pa, pyarrow.parquet as pq
+import numpy as np, pyarrow as pa, pyarrow.parquet as pq
+os.environ.setdefault('ORT_DISABLE_TELEMETRY', '1')   # since 1.29 it tells its maker about every model, unless told not to
+import onnxruntime as ort
 from .calibration import fit_thresholds
 from .core import Annotation, Damaged, NotFound, digest, file_digest, read_json, write_atomic, write_json
 from .geometry import box_iou, mask_iou

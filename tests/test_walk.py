@@ -1,5 +1,5 @@
 "The way a user goes, from the command line, in a workspace of its own: train, gate, release, predict, compare; and every wrong turn."
-import json, os, re, shutil
+import json, os, re, shutil, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -136,5 +136,10 @@ def test_init_writes_a_file_that_is_accepted(home, capsys):
     code, _, err = call(capsys, 'init', 'data/stripes', '--name', 'mine'); assert code == 3 and 'there already' in err
 
 
-def test_nothing_is_written_outside_the_workspace(home, trained):
+def test_nothing_is_written_outside_the_workspace(home, trained, tmp_path):
     for name in ('BENTOML_HOME', 'WANDB_DIR', 'MPLCONFIGDIR', 'IPYTHONDIR', 'JUPYTER_RUNTIME_DIR', 'TORCH_HOME'): assert Path(os.environ[name]).is_relative_to(home)
+    image = next((home/'data/stripes').glob('*.png')); code = f"from cv_lab.cli.main import main; main(['predict', {str(image)!r}, '--model', {trained['metrics']['run']!r}])"
+    keep = {k: v for k, v in os.environ.items() if k not in workspace().environment()}
+    done = subprocess.run([sys.executable, '-c', code], env=keep | {'HOME': str(tmp_path), 'XDG_CACHE_HOME': '', 'CI': ''}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.iterdir()) == []          # ONNX Runtime, for one, keeps a device id there unless told not to
