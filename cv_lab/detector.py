@@ -99,7 +99,8 @@ def detection_loss(out:dict,             # of a `Detector`
     "Quality focal loss of the scores and generalised IoU of the boxes, both over the sum of the targets."
     logits, boxes = out['logits'].float(), out['boxes'].float()
     objects = objects[:, :max(1, int((objects[..., 0] != -1).sum(1).max()))].to(boxes.dtype)                     # no further than the fullest image
-    at, stride = (v.to(boxes.device) for v in places(*size, strides)); label, box = objects[..., 0].long(), objects[..., 1:]
+    at, stride = places(*size, strides); per = boxes.shape[1]//len(at)                                            # more than one box a place: anchor boxes
+    at, stride = (v.repeat_interleave(per, 0).to(boxes.device) for v in (at, stride)); label, box = objects[..., 0].long(), objects[..., 1:]
     which, target = assign(logits, boxes, label, box, at, stride, top); found = which >= 0
     want = torch.zeros_like(logits); i, a = found.nonzero(as_tuple=True)
     want[i, a, label[i, which[i, a]]] = target[i, a]

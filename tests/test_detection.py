@@ -102,3 +102,12 @@ def test_a_slanted_affine_and_frozen_backbone_train(tmp_path, monkeypatch):
     a = fit(problem(), data, tmp_path/'r', epochs=2, batch_size=14, balance=.5, **SMALL | dict(frozen=True, augment=[{'RandomAffine': dict(degrees=10, fill=114)}]))
     b = fit(problem(), data, tmp_path/'s', epochs=2, batch_size=14, balance=.5, **SMALL | dict(frozen=True, augment=[{'RandomAffine': dict(degrees=10, fill=114)}]))
     assert a.done['weights'] == b.done['weights'] and a.history.equals(b.history)
+
+
+@pytest.mark.parametrize('name', ['fcos_resnet50_fpn', 'retinanet_resnet50_fpn_v2'])
+def test_torchvisions_detectors_by_name(name):
+    cfg = detection.Config(network=name, image=dict(height=64, width=64), nms='inside'); net = detection.network(cfg, ['a', 'b']).train(); x = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    y = torch.from_numpy(np.stack([detection.targets([Annotation('b', bbox=(8, 8, 50, 40)).said()], cfg, ['a', 'b'])]*2)); before = detection.loss(net(x), y, cfg); before.backward()
+    assert torch.isfinite(before) and sum(p.grad is not None for p in net.parameters()) > 50
+    with torch.inference_mode(): out = {k: v.numpy() for k, v in net.eval()(x).items()}
+    assert len(detection.decode(out, cfg, ['a', 'b'], {})) == 2

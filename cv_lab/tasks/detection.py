@@ -33,7 +33,7 @@ GEOMETRY = ('bbox',)
 class Config(Strict):
     "Settings of a detection."
     size: Literal['nano', 'small', 'base', 'large'] = 'nano'
-    network: str|None = None                  # any timm model with feature maps; None: the size's
+    network: str|None = None                  # any timm model with feature maps, or a detector of torchvision's (zoo.ZOO); None: the size's
     network_args: dict[str, Any]|None = None
     pretrained: bool|str = False              # of the backbone: True, or a local .safetensors file
     frozen: bool = False                      # train the pyramid and the head alone
@@ -61,8 +61,11 @@ def network(cfg:Config, classes:list[str]): # (N, 3, H, W) uint8 -> logits (N, A
     "An anchor-free detector on a timm backbone."
     from cv_lab.detector import Detector
     from cv_lab.pyramid import pyramid
+    from cv_lab.zoo import ZOO, ZooDetector
+    inside = (cfg.candidates, cfg.overlap) if cfg.nms == 'inside' else None
+    if cfg.network in ZOO: return ZooDetector(cfg.network, len(classes), cfg.pretrained, cfg.frozen, inside)
     s = cfg.of_size(); body = pyramid(s['network'], cfg.strides, s['width'], cfg.pretrained, cfg.frozen, **s['network_args'])
-    return Detector(body, len(classes), s['depth'], (cfg.candidates, cfg.overlap) if cfg.nms == 'inside' else None)
+    return Detector(body, len(classes), s['depth'], inside)
 
 def targets(annotations:list[dict], cfg:Config, classes:list[str]) -> np.ndarray: # (max_objects, 5) float32: class, x1, y1, x2, y2; class -1: nothing, -2: crowd
     "The labelled boxes of one image, in pixels of the input."
@@ -76,7 +79,8 @@ def targets(annotations:list[dict], cfg:Config, classes:list[str]) -> np.ndarray
 def loss(outputs:dict, targets, cfg:Config): # scalar tensor
     "Quality focal loss and generalised IoU."
     from cv_lab.detector import detection_loss
-    return detection_loss(outputs, targets, (cfg.image.height, cfg.image.width), cfg.strides, cfg.box_weight, cfg.top)
+    from cv_lab.zoo import ZOO, ZOO_STRIDES
+    return detection_loss(outputs, targets, (cfg.image.height, cfg.image.width), ZOO_STRIDES if cfg.network in ZOO else cfg.strides, cfg.box_weight, cfg.top)
 
 # %% ../../nbs/22_tasks.detection.ipynb #ca991193
 def candidates(logits:np.ndarray, boxes:np.ndarray, cfg:Config) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # boxes (K, 4), labels (K,), logits (K,); best first
