@@ -1397,4 +1397,9 @@ d = { 'settings': { 'branch': 'main',
                               'cv_lab.train.repeat_factors': ('train.html#repeat_factors', 'cv_lab/train.py'),
                               'cv_lab.train.run_config': ('train.html#run_config', 'cv_lab/train.py'),
                               'cv_lab.train.settings': ('train.html#settings', 'cv_lab/train.py'),
-                              'cv_lab.train.systematic': ('train.html#systematic', 'cv_lab/train.py')}}}
+                              'cv_lab.train.systematic': ('train.html#systematic', 'cv_lab/train.py')},
+            'cv_lab.zoo': { 'cv_lab.zoo.ZooDetector': ('zoo.html#zoodetector', 'cv_lab/zoo.py'),
+                            'cv_lab.zoo.ZooDetector.__init__': ('zoo.html#zoodetector.__init__', 'cv_lab/zoo.py'),
+                            'cv_lab.zoo.ZooDetector.anchors': ('zoo.html#zoodetector.anchors', 'cv_lab/zoo.py'),
+                            'cv_lab.zoo.ZooDetector.forward': ('zoo.html#zoodetector.forward', 'cv_lab/zoo.py'),
+                            'cv_lab.zoo.ZooDetector.load': ('zoo.html#zoodetector.load', 'cv_lab/zoo.py')}}}
