@@ -21,7 +21,7 @@ LIMITS = dict(
     cityscapes=dict(rings=1, own_box=True, label='car'),
     kitti=dict(no_blanks=True),
     fiftyone=dict(own_box=True),
-    yolo=dict(rings=1, pure=True, own_box=True, one_label=True, safe_labels=True))
+    yolo=dict(rings=1, alone=True, own_box=True, one_label=True, safe_labels=True))
 
 W, H = 48, 40
 words = st.text(st.characters(codec='utf-8', exclude_categories=('C', 'Z')), min_size=1, max_size=8).filter(lambda s: s == s.strip() and s.casefold() not in ('unknown', 'unsplit', 'none'))
@@ -48,7 +48,7 @@ def rings(draw, points):
 @st.composite
 def annotations(draw, module, keeps, limit, cells):
     kinds = [k for k in KINDS if k in keeps]
-    if limit.get('pure'): kinds = draw(st.sampled_from([['class'], [k for k in kinds if k != 'class']]))
+    if limit.get('alone'): kinds = [limit['alone']]
     out = []
     for kind in draw(st.lists(st.sampled_from(kinds), max_size=limit.get('most', 5))):
         a = dict(label=limit.get('label') or draw(safe if limit.get('safe_labels') else labels))
@@ -84,11 +84,10 @@ def outline(polygon):
 def datasets(draw, module, limit, folder, files):
     keeps = [k for k in module.KEEPS if k not in limit.get('without', ())]; rows = []
     names = draw(st.lists(st.sampled_from([n for n, _ in files]), min_size=1, max_size=4, unique=True))
-    pure = draw(annotations(module, keeps, limit, [])) if limit.get('pure') else None
+    if limit.get('alone'): limit = dict(limit, alone=draw(st.sampled_from([k for k in KINDS if k in keeps])))
     for name in names:
         cells = [(y, x) for y in range(0, H - 10, 10) for x in range(0, W - 12, 12)]
         anns = draw(annotations(module, keeps, limit, cells))
-        if pure is not None: anns = [a for a in anns if (set(a) == {'label'}) == any(set(p) == {'label'} for p in pure)]
         columns = {c: draw(st.one_of(st.none(), words)) for c in COLUMNS if c in keeps and c not in ('split', 'tags')}
         if 'split' in keeps: columns['split'] = draw(st.sampled_from(limit.get('splits', ['train', 'val', 'test', None])))
         if 'tags' in keeps: columns['tags'] = draw(st.dictionaries(st.sampled_from(['light', 'site no', 'größe']), words, max_size=2))

@@ -13,8 +13,8 @@ from ..files import Source
 from ..formats import NO_SPLIT, Found, Reading, Target, get_format, kind_of, split_in, split_of
 
 TITLE = 'YOLO'
-KEEPS = ('class', 'box', 'polygon', 'score', 'split')
-LOSES = 'Keypoints; the box of a polygon is the one around it; an outline of several rings becomes several objects; classes of whole images, where there are boxes too.'
+KEEPS = ('class', 'box', 'polygon', 'split')
+LOSES = 'Boxes beside outlines become outlines of four points; keypoints; the box of a polygon is the one around it; an outline of several rings becomes several objects; classes of whole images, where there are boxes too.'
 
 # %% ../../../nbs/11e_data.format.yolo.ipynb #9264be3f
 def annotation_of(line:str, names:list[str]) -> dict: # fields of an annotation, in fractions of the image
@@ -105,19 +105,24 @@ def _annotations(source:Source, image:str, file:str, names:list[str]) -> list[di
     return out
 
 # %% ../../../nbs/11e_data.format.yolo.ipynb #8d0bbb5e
-def write(target:Target) -> None:
+def write(target:Target,
+          confidence:bool=False, # write scores as a last number, as predictions have it; ultralytics does not train on such lines
+         ) -> None:
     d = target.dataset; has = {kind_of(a) for r in target.rows() for a in r['annotations']}
     if has == {'class'}: return get_format('imagefolder').write(target)
     if 'class' in has: target.lose('class', sum(kind_of(a) == 'class' for r in target.rows() for a in r['annotations']))
-    names = list(d.classes); splits = target.splits()
+    names, splits, stems = list(d.classes), target.splits(), target.stems()
+    corners = has >= {'box', 'polygon'} or has >= {'mask', 'polygon'} # ultralytics refuses a file with lines of both kinds
+    if corners: target.lose('box: written as an outline of four points', sum(kind_of(a) in ('box', 'mask') for r in target.rows() for a in r['annotations']))
     for s in splits:
         for r in target.rows(s):
-            name = target.name(r); target.image(r, f'images/{s}/{name}'); lines = []
+            stem, lines = stems[r['id']], []; target.image(r, f'images/{s}/{stem}.{r["uri"].rpartition(".")[2]}')
             for a in r['annotations']:
                 if kind_of(a) not in ('box', 'polygon', 'mask') or a.bbox is None: continue
                 label = a.label or 'object'; names += [label]*(label not in names)
                 if a.polygon and len(a.polygon) > 1: target.lose('rings that belong together', len(a.polygon) - 1)
-                for ring in a.polygon or [None]: lines.append(line_of(names.index(label), a.bbox, ring, a.score, r['width'], r['height']))
-            target.text(f'labels/{s}/{name.rpartition(".")[0]}.txt', '\n'.join(lines) + '\n' if lines else '')
+                x1, y1, x2, y2 = a.bbox
+                for ring in a.polygon or [[x1, y1, x2, y1, x2, y2, x1, y2] if corners else None]: lines.append(line_of(names.index(label), a.bbox, ring, a.score if confidence else None, r['width'], r['height']))
+            target.text(f'labels/{s}/{stem}.txt', '\n'.join(lines) + '\n' if lines else '')
     first = f'images/{splits[0]}'; where = {s: f'images/{s}' for s in splits if s != NO_SPLIT}
     target.text('data.yaml', yaml.safe_dump(dict(dict(train=first, val=where.get('train', first)) | where, names=dict(enumerate(names))), sort_keys=False, allow_unicode=True))
