@@ -25,6 +25,7 @@ class ZooDetector(nn.Module):
         if name not in ZOO: raise BadInput(f'no detector {name!r}', f'one of: {", ".join(ZOO)}', 'correct `network`')
         model = getattr(detection, name)(weights=None, weights_backbone=None, num_classes=classes)
         if pretrained: self.load(model, name, pretrained)
+        elif name.startswith('fcos'): nn.init.constant_(model.head.regression_head.bbox_reg.bias, 2.) # objects of four cells, to begin with
         self.first, self.body, self.head, self.inside, self.strides = FromUint8((.485, .456, .406), (.229, .224, .225)), model.backbone, model.head, inside, ZOO_STRIDES
         for i, a in enumerate(model.anchor_generator.cell_anchors or [model.anchor_generator.generate_anchors(s, r) for s, r in zip(model.anchor_generator.sizes, model.anchor_generator.aspect_ratios)]):
             self.register_buffer(f'anchors{i}', a.float(), persistent=False)                # (per place, 4), around the origin
