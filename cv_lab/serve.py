@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'ROOT', 'NATIVE', 'service', 'from_registry', 'from_bento', 'find_source', 'Carried', 'carried', 'pinned',
-           'Host', 'bounded', 'check_models', 'drain_on_signals', 'VisionService', 'Running', 'free_port', 'command',
-           'environment', 'start_service', 'wait_until_ready', 'serve']
+           'Host', 'bounded', 'look_often', 'check_models', 'drain_on_signals', 'VisionService', 'Running', 'free_port',
+           'command', 'environment', 'start_service', 'wait_until_ready', 'serve']
 
 # %% ../nbs/70_serve.ipynb #06c603ed
 import asyncio, os, signal, socket, subprocess, sys, tempfile, time
@@ -124,6 +124,14 @@ def _settings() -> dict:
 service = Service(_lazily())
 
 # %% ../nbs/70_serve.ipynb #6ebdbac7
+def look_often(seconds:float=1.):
+    "Let BentoML's parent look every second, not every ten, whether its worker still lives."
+    from functools import partial
+    from bentoml._internal.utils import circus
+    if not isinstance(circus.create_standalone_arbiter, partial): circus.create_standalone_arbiter = partial(circus.create_standalone_arbiter, check_delay=seconds)
+
+look_often()
+
 def check_models():
     "Load everything once, or end with a message."
     async def once():
@@ -144,7 +152,7 @@ def drain_on_signals(target:Service):
     wait, loop = float(os.environ.get('CVLAB_DRAIN_SECONDS', '1')), asyncio.get_running_loop()
     def closing(number, before):
         def handler(*_):
-            if not target.ready: return
+            if target.draining: return
             target.drain(); event('draining', seconds=wait)
             loop.call_soon_threadsafe(loop.call_later, wait, before, number, None)
             loop.call_soon_threadsafe(loop.call_later, wait + 10, os._exit, 0)

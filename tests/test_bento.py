@@ -1,5 +1,5 @@
 "The real thing: `bentoml serve`, and a Bento served where there is no workspace."
-import base64, io, os, shutil, subprocess, sys
+import base64, io, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import httpx, pytest, yaml
@@ -85,21 +85,45 @@ def test_a_bento_answers_in_an_empty_folder_on_a_machine_without_the_workspace(b
 def children(pid): return [int(c) for c in Path(f'/proc/{pid}/task/{pid}/children').read_text().split()]
 
 
-def test_bentoml_serve_end_to_end(tmp_path):
+def test_bentoml_serve_from_start_to_end(tmp_path):
+    "One service: asked in every way, its worker killed, and ended politely."
     toy = toy_model(tmp_path/'toy'); image = grey(140); want = Predictor(toy, 'cpu').predict([image])[0]
-    with start_service(port=free_port(), model=toy) as s, httpx.Client(base_url=s.url) as http:
-        for way in (dict(content=image), dict(files={'image': image}), dict(json={'image': base64.b64encode(image).decode()})):
-            assert {k: v for k, v in http.post('/v1/predict', **way).json().items() if k in want} == want
-        assert http.post('/v1/predict', content=b'no image').status_code == 415
-        big = http.post('/v1/predict', content=iter([bytes(1 << 20)]*12)); assert big.status_code == 413 and big.json()['error']['code'] == 'too_large' # chunked
-        for path, text in (('/readyz', 'ok'), ('/livez', 'ok'), ('/metrics', 'cvlab_requests_total'), ('/openapi.json', '/v1/predict'), ('/', '<title>')):
-            r = http.get(path); assert r.status_code == 200 and text in r.text, path
-        assert http.get('/nowhere').json()['error']['code'] == 'not_found'
-        import bentoml as theirs
-        with theirs.SyncHTTPClient(s.url) as client: assert {k: v for k, v in client.predict(image).items() if k in want} == want
-        assert http.post('/predict', content=b'no image', headers={'content-type': 'application/octet-stream'}).status_code == 415
-        assert http.post('/predict', content=iter([bytes(1 << 20)]*101)).status_code == 413
-        assert s.stop() == 0
+    with start_service(port=free_port(), model=toy, env=dict(CVLAB_DRAIN_SECONDS='2')) as s, httpx.Client(base_url=s.url) as http:
+        asked(s, http, image, want); killed(s); ended(s)
+
+
+def asked(s, http, image, want):
+    for way in (dict(content=image), dict(files={'image': image}), dict(json={'image': base64.b64encode(image).decode()})):
+        assert {k: v for k, v in http.post('/v1/predict', **way).json().items() if k in want} == want
+    assert http.post('/v1/predict', content=b'no image').status_code == 415
+    big = http.post('/v1/predict', content=iter([bytes(1 << 20)]*12)); assert big.status_code == 413 and big.json()['error']['code'] == 'too_large' # chunked
+    for path, text in (('/readyz', 'ok'), ('/livez', 'ok'), ('/metrics', 'cvlab_requests_total'), ('/openapi.json', '/v1/predict'), ('/', '<title>')):
+        r = http.get(path); assert r.status_code == 200 and text in r.text, path
+    assert http.get('/nowhere').json()['error']['code'] == 'not_found'
+    import bentoml as theirs
+    with theirs.SyncHTTPClient(s.url) as client: assert {k: v for k, v in client.predict(image).items() if k in want} == want
+    assert http.post('/predict', content=b'no image', headers={'content-type': 'application/octet-stream'}).status_code == 415
+    assert http.post('/predict', content=iter([bytes(1 << 20)]*101)).status_code == 413
+
+
+def killed(s):
+    "A killed worker comes back; meanwhile a probe gets no answer, or one that is not 200."
+    worker, = children(s.process.pid); os.kill(worker, signal.SIGKILL); start = time.monotonic(); said = None
+    while said != 200:
+        try: said = httpx.get(f'{s.url}/readyz', timeout=1).status_code
+        except httpx.TransportError: pass
+        assert time.monotonic() - start < 90
+    assert children(s.process.pid) != [worker]
+
+
+def ended(s):
+    "SIGTERM: not ready any more and still answering, then nothing."
+    s.process.send_signal(signal.SIGTERM); seen = []
+    while s.process.poll() is None:
+        try: seen.append((httpx.get(f'{s.url}/readyz', timeout=2).status_code, httpx.post(f'{s.url}/v1/predict', content=grey(9), timeout=2).status_code))
+        except httpx.TransportError: seen.append('refused'); time.sleep(.05)
+    assert s.process.returncode == 0 and (503, 200) in seen and (503, 503) not in seen
+    assert 'refused' not in seen[:seen.index((503, 200))]
 
 
 def test_a_model_that_cannot_load_ends_the_process(tmp_path):

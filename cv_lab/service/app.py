@@ -63,11 +63,11 @@ def _health(service) -> dict: return dict(status='ok', models={n: m.digest for n
 async def alive(service, call) -> dict: return _health(service)
 
 async def readyz(service, call) -> dict:
-    if not service.ready: raise Fault('not_ready', 'the service is not ready: it starts, or goes down', 'a ready service', 'wait', retry_after=1)
+    if not service.ready or service.draining: raise Fault('not_ready', 'the service is not ready: it starts, or goes down', 'a ready service', 'wait', retry_after=1)
     return _health(service)
 
 async def metrics_text(service, call) -> bytes:
-    m = service.metrics; m.ready.set(service.ready); m.inflight.set(service.inflight)
+    m = service.metrics; m.ready.set(service.ready and not service.draining); m.inflight.set(service.inflight)
     for model in service.models.current.values(): model.metrics.queue.set(len(model.batcher.queue))
     return await asyncio.to_thread(m.text)
 
@@ -145,7 +145,7 @@ class _Counted:
 class Service(_Door):
     "The whole service, an ASGI app."
     def __init__(self, source:Source, **settings):
-        self.source, self.metrics, self.inflight, self.held, self.ready, self._watch = source, Metrics(), 0, 0, False, None
+        self.source, self.metrics, self.inflight, self.held, self.ready, self.draining, self._watch = source, Metrics(), 0, 0, False, False, None
         self.configure(**settings)
 
     def configure(self, device:str='auto', max_batch:int|None=None, max_queue:int=256, # images that wait, per model
@@ -189,11 +189,11 @@ class Service(_Door):
                 try: models and await models.refresh()
                 except Exception as e: event('looking for models failed', 40, exc_info=e)
 
-    def drain(self): "Close the door: no new predictions; what is under way is answered."; self.ready = False
+    def drain(self): "Say that nobody should come any more; who comes all the same is answered."; self.draining = True
 
     async def stop(self):
         "Finish what is under way, and let go."
-        self.drain()
+        self.drain(); self.ready = False
         if self._watch: self._watch.cancel()
         if self.jobs: await self.jobs.stop()
         if self.rollout: await self.rollout.stop()

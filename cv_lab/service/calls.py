@@ -13,7 +13,7 @@ from .batching import Work
 from .bodies import Options
 from .faults import ClientGone, Fault, as_fault, error_response
 from .models import Loaded
-from .telemetry import event, image_summary, prediction_row
+from .telemetry import event, image_summary, log, prediction_row
 
 # %% ../../nbs/68_service.calls.ipynb #2e46052f
 _ID = re.compile(r'[A-Za-z0-9._-]{1,64}\Z')
@@ -47,6 +47,11 @@ class Endpoint:
                  scope:str|None=None,            # of a key that may ask this; None: anybody
                  status:int=200):
         self.service, self.route, self.handler, self.type, self.scope, self.status = service, route, handler, content_type.encode(), scope, status
+        self._counts, self._seconds = {}, service.metrics.seconds.labels(route)
+
+    def _count(self, method:str, status:int):
+        if (c := self._counts.get((method, status))) is None: c = self._counts[method, status] = self.service.metrics.requests.labels(self.route, method, status)
+        c.inc()
 
     async def __call__(self, scope, receive, send):
         call, m, method = Call(scope, receive), self.service.metrics, _METHODS.get(scope['method'], 'other')
@@ -55,7 +60,7 @@ class Endpoint:
                 with guard.admit(call.header('authorization'), (scope.get('server') or [None])[0], self.scope) as call.key: said = await self.handler(self.service, call)
             else: said = await self.handler(self.service, call)
             status, body, kind = self.status, said if isinstance(said, bytes) else encode(said), self.type
-        except ClientGone: m.requests.labels(self.route, method, 499).inc(); return
+        except ClientGone: self._count(method, 499); return
         except Exception as e:
             status, more, body = error_response(e, call.id); kind = b'application/json'; call.extra += more
             m.faults.labels(as_fault(e).code).inc()
@@ -64,8 +69,8 @@ class Endpoint:
         await send(dict(type='http.response.start', status=status, headers=headers))
         await send(dict(type='http.response.body', body=body if scope['method'] != 'HEAD' else b''))
         took = time.perf_counter() - call.start
-        m.requests.labels(self.route, method, status).inc(); m.seconds.labels(self.route).observe(took)
-        event('request', 10, request_id=call.id, route=self.route, method=method, status=status, ms=round(1e3*took, 2))
+        self._count(method, status); self._seconds.observe(took)
+        if log.isEnabledFor(10): event('request', 10, request_id=call.id, route=self.route, method=method, status=status, ms=round(1e3*took, 2))
 
 def encode(x) -> bytes: return json.dumps(x, ensure_ascii=False, allow_nan=False, separators=(',', ':')).encode()
 
@@ -117,8 +122,8 @@ async def work_on(service, model:Loaded, images:list[bytes], options:Options, de
 def item(service, model:Loaded, prepared, said:dict, size:int, request_id:str='') -> dict:
     "One answer, counted and kept."
     id, place, seen = secrets.token_hex(12), prepared.place, image_summary(prepared.pixels); m = model.metrics
-    m.answer(said); m.brightness.observe(seen['brightness']); m.contrast.observe(seen['contrast']); m.bytes.observe(size)
-    if service.kept: service.kept.add(prediction_row(id, model.name, model.digest, said, seen, size, request_id=request_id))
+    spread = m.answer(said); m.brightness.observe(seen['brightness']); m.contrast.observe(seen['contrast']); m.bytes.observe(size)
+    if service.kept: service.kept.add(prediction_row(id, model.name, model.digest, said, seen, size, spread, request_id=request_id))
     if service.rollout: service.rollout.answered(model, prepared, said, id)
     return dict(id=id, **said, image=dict(width=place.width, height=place.height))
 

@@ -104,7 +104,7 @@ async def server(service, call) -> dict:
 async def live(service, call) -> dict: return dict(live=True)
 
 async def ready(service, call) -> dict:
-    if not service.ready: raise Fault('not_ready', 'the service is not ready', 'a ready service', 'wait', retry_after=1)
+    if not service.ready or service.draining: raise Fault('not_ready', 'the service is not ready', 'a ready service', 'wait', retry_after=1)
     return dict(ready=True)
 
 async def model_ready(service, call) -> dict:

@@ -7,7 +7,7 @@ __all__ = ['log', 'Metrics', 'ModelMetrics', 'entropy', 'JsonLines', 'set_up_log
            'prediction_row']
 
 # %% ../../nbs/65_service.telemetry.ipynb #2f6315ca
-import json, logging, os, sys, threading, time
+import json, logging, math, os, sys, threading, time
 from collections import deque
 from datetime import UTC, datetime
 from pathlib import Path
@@ -57,18 +57,19 @@ class ModelMetrics:
         self.accepted = {a: m.accepted.labels(problem, d, str(a).lower()) for a in (True, False)}
         self.brightness, self.contrast, self.bytes = (x.labels(problem) for x in (m.brightness, m.contrast, m.bytes))
 
-    def answer(self, said:dict):
+    def answer(self, said:dict) -> float|None: # the entropy, where there are probabilities
         "Count an answer."
         self.items['answered'].inc(); self.accepted[bool(said.get('accepted', True))].inc()
         for a in said.get('annotations') or ():
             if (l := self.labels.get(a.get('label'))) is not None: l.inc()
             if a.get('score') is not None: self.confidence.observe(a['score'])
-        if (p := said.get('probabilities')): self.entropy.observe(entropy(list(p.values())))
+        if not (p := said.get('probabilities')): return None
+        self.entropy.observe(e := entropy(p.values())); return e
 
-def entropy(probs:list[float]) -> float: # 0: certain, 1: all alike
+def entropy(probs) -> float: # 0: certain, 1: all alike
     "Shannon's entropy as a share of the highest possible."
-    p = np.asarray(probs, float); p = p[p > 0]/max(p.sum(), 1e-12)
-    return float(-(p*np.log(p)).sum()/np.log(max(len(probs), 2)))
+    p = [v for v in probs if v > 0]; total = sum(p)
+    return -sum(v/total*math.log(v/total) for v in p)/math.log(max(len(probs), 2)) if len(p) > 1 else 0.
 
 # %% ../../nbs/65_service.telemetry.ipynb #99e03211
 log = logging.getLogger('cv_lab.service')
@@ -123,12 +124,13 @@ class PredictionLog:
 # %% ../../nbs/65_service.telemetry.ipynb #9603a883
 def image_summary(x:np.ndarray) -> dict: # (3, H, W) uint8
     "Brightness, contrast and sharpness of an input."
-    s = max(1, x.shape[1]//32); grey = x[1, ::s].astype(np.float32) # every s-th row is enough
-    return dict(brightness=round(float(grey.mean()), 2), contrast=round(float(grey.std()), 2), sharpness=round(float(np.abs(grey[:, 1:] - grey[:, :-1]).mean()), 2))
+    s = max(1, x.shape[1]//32); g = x[1, ::s].astype(np.int32); n = g.size # every s-th row is enough
+    mean, across = int(g.sum())/n, np.abs(g[:, 1:] - g[:, :-1])
+    return dict(brightness=round(mean, 2), contrast=round(math.sqrt(max(0., float(np.vdot(g, g))/n - mean*mean)), 2), sharpness=round(int(across.sum())/max(across.size, 1), 2))
 
-def prediction_row(id:str, problem:str, digest:str, said:dict, seen:dict, size:int, **more) -> dict:
+def prediction_row(id:str, problem:str, digest:str, said:dict, seen:dict, size:int, entropy:float|None=None, **more) -> dict:
     "The line of one prediction."
     scores = [a['score'] for a in said.get('annotations') or () if a.get('score') is not None]
     return dict(id=id, time=round(time.time(), 3), problem=problem, digest=digest, accepted=said.get('accepted'), bytes=size,
                 labels=[a.get('label') for a in (said.get('annotations') or ())][:20], scores=[round(s, 4) for s in scores[:20]],
-                entropy=round(entropy(list(said['probabilities'].values())), 4) if said.get('probabilities') else None, **seen, **more)
+                entropy=entropy and round(entropy, 4), **seen, **more)
