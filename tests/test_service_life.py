@@ -153,6 +153,9 @@ def test_canary_and_its_withdrawal(tmp_path):
         async with serving(good, challengers=folders(challenger), plan=Plan(**plan), kept=kept) as (service, http):
             said = {}
             for i in range(120): said[f'user {i}'] = (await http.post('/v1/predict', content=grey(200), headers={'x-request-key': f'user {i}'})).json(); await asyncio.sleep(.001)
+            for _ in range(2000 if plan['mode'] == 'shadow' else 0): # copies are worked on by a thread that waits for everybody else
+                if (await http.get('/v1/admin/rollout/brightness')).json()['withdrawn']: break
+                await http.post('/v1/predict', content=grey(200)); await asyncio.sleep(.01)
             again = (await http.post('/v1/predict', content=grey(200), headers={'x-request-key': 'user 7'})).json()
             about = await http.get('/v1/admin/rollout/brightness'); changed = await http.put('/v1/admin/rollout/brightness', json=dict(mode='canary', share=1.)); wrong = await http.put('/v1/admin/rollout/brightness', json=dict(share=2))
             after = (await http.post('/v1/predict', content=grey(200))).json(); return said, again, about.json(), changed, wrong, after, service.models.pick(None).digest
