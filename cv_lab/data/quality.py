@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'finding', 'picture_findings', 'between_findings', 'near_pairs', 'near_findings', 'table_findings',
-           'same_boxes', 'class_counts', 'judge_data', 'quality_parts', 'quality_score', 'Report', 'check',
-           'plot_balance', 'plot_findings', 'beside']
+           'same_boxes', 'label_findings', 'class_counts', 'judge_data', 'quality_parts', 'quality_score', 'Report',
+           'check', 'plot_balance', 'plot_findings', 'beside']
 
-# %% ../../nbs/12_data.quality.ipynb #331b7a65
+# %% ../../nbs/12_data.quality.ipynb #56946a85
 import textwrap
 from dataclasses import dataclass
 import numpy as np, pandas as pd, pyarrow as pa, pyarrow.compute as pc
@@ -16,11 +16,12 @@ from ..core import BadInput
 from ..image import decode
 from ..spec import DataRules, Problem
 from .duplicates import clusters, near_duplicates
+from .label_errors import label_errors, object_errors
 from .manifest import SPLITS, Dataset, labels_in
 from .measures import measure_files
 from .orientation import turned
 
-# %% ../../nbs/12_data.quality.ipynb #19eef03c
+# %% ../../nbs/12_data.quality.ipynb #6612ccb0
 KINDS = dict( # kind: (severity, what it means, what to do)
     unreadable=('error', 'the file is missing, cut short, or no image', 'fetch it again, or drop the item'),
     changed=('error', 'the file is not the one that was imported', 'import the dataset again'),
@@ -33,6 +34,11 @@ KINDS = dict( # kind: (severity, what it means, what to do)
     near_duplicate=('warning', 'nearly the same picture stands in this split', 'drop one, unless it is meant so'),
     wrong_size=('warning', 'the manifest says another size than the file', 'import the dataset again; check boxes and masks'),
     no_class=('warning', 'a class without items in a split', 'label some, or drop the class'),
+    label_error=('warning', 'a model that did not see its label is sure of another', 'let somebody look who knows the classes'),
+    overlooked=('warning', 'a held-out model is sure of an object that nobody marked', 'look, and mark it'),
+    misnamed=('warning', 'a held-out model is sure of another class for an object', 'look, and correct the class'),
+    misplaced=('warning', 'a held-out model draws an object elsewhere', 'look, and redraw it'),
+    unsupported=('warning', 'an object was marked where a held-out model sees nothing', 'look, and drop it if it is not there'),
     unlabelled=('warning', 'nothing was said about it', 'label it, or confirm that there is nothing'),
     box_outside=('warning', 'a box reaches out of the image', 'clip it'),
     box_twice=('warning', 'two boxes of one class cover the same', 'drop one'),
@@ -49,7 +55,7 @@ def finding(kind:str, ids, detail, other=None) -> pd.DataFrame: # id, kind, seve
     "Findings of one kind."
     return pd.DataFrame(dict(id=list(ids), kind=kind, severity=KINDS[kind][0], detail=detail, other=other), columns=['id', 'kind', 'severity', 'detail', 'other'], dtype=object)
 
-# %% ../../nbs/12_data.quality.ipynb #dc79b952
+# %% ../../nbs/12_data.quality.ipynb #a2302b78
 def picture_findings(seen:pd.DataFrame, thumbs:np.ndarray, # from `measure_files`
                      style:float=.25,   # a larger share of the items is no fault but the style of the dataset
                     ) -> pd.DataFrame:
@@ -71,7 +77,7 @@ def picture_findings(seen:pd.DataFrame, thumbs:np.ndarray, # from `measure_files
     out.append(finding('turned', t.loc[whole[lying['item']], 'id'], [f'probably by {90*(-q % 4)} degrees' for q in lying['quarters']]))
     return pd.concat(out, ignore_index=True)
 
-# %% ../../nbs/12_data.quality.ipynb #8141d8c8
+# %% ../../nbs/12_data.quality.ipynb #40c1f0f7
 def _labels_of(t:pa.Table) -> list[str]: # one text per row, equal where the same is said
     "What is said about each item, as text."
     flat = pc.list_flatten(t['annotations']).combine_chunks() if len(t) else None
@@ -101,7 +107,7 @@ def between_findings(t:pa.Table, seen:pd.DataFrame) -> pd.DataFrame:
     add('leaked_group', parted, lambda r: f'in {r.split}; group “{r.group}” is in {r.first_split} too')
     return pd.concat(out, ignore_index=True)
 
-# %% ../../nbs/12_data.quality.ipynb #77ac73b3
+# %% ../../nbs/12_data.quality.ipynb #d0e8e42d
 def near_pairs(t:pa.Table, seen:pd.DataFrame, thumbs:np.ndarray, # from `measure_files`
                smallest:int=24, # pixels of the shorter side
               ) -> pd.DataFrame: # keep, drop (row numbers; the first may stay), score
@@ -121,7 +127,7 @@ def near_findings(t:pa.Table, pairs:pd.DataFrame) -> pd.DataFrame:
         out.append(finding(kind, ids[b], [f'{s:.0%} like {i}' + (f' in {w}; this is in {v}' if kind == 'leaked_near' else '') for s, i, v, w in zip(q['score'], ids[a], split[b], split[a])], ids[a].tolist()))
     return pd.concat(out, ignore_index=True)
 
-# %% ../../nbs/12_data.quality.ipynb #a64ecf93
+# %% ../../nbs/12_data.quality.ipynb #58fddb4e
 def table_findings(t:pa.Table, seen:pd.DataFrame, classes:list[str]) -> pd.DataFrame:
     "Where the manifest says other than the files do, and what it does not say."
     ids = np.array(t['id'].to_pylist(), object); out = []
@@ -165,7 +171,17 @@ def same_boxes(b:np.ndarray,     # (N, 4) xyxy
         found.append((i[over], j[over])); step += 1
     return tuple(np.concatenate(v) for v in zip(*found))
 
-# %% ../../nbs/12_data.quality.ipynb #e4f5b41b
+# %% ../../nbs/12_data.quality.ipynb #f193b385
+def label_findings(t:pa.Table, predictions:pa.Table, # held-out
+                   classes:list[str], multilabel:bool=False) -> pd.DataFrame:
+    "Labels, boxes and masks that a held-out model is sure are wrong."
+    a, b = label_errors(t, predictions, classes, multilabel), object_errors(t, predictions)
+    say = dict(overlooked=lambda r: f'{r.suggested}, score {r.score:.2f}, at {[round(v) for v in r.bbox or []]}', misnamed=lambda r: f'“{r.given}”, rather “{r.suggested}” ({r.score:.2f})',
+               misplaced=lambda r: f'{r.given}: rather at {[round(v) for v in r.bbox or []]}', unsupported=lambda r: f'{r.given} at {[round(v) for v in r.bbox or []]}')
+    return pd.concat([finding('label_error', a['id'], [f'“{r.given}” ({r.p_given:.0%}), rather “{r.suggested}” ({r.p_suggested:.0%})' for r in a.itertuples()]),
+                      *(finding(k, b.loc[b['kind'] == k, 'id'], [f(r) for r in b[b['kind'] == k].itertuples()]) for k, f in say.items())], ignore_index=True)
+
+# %% ../../nbs/12_data.quality.ipynb #85a3b3b3
 def class_counts(t:pa.Table, classes:list[str]) -> pd.DataFrame: # rows: classes; columns: splits; items that carry the class
     "How many items of each split carry each class."
     flat = pc.list_flatten(t['annotations']).combine_chunks()
@@ -176,7 +192,7 @@ def class_counts(t:pa.Table, classes:list[str]) -> pd.DataFrame: # rows: classes
     counts = pd.crosstab(pairs['label'], split[pairs['item'].astype(int)]) if len(pairs) else pd.DataFrame()
     return counts.reindex(index=classes, columns=names, fill_value=0).rename_axis(index='class', columns='split').astype(int)
 
-# %% ../../nbs/12_data.quality.ipynb #e39082f5
+# %% ../../nbs/12_data.quality.ipynb #e50bcc52
 def judge_data(rules:DataRules, t:pa.Table, findings:pd.DataFrame, counts:pd.DataFrame) -> list[dict]: # rule, verdict, said, expected
     "The data rules of a problem, judged."
     n = {k: findings.loc[findings['kind'] == k, 'id'].nunique() for k in KINDS}; items = max(len(t), 1)
@@ -194,7 +210,7 @@ def judge_data(rules:DataRules, t:pa.Table, findings:pd.DataFrame, counts:pd.Dat
              'no classes' if least is None else f'“{least}” has {train[least]}', f'at least {rules.min_per_class}'),
         rule('a licence for every item', not rules.require_license or not without, f'{without} without', 'none' if rules.require_license else 'any number')]
 
-# %% ../../nbs/12_data.quality.ipynb #08f83418
+# %% ../../nbs/12_data.quality.ipynb #a21c2113
 def quality_parts(t:pa.Table, findings:pd.DataFrame, counts:pd.DataFrame) -> dict[str, float]: # each in [0, 1]
     "The parts of the score."
     share = lambda *kinds: 1 - findings.loc[findings['kind'].isin(kinds), 'id'].nunique()/max(len(t), 1)
@@ -202,13 +218,13 @@ def quality_parts(t:pa.Table, findings:pd.DataFrame, counts:pd.DataFrame) -> dic
     even = float(np.exp(-(p*np.log(p)).sum())/max(len(counts), 1)) if len(p) else 1. # effective number of classes (Hill, 1973), as a share
     return dict(readable=share('unreadable', 'changed', 'wrong_size'), separate=share('leaked_group', 'leaked_content', 'leaked_near'),
                 unique=share('duplicate', 'near_duplicate', 'conflict'), visible=share('blank', 'dark', 'blown_out', 'blurred', 'turned'),
-                labelled=share('unlabelled', 'unknown_label', 'box_outside', 'box_twice'), balanced=even)
+                labelled=share('unlabelled', 'unknown_label', 'box_outside', 'box_twice', 'label_error', 'overlooked', 'misnamed', 'misplaced', 'unsupported'), balanced=even)
 
 def quality_score(parts:dict[str, float]) -> float: # in [0, 1]
     "The geometric mean of the parts."
     return float(np.exp(np.mean(np.log(np.maximum(list(parts.values()), 1e-6)))))
 
-# %% ../../nbs/12_data.quality.ipynb #44237f3a
+# %% ../../nbs/12_data.quality.ipynb #3b84e41f
 @dataclass
 class Report:
     "What `check` found: findings, rules, counts, score."
@@ -246,10 +262,11 @@ class Report:
             lines += [f'| {r.kind} ({r.severity}): {r.meaning} | {r.items} | {", ".join(map(str, r.first[:3]))} | {r.to_do} |' for r in t.itertuples()]
         return '\n'.join(lines)
 
-# %% ../../nbs/12_data.quality.ipynb #e8d126c3
+# %% ../../nbs/12_data.quality.ipynb #9825d013
 def check(dataset:Dataset,
           problem:Problem|None=None, # its classes and data rules; without, the dataset's classes and the default rules
           workers:int|None=None,     # processes; None: all cores when it pays
+          predictions:pa.Table|None=None, # of a model that did not see these labels
          ) -> Report:
     "Look at every item of a dataset, and judge it."
     t = dataset.table; classes = problem.classes if problem else dataset.classes or labels_in(t)
@@ -258,13 +275,14 @@ def check(dataset:Dataset,
     seen['cluster'] = clusters(len(t), pd.DataFrame(dict(a=[*pairs['keep'], *same], b=[*pairs['drop'], *same.index])))
     missing = [(c, s) for c, row in counts.iterrows() for s, v in row.items() if v == 0]
     found = pd.concat([picture_findings(seen, thumbs), between_findings(t, seen), near_findings(t, pairs), table_findings(t, seen, classes),
+                       *([label_findings(t, predictions, classes, bool(problem and problem.multilabel))] if predictions is not None else []),
                        finding('no_class', [f'class {c}' for c, _ in missing], [f'no item in {s}' for _, s in missing])], ignore_index=True)
     rank = {k: i for i, k in enumerate(KINDS)}
-    found = found.sort_values(['kind', 'id'], key=lambda v: v.map(rank) if v.name == 'kind' else v.astype(str), kind='stable', ignore_index=True)
+    found = found.sort_values('kind', key=lambda v: v.map(rank), kind='stable', ignore_index=True) # within a kind: as found, the surest first where there is an order
     rules = judge_data(problem.data if problem else DataRules(), t, found, counts)
     return Report(dataset, seen, found, counts, rules, quality_parts(t, found, counts))
 
-# %% ../../nbs/12_data.quality.ipynb #bdacf341
+# %% ../../nbs/12_data.quality.ipynb #50114299
 def plot_balance(r:Report):
     "Items of each class in each split."
     import matplotlib.pyplot as plt
