@@ -13,8 +13,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Iterable, Sequence
 import numpy as np, pyarrow as pa, pyarrow.compute as pc, pyarrow.parquet as pq
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from ..core import (Annotation, BadInput, Damaged, NotFound, inside, read_json, write_atomic,
                          write_json)
 
@@ -115,6 +113,7 @@ def _clusters(t:pa.Table) -> tuple[pa.Array, np.ndarray]: # a name for each clus
     keys = pc.coalesce(t['group'], t['sha256']); names = pc.unique(keys); of = pc.index_in(keys, names).to_numpy()
     images = pc.unique(t['sha256']).drop_null(); has = t['sha256'].is_valid().to_numpy(); n = len(names)
     if len(images) == has.sum(): return names, of
+    from scipy.sparse import coo_array; from scipy.sparse.csgraph import connected_components
     image = pc.index_in(t['sha256'], images).drop_null().to_numpy()
     links = coo_array((np.ones(len(image), np.int8), (of[has], n + image)), shape=(n + len(images),)*2)
     of_name = connected_components(links, directed=False)[1][:n]

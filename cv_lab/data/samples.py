@@ -258,9 +258,13 @@ CAMERAS = {'camera-A': Camera((1, 1, 1), (0, .25, .5, .75, 1), .012, .05, (88, 9
            'camera-C': Camera((.97, 1, 1.02), (.06, .27, .48, .7, .92), .026, .25, (65, 82)),
            'camera-D': Camera((.88, .98, 1.14), (0, .14, .5, .88, 1), .02, .1, (70, 85), 80)}
 
+@lru_cache
+def _grid(H:int, W:int) -> np.ndarray: # (2, H, W) float32: y and x, from -1 to 1
+    return np.mgrid[-1:1:H*1j, -1:1:W*1j].astype(np.float32)
+
 def _light(light:str, H:int, W:int, rng) -> np.ndarray: # (H, W, 3) or (1, 1, 3) float32 gains
     "How much light falls where, and of what colour."
-    y, x = np.mgrid[-1:1:H*1j, -1:1:W*1j].astype(np.float32); a = rng.uniform(0, 2*math.pi)
+    y, x = _grid(H, W); a = rng.uniform(0, 2*math.pi)
     slope = 1 + rng.uniform(.02, .15)*(x*math.cos(a) + y*math.sin(a)); r = lambda lo, hi: rng.uniform(lo, hi)
     if light == 'shadow': slope *= 1 - r(.35, .6)/(1 + np.exp(-r(4, 25)*(x*math.sin(a) + y*math.cos(a) + r(-.4, .4))))
     if light == 'glare': slope += r(.3, .7)*np.exp(-((x - r(-.8, .8))**2 + (y - r(-.8, .8))**2)/r(.1, .4))
@@ -275,16 +279,16 @@ def _blur(img:np.ndarray, blur:str, rng) -> np.ndarray:
         n, a = int(rng.integers(3, 6)), rng.uniform(0, math.pi)
         steps = [(round(math.sin(a)*(k - (n - 1)/2)), round(math.cos(a)*(k - (n - 1)/2))) for k in range(n)]
         return np.mean([np.roll(img, s, (0, 1)) for s in steps], 0, dtype=np.float32)
+    if blur == 'sharp': return img
     im = Image.fromarray((img*255 + .5).clip(0, 255).astype(np.uint8))
-    return np.asarray(im.filter(ImageFilter.GaussianBlur(rng.uniform(.7, 1.2) if blur == 'soft' else .4)), np.float32)/255
+    return np.asarray(im.filter(ImageFilter.GaussianBlur(rng.uniform(.7, 1.2))), np.float32)/255
 
 def photograph(img:np.ndarray, # (H, W, 3) float32: the lit scene
                cam:Camera, blur:str, gain:float, lens, sensor) -> bytes: # two random generators: of the scene, of the frame
     "A JPEG file of what the camera sees."
     img = _blur(img, blur, lens); H, W = img.shape[:2]
-    y, x = np.mgrid[-1:1:H*1j, -1:1:W*1j].astype(np.float32)
-    img = img*(1 - cam.vignette*(x*x + y*y)/2)[..., None]
-    sigma = cam.noise*np.sqrt(.15 + .85*img.clip(0, 1))
+    y, x = _grid(H, W); img = img*(1 - cam.vignette*(x*x + y*y)/2)[..., None]
+    sigma = cam.noise*np.sqrt(.15 + .85*(img @ GREY).clip(0, 1))[..., None]
     img = (img + sigma*sensor.standard_normal(img.shape, np.float32))*(np.array(cam.balance, np.float32)*np.float32(gain))
     out = np.interp(np.arange(1024)/1023, np.linspace(0, 1, 5), cam.tone)*255
     im = Image.fromarray(np.rint(out).astype(np.uint8)[(img*1023).clip(0, 1023).astype(np.int16)])
@@ -310,10 +314,10 @@ def _truth(scene:Scene, placed:list[Placed], masks:list[np.ndarray], labels:np.n
     return out + [Annotation(caption=said)]
 
 # %% ../../nbs/14_data.samples.ipynb #f7bec171
-def _stage(scene:Scene, scans:np.ndarray, labels:np.ndarray, width:int, height:int):
+def _stage(scene:Scene, scans:np.ndarray, labels:np.ndarray, pictures:dict[str, np.ndarray], width:int, height:int):
     "The frames of one scene: row and file content."
     rng = np.random.default_rng(scene.seed); g = GROUNDS[scene.ground]
-    ground = _crop(ground_part(ground_picture(scene.ground), scene.split), width, height, rng)
+    ground = _crop(ground_part(pictures[scene.ground], scene.split), width, height, rng)
     frames = lay_out(scene, scans, width, height, rng); ink, rgb, plate = _choose_ink(ground, frames, rng)
     light = _light(scene.light, height, width, rng); gain = rng.uniform(1.3, 1.7) if scene.light == 'night' else 1.; lens = int(rng.integers(2**32))
     for f, placed in enumerate(frames):
@@ -331,10 +335,10 @@ def _stage(scene:Scene, scans:np.ndarray, labels:np.ndarray, width:int, height:i
                              clip=scene.name if scene.frames > 1 else None, frame=f if scene.frames > 1 else None)), data
 
 
-def _batch(plan:Sequence[Scene], folder:Path, size:tuple[int, int]) -> list[dict]: # rows
+def _batch(plan:Sequence[Scene], folder:Path, scans:np.ndarray, labels:np.ndarray, pictures:dict[str, np.ndarray], size:tuple[int, int]) -> list[dict]: # rows
     "The files of some scenes: what one process does at a time."
-    scans, labels = digit_scans()
-    return [(write_atomic(folder/row['uri'], data, sync=False), row)[1] for scene in plan for row, data in _stage(scene, scans, labels, *size)]
+    staged = (made for scene in plan for made in _stage(scene, scans, labels, pictures, *size))
+    return [(write_atomic(folder/row['uri'], data, sync=False), row)[1] for row, data in staged]
 
 # %% ../../nbs/14_data.samples.ipynb #c8b53c36
 def digit_scenes(folder:str|Path,                      # made when it is not there
@@ -346,15 +350,15 @@ def digit_scenes(folder:str|Path,                      # made when it is not the
                  workers:int|None=None,                # processes; None: all cores, or one for a few scenes
                 ) -> Dataset:
     "Real scans staged on real pictures: boxes, masks, text, tracks, captions, slices and drift."
-    folder = Path(folder).resolve(); recipe = dict(sample='digit_scenes', revision=3, scenes=scenes, seed=seed, size=list(size), cameras=list(cameras), clips=clips)
+    folder = Path(folder).resolve(); recipe = dict(sample='digit_scenes', revision=4, scenes=scenes, seed=seed, size=list(size), cameras=list(cameras), clips=clips)
     if not cameras or set(cameras) - set(CAMERAS): raise BadInput(f'the cameras {list(cameras)}', f'some of: {", ".join(CAMERAS)}', 'correct the names')
     if scenes < 1 or min(size) < 64 or not 0 <= clips <= 1: raise BadInput(f'{scenes} scenes of {size} pixels, {clips} of them in clips', 'at least one, of at least 64x64, a share', 'correct the parameters')
     if (kept := _kept(folder, recipe)) is not None: return kept
     scans, labels = digit_scans()
     splits = assign_splits(make_table(_digit_rows(scans, labels)), SHARES)['split'].to_pylist()
-    plan = plan_scenes(splits, scenes, seed, cameras, clips)
+    plan, pictures = plan_scenes(splits, scenes, seed, cameras, clips), {g: ground_picture(g) for g in GROUNDS}
     jobs = workers or (os.cpu_count() if scenes > 200 else 1)
-    batches = Parallel(jobs, return_as='generator')(delayed(_batch)(plan[i:i+20], folder, size) for i in range(0, len(plan), 20))
+    batches = Parallel(jobs, return_as='generator')(delayed(_batch)(plan[i:i+20], folder, scans, labels, pictures, size) for i in range(0, len(plan), 20))
     with tqdm(total=scenes, desc='digit scenes', disable=None, unit='image') as bar: rows = [row for made in batches for row in made if bar.update() or True]
     about = dict(what='digits of scikit-learn staged on pictures that scikit-image and scikit-learn ship', recipe=recipe,
                  drift=f'camera-D takes pictures from {CHANGE.date()} on', licenses={g: v.license for g, v in GROUNDS.items()})
