@@ -103,7 +103,7 @@ def decode(outputs:dict, cfg:Config, classes:list[str], thresholds:dict) -> list
     return out
 
 # %% ../../nbs/22_tasks.detection.ipynb #f09c1c99
-METRICS = dict(map50_95=True, map50=True, map75=True, map_small=True, map_medium=True, map_large=True, ar1=True, ar10=True, ar100=True, precision=True, recall=True, f1=True)
+METRICS = dict(map50_95=True, map50=True, map75=True, map_small=True, map_medium=True, map_large=True, ar1=True, ar10=True, ar100=True, precision=True, recall=True, f1=True, ece=False)
 
 def matched(truth:pa.Table, predictions:pa.Table, problem:Problem, **kwargs): # coco.Matches
     "What was found, matched with what is there."
@@ -126,10 +126,12 @@ def operating_point(m, classes:int):
     "Precision, recall and F1 of the accepted boxes: of all objects together, and per class."
     shape = (m.truth.items, classes); per = lambda o, v: sparse.csr_matrix((v.astype(float), (o.image, o.label)), shape)
     right, said, there = per(m.said, m.right[0, 0] & m.said.said), per(m.said, ~m.out[0, 0] & m.said.said), per(m.truth, ~m.ignored[0])
+    k = np.flatnonzero(m.said.said & ~m.out[0, 0]); bins = (m.said.score[k]*15).astype(int).clip(0, 14)              # confidence against share right, of what is said
+    gap = sparse.csr_matrix((m.said.score[k] - m.right[0, 0, k], (m.said.image[k], bins)), (m.truth.items, 15))
     ratio = lambda a, b: np.divide(a, b, out=np.full(np.shape(a), np.nan), where=b > 0)
     def at(w):
         tp, n, g = w @ right, w @ said, w @ there; every = lambda v: v.sum(1); none = lambda v, b: np.where(b > 0, np.nan_to_num(v), np.nan)
-        return dict(precision=none(ratio(every(tp), every(n)), every(g)), recall=ratio(every(tp), every(g)), f1=ratio(2*every(tp), every(n) + every(g)),
+        return dict(ece=ratio(np.abs(w @ gap).sum(1), every(n)), precision=none(ratio(every(tp), every(n)), every(g)), recall=ratio(every(tp), every(g)), f1=ratio(2*every(tp), every(n) + every(g)),
                     class_precision=none(ratio(tp, n), g), class_recall=ratio(tp, g), class_f1=ratio(2*tp, n + g))
     return at
 
