@@ -48,7 +48,7 @@ serve: setup ## serve what the aliases name (PORT=3000)
 	@$(BIN)/cvlab serve --port $(PORT)
 
 lab: setup ## JupyterLab on nbs/
-	@$(BIN)/jupyter lab --notebook-dir=nbs
+	@$(BIN)/jupyter lab --notebook-dir=nbs --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.handlers.announcements.NeverCheckForUpdate $$([ $$(id -u) = 0 ] && echo --allow-root)
 
 notebooks: setup ## run the library's pages again, so that their shown output is fresh
 	@$(BIN)/python -m tests.check --refresh
