@@ -11,7 +11,9 @@ export IPYTHONDIR ?= $(CURDIR)/.cache/ipython
 export JUPYTER_CONFIG_DIR ?= $(CURDIR)/.cache/jupyter
 export JUPYTER_DATA_DIR ?= $(CURDIR)/.cache/jupyter/data
 export JUPYTER_RUNTIME_DIR ?= $(CURDIR)/.cache/jupyter/runtime
-export PYTHONPYCACHEPREFIX ?=
+# waiting threads sleep instead of spinning: on a busy machine spinning made training over ten times slower
+export OMP_WAIT_POLICY ?= PASSIVE
+export ORT_DISABLE_TELEMETRY ?= 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: help setup run test check pages pytest serve lab notebooks clean

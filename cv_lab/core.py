@@ -125,7 +125,8 @@ class Workspace:
                      TORCHINDUCTOR_CACHE_DIR=cache/'inductor', TRITON_CACHE_DIR=cache/'triton')
         return {k: str(v) for k, v in where.items()} | dict(
             WANDB_MODE='offline', WANDB_SILENT='true', BENTOML_DO_NOT_TRACK='True', HF_HUB_OFFLINE='1',
-            JUPYTER_PLATFORM_DIRS='1', ORT_DISABLE_TELEMETRY='1', LIGHTNING_DISABLE_VERSION_CHECK='1')
+            JUPYTER_PLATFORM_DIRS='1', ORT_DISABLE_TELEMETRY='1', LIGHTNING_DISABLE_VERSION_CHECK='1',
+            OMP_WAIT_POLICY='PASSIVE')   # threads that wait by spinning make training many times slower on a core they must share
 
 def workspace(start:str|Path|None=None, # where to begin looking; the current folder when None
              ) -> Workspace:

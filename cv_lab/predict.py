@@ -46,6 +46,7 @@ def verify_files(folder:str|Path) -> None:
 def _onnx_network(path:Path, device:str, threads:int) -> Callable:
     "The graph in ONNX Runtime. External data is not read from outside the folder: the graph must be one file."
     o = ort.SessionOptions(); o.intra_op_num_threads = threads; o.log_severity_level = 3
+    o.add_session_config_entry('session.intra_op.allow_spinning', '0')       # spinning threads starve their neighbours
     use = ['CUDAExecutionProvider'] if device == 'cuda' else ['CPUExecutionProvider']
     try: session = ort.InferenceSession(path.read_bytes(), o, providers=use)
     except Exception as e: raise Damaged(f'{path} cannot be loaded: {str(e)[:200]}', 'an ONNX graph in one file', 'export the run again') from None
