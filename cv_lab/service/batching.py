@@ -44,14 +44,14 @@ class Batcher:
     @property
     def busy(self) -> bool: return bool(self.running or self.queue)
 
-    def wait(self) -> float: # seconds
-        "How long what is here already will take."
-        return (len(self.queue) + self.running)*self.per_item
+    def wait(self, more:int=0) -> float: # seconds
+        "How long what is here already will take, and more."
+        return (len(self.queue) + self.running + more)*self.per_item
 
     def submit(self, xs:list, deadline:float) -> list[Work]:
         "Queue images that belong together; all of them or none."
         now = time.monotonic()
-        if len(self.queue) + len(xs) > self.max_queue and self.queue or now + self.wait() > deadline:
+        if len(self.queue) + len(xs) > self.max_queue and self.queue or now + 1.25*self.wait(len(xs)) > deadline:
             self.counts.refused += len(xs)
             raise Fault('overloaded', f'{len(self.queue)} images wait already', 'an answer in time', 'try again after Retry-After', retry_after=self.wait())
         loop = asyncio.get_running_loop()
