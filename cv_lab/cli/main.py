@@ -7,7 +7,7 @@ __all__ = ['app', 'AsJson', 'print_json', 'print_table', 'run', 'not_accepted', 
            'release_run', 'release', 'model_folder', 'predict', 'init', 'serve', 'walk', 'main']
 
 # %% ../../nbs/99_cli.main.ipynb #83caf70e
-import importlib, json, os, pkgutil, sys
+import getpass, importlib, json, os, pkgutil, sys
 from pathlib import Path
 from typing import Annotated
 import typer
@@ -111,7 +111,7 @@ def release_run(folder:Path, spec, text:str, ws, alias:str|None='production', re
     registry = Registry(ws.registry); verdict = write_gate(folder, spec, registry)
     tag = registry.add(make_bundle(folder, spec, text, documents(folder, spec)))
     if alias and registry.standing(spec.name).get(alias) != tag:
-        registry.promote(tag, alias, reason=reason or f'released from {folder.name}', by=by or os.environ.get('USER') or 'unknown', override=override)
+        registry.promote(tag, alias, reason=reason or f'released from {folder.name}', by=by or getpass.getuser(), override=override)
     return tag, verdict
 
 @app.command()
