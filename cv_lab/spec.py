@@ -251,12 +251,13 @@ data:              # what a dataset must be before anything is trained on it
 serving: {{max_image_mb: 10, max_pixels: 50000000, max_batch: 64}}
 
 train:             # any setting of the trainer or of the task; an unknown name is refused
-  epochs: 20
+  epochs: 20{size}
 '''
 
 def draft_problem(name:str, task:str, classes:list[str], dataset:str,
                   tags:dict[str, set],  # tag -> the values that occur
                   metrics:list[str],    # of the task, the leading one first
+                  size:int|None=None,   # pixels a side that the network sees; None: the task's own
                   ) -> str: # YAML, which `parse_problem` takes
     "A problem file to start from, with a comment beside every choice."
     import json
@@ -265,4 +266,5 @@ def draft_problem(name:str, task:str, classes:list[str], dataset:str,
     slices = '\n'.join(f'  {json.dumps(f"{k} {v}", ensure_ascii=False)}: {json.dumps(f"{k} == {v!r}", ensure_ascii=False)}' for k, v in cut[:12])
     say = lambda v: json.dumps(v, ensure_ascii=False)
     return DRAFT.format(name=name, task=task, dataset=say(str(dataset)), classes=say(classes), primary=metrics[0], report=say(metrics[:6]),
+                        size=f'\n  image: {{height: {size}, width: {size}}} # what the network sees; more pixels cost time' if size else '',
                         slices=slices or '  # night: lighting == \'night\'\n  {}')

@@ -159,6 +159,7 @@ def init(dataset: Annotated[str, typer.Argument(help='A dataset folder, or the n
          name: Annotated[str, typer.Option(help='What the problem is called.')] = '', task: Annotated[str, typer.Option(help='Guessed from the annotations otherwise.')] = '',
          force: Annotated[bool, typer.Option(help='Write over a file that is there.')] = False):
     "Write a commented problem file for a dataset."
+    import numpy as np
     from cv_lab.core import write_atomic
     from cv_lab.data.manifest import tags_of
     from cv_lab.experiment import open_dataset
@@ -168,8 +169,10 @@ def init(dataset: Annotated[str, typer.Argument(help='A dataset folder, or the n
     path = out or ws.problems/f'{name or data.name}.yaml'
     if path.exists() and not force: raise BadInput(f'{path} is there already', 'a new file', 'give --out or --name, or --force to write over it')
     where = os.path.relpath(data.root if (data.root/'dataset.json').exists() else dataset, ws.root) if Path(dataset).exists() else dataset
+    sides = np.minimum(data.table['width'].to_numpy(), data.table['height'].to_numpy())
+    size = int(np.clip(round(float(np.median(sides))/32), 1, 7)*32) if task == 'classification' else None    # as large as the images, up to 224
     write_atomic(path, draft_problem(name or data.name, task, data.classes, where, {k: set(filter(None, v)) for k, v in tags_of(data.table).items() if k not in ('split', 'captured_at')},
-                                     list(get_task(task).METRICS)))
+                                     list(get_task(task).METRICS), size))
     shown = os.path.relpath(path); print(f'wrote {shown}: read it, correct owner, intended use and rules, then\n  cvlab run train --problem {shown}')
 
 # %% ../../nbs/99_cli.main.ipynb #edf184db
