@@ -4,7 +4,7 @@ import numpy as np, pandas as pd, pytest
 from PIL import Image, ImageDraw, ImageFilter
 import io
 from cv_lab.core import Annotation, canonical_json, digest
-from cv_lab.data import duplicates, measures, quality as q
+from cv_lab.data import coverage, duplicates, measures, quality as q
 from cv_lab.data.orientation import turned
 from cv_lab.data.manifest import Dataset, assign_splits, first_labels, make_table
 from cv_lab.spec import Problem
@@ -161,6 +161,33 @@ def test_boxes_and_labels_of_the_table(tmp_path):
     rows[2]['annotations'] = [Annotation('z', [10, 10, 50, 50])]; rows[3]['annotations'] = []
     f = q.check(Dataset(make_table(rows), 'd', tmp_path, ['a', 'b'])).findings.groupby('kind')['id'].agg(list)
     assert f['box_outside'] == ['0'] and f['box_twice'] == ['1'] and f['unknown_label'] == ['2'] and f['unlabelled'] == ['3']
+
+
+def test_forgotten_classes_and_slips_of_the_mouse(tmp_path):
+    d = dataset(tmp_path, {str(i): encoded(picture(i)) for i in range(30)}); both = [Annotation('a', [10, 10, 50, 60]), Annotation('b', [70, 20, 120, 90])]
+    rows = [dict(r, tags={}, annotations=both[:1] if i == 7 else both + [Annotation('a', [90, 90, 91, 91])] if i == 9 else both) for i, r in enumerate(d.table.to_pylist())]
+    f = q.check(Dataset(make_table(rows), 'd', tmp_path, ['a', 'b'])).findings.groupby('kind')['id'].agg(list); assert f['absent'] == ['7'] and f['box_tiny'] == ['9']
+
+
+def test_held_out_predictions_name_labels(tmp_path):
+    from cv_lab.data.manifest import PREDICTIONS
+    d = dataset(tmp_path, {f'{i}': encoded(picture(i)) for i in range(30)}); labels = first_labels(d.table)
+    said = make_table([dict(id=f'{i}', probs=[.03, .97] if (labels[i] == 'b') != (i == 4) else [.97, .03]) for i in range(30)], PREDICTIONS)
+    f = q.check(d, predictions=said).findings; assert f.loc[f['kind'] == 'label_error', 'id'].tolist() == ['4']
+
+
+def test_drift_is_named_where_it_is_and_nowhere_else():
+    rng = np.random.default_rng(0); part = lambda n, light, size: make_table([dict(id=str(i), sha256=digest(str(i)), width=100, height=100, tags=dict(light=str(rng.choice(['day', 'night'], p=[light, 1 - light]))),
+        annotations=[Annotation('a', [0, 0, (w := float(rng.normal(size, 4))), w])]) for i in range(n)])
+    a, same, other = part(400, .8, 40), part(400, .8, 40), part(400, .3, 30); named = lambda x, y: set((t := coverage.drift(coverage.described(x), coverage.described(y))).loc[t['drifted'], 'what'])
+    assert named(a, same) == set() and named(a, other) == {'tag light', 'object size'}
+
+
+def test_cooccurrence_against_a_loop():
+    rng = np.random.default_rng(1); sets = [set(rng.choice(list('abc'), rng.integers(0, 4))) for _ in range(80)]
+    t = make_table([dict(id=str(i), sha256=digest(str(i)), annotations=[Annotation(c) for c in sorted(s)]) for i, s in enumerate(sets)]); both, lift = coverage.cooccurrence(t, list('abc'))
+    for x in 'abc':
+        for y in 'abc': n = sum(x in s and y in s for s in sets); assert both.loc[x, y] == n and lift.loc[x, y] == pytest.approx(n*80/(sum(x in s for s in sets)*sum(y in s for s in sets)))
 
 
 def test_an_empty_dataset(tmp_path): assert q.check(Dataset(make_table([]), 'none', tmp_path, ['a'])).to_json()['items'] == 0

@@ -7,11 +7,11 @@ __all__ = ['KINDS', 'finding', 'picture_findings', 'between_findings', 'near_pai
            'same_boxes', 'label_findings', 'class_counts', 'judge_data', 'quality_parts', 'quality_score', 'Report',
            'check', 'plot_balance', 'plot_findings', 'beside']
 
-# %% ../../nbs/12_data.quality.ipynb #56946a85
+# %% ../../nbs/12_data.quality.ipynb #efea8887
 import textwrap
 from dataclasses import dataclass
 import numpy as np, pandas as pd, pyarrow as pa, pyarrow.compute as pc
-from PIL import Image
+from PIL import Image, ImageDraw
 from ..core import BadInput
 from ..image import decode
 from ..spec import DataRules, Problem
@@ -21,7 +21,7 @@ from .manifest import SPLITS, Dataset, labels_in
 from .measures import measure_files
 from .orientation import turned
 
-# %% ../../nbs/12_data.quality.ipynb #6612ccb0
+# %% ../../nbs/12_data.quality.ipynb #093b8f3f
 KINDS = dict( # kind: (severity, what it means, what to do)
     unreadable=('error', 'the file is missing, cut short, or no image', 'fetch it again, or drop the item'),
     changed=('error', 'the file is not the one that was imported', 'import the dataset again'),
@@ -41,6 +41,8 @@ KINDS = dict( # kind: (severity, what it means, what to do)
     unsupported=('warning', 'an object was marked where a held-out model sees nothing', 'look, and drop it if it is not there'),
     unlabelled=('warning', 'nothing was said about it', 'label it, or confirm that there is nothing'),
     box_outside=('warning', 'a box reaches out of the image', 'clip it'),
+    box_tiny=('warning', 'a box far smaller than others of its class: a slip of the mouse', 'drop or redraw it'),
+    absent=('warning', 'a class that nearly every item carries is missing here', 'look whether somebody forgot to mark it'),
     box_twice=('warning', 'two boxes of one class cover the same', 'drop one'),
     blank=('warning', 'hardly any structure in the picture', 'look, and drop it if it is empty'),
     dark=('warning', 'hardly anything brighter than black', 'look, and drop it if nothing can be seen'),
@@ -55,7 +57,7 @@ def finding(kind:str, ids, detail, other=None) -> pd.DataFrame: # id, kind, seve
     "Findings of one kind."
     return pd.DataFrame(dict(id=list(ids), kind=kind, severity=KINDS[kind][0], detail=detail, other=other), columns=['id', 'kind', 'severity', 'detail', 'other'], dtype=object)
 
-# %% ../../nbs/12_data.quality.ipynb #a2302b78
+# %% ../../nbs/12_data.quality.ipynb #914b9315
 def picture_findings(seen:pd.DataFrame, thumbs:np.ndarray, # from `measure_files`
                      style:float=.25,   # a larger share of the items is no fault but the style of the dataset
                     ) -> pd.DataFrame:
@@ -67,7 +69,7 @@ def picture_findings(seen:pd.DataFrame, thumbs:np.ndarray, # from `measure_files
     size, shape = np.log2((t['width']*t['height']).astype(float))/2, np.log2((t['width']/t['height']).astype(float))
     marks = dict(blank=(blank, lambda r: f'grey levels spread by {r.spread:.1f}'), dark=(dark, lambda r: f'99 % of the pixels are at most {r.p99:.0f} of 255'),
                  blown_out=(blown, lambda r: f'{r.white:.0%} of the pixels are white'),
-                 blurred=(((t['blur'] > .8) | (t['blur'] > .5) & off(t['blur'], .15) & (t['blur'] > t['blur'].median())) & (small >= 48) & ~blank & ~dark & ~blown, lambda r: f'blur effect {r.blur:.2f}'),
+                 blurred=(((t['blur'] > .85) | (t['blur'] > .5) & off(t['blur'], .15) & (t['blur'] > t['blur'].median())) & (small >= 48) & ~blank & ~dark & ~blown, lambda r: f'blur effect {r.blur:.2f}'),
                  odd_size=(off(size, 1.), lambda r: f'{r.width:.0f} x {r.height:.0f} pixels'), odd_aspect=(off(shape, .5), lambda r: f'{r.width:.0f} x {r.height:.0f} pixels'),
                  exif_turned=(t['exif_turn'] > 1, lambda r: f'EXIF orientation {r.exif_turn:.0f}'))
     out = [finding('unreadable', seen.loc[seen['broken'].notna(), 'id'], seen['broken'].dropna().tolist())]
@@ -77,7 +79,7 @@ def picture_findings(seen:pd.DataFrame, thumbs:np.ndarray, # from `measure_files
     out.append(finding('turned', t.loc[whole[lying['item']], 'id'], [f'probably by {90*(-q % 4)} degrees' for q in lying['quarters']]))
     return pd.concat(out, ignore_index=True)
 
-# %% ../../nbs/12_data.quality.ipynb #40c1f0f7
+# %% ../../nbs/12_data.quality.ipynb #c5348b2a
 def _labels_of(t:pa.Table) -> list[str]: # one text per row, equal where the same is said
     "What is said about each item, as text."
     flat = pc.list_flatten(t['annotations']).combine_chunks() if len(t) else None
@@ -107,7 +109,7 @@ def between_findings(t:pa.Table, seen:pd.DataFrame) -> pd.DataFrame:
     add('leaked_group', parted, lambda r: f'in {r.split}; group “{r.group}” is in {r.first_split} too')
     return pd.concat(out, ignore_index=True)
 
-# %% ../../nbs/12_data.quality.ipynb #d0e8e42d
+# %% ../../nbs/12_data.quality.ipynb #aaf82a32
 def near_pairs(t:pa.Table, seen:pd.DataFrame, thumbs:np.ndarray, # from `measure_files`
                smallest:int=24, # pixels of the shorter side
               ) -> pd.DataFrame: # keep, drop (row numbers; the first may stay), score
@@ -127,7 +129,7 @@ def near_findings(t:pa.Table, pairs:pd.DataFrame) -> pd.DataFrame:
         out.append(finding(kind, ids[b], [f'{s:.0%} like {i}' + (f' in {w}; this is in {v}' if kind == 'leaked_near' else '') for s, i, v, w in zip(q['score'], ids[a], split[b], split[a])], ids[a].tolist()))
     return pd.concat(out, ignore_index=True)
 
-# %% ../../nbs/12_data.quality.ipynb #58fddb4e
+# %% ../../nbs/12_data.quality.ipynb #8eca4a74
 def table_findings(t:pa.Table, seen:pd.DataFrame, classes:list[str]) -> pd.DataFrame:
     "Where the manifest says other than the files do, and what it does not say."
     ids = np.array(t['id'].to_pylist(), object); out = []
@@ -142,17 +144,27 @@ def table_findings(t:pa.Table, seen:pd.DataFrame, classes:list[str]) -> pd.DataF
         parents, labels = pc.list_parent_indices(t['annotations']).to_numpy(), pc.struct_field(flat, 'label')
         wrong = pc.and_(pc.is_valid(labels), pc.invert(pc.is_in(labels, pa.array(classes, pa.string())))).to_numpy(zero_copy_only=False)
         out.append(finding('unknown_label', ids[parents[wrong]], [f'“{v}”' for v in labels.filter(pa.array(wrong)).to_pylist()]))
+        out.append(_absent_findings(ids, parents, labels))
         out.append(_box_findings(ids, parents, flat, np.where(fine, seen['width'], w), np.where(fine, seen['height'], h)))
     return pd.concat(out, ignore_index=True)
 
+def _absent_findings(ids, parents, labels, usual:float=.9) -> pd.DataFrame:
+    "Labelled items without a class that nine in ten labelled items carry."
+    seen = pd.DataFrame(dict(item=parents, label=labels.to_pylist())).dropna().drop_duplicates(); items = seen['item'].nunique(); out = [finding('absent', [], [])]
+    for c, n in seen['label'].value_counts().items():
+        if usual*items <= n < items: lacks = np.setdiff1d(seen['item'], seen.loc[seen['label'] == c, 'item']); out.append(finding('absent', ids[lacks], f'no {c}, which {n/items:.0%} of the items carry'))
+    return pd.concat(out)
+
 def _box_findings(ids, parents, flat, w, h) -> pd.DataFrame:
-    "Boxes that leave the image, and boxes that say the same twice."
+    "Boxes that leave the image, that are far too small, and that say the same twice."
     boxes = pc.struct_field(flat, 'bbox'); has = np.flatnonzero(pc.is_valid(boxes).to_numpy(zero_copy_only=False))
     if not len(has): return finding('box_outside', [], [])
     b = pc.list_flatten(boxes).to_numpy().reshape(-1, 4); p = parents[has]; label = np.array(pc.struct_field(flat, 'label').take(pa.array(has)).to_pylist(), object)
     out = (b[:, 0] < -1) | (b[:, 1] < -1) | (b[:, 2] > w[p].astype(float) + 1) | (b[:, 3] > h[p].astype(float) + 1)
+    side = pd.Series((b[:, 2:] - b[:, :2]).min(1)); tiny = (side < .1*side.groupby(pd.Series(label).fillna('')).transform('median')).to_numpy()
     a, c = same_boxes(b, p, label)
     return pd.concat([finding('box_outside', ids[p[out]], [f'{v.round(1).tolist()} in {w[k]:.0f} x {h[k]:.0f}' for v, k in zip(b[out], p[out])]),
+                      finding('box_tiny', ids[p[tiny]], [f'{n}: {v.round(1).tolist()}' for n, v in zip(label[tiny], b[tiny])]),
                       finding('box_twice', ids[p[a]], [f'{label[i]}: {b[i].round(1).tolist()} and {b[j].round(1).tolist()}' for i, j in zip(a, c)])])
 
 def same_boxes(b:np.ndarray,     # (N, 4) xyxy
@@ -171,7 +183,7 @@ def same_boxes(b:np.ndarray,     # (N, 4) xyxy
         found.append((i[over], j[over])); step += 1
     return tuple(np.concatenate(v) for v in zip(*found))
 
-# %% ../../nbs/12_data.quality.ipynb #f193b385
+# %% ../../nbs/12_data.quality.ipynb #ea402bda
 def label_findings(t:pa.Table, predictions:pa.Table, # held-out
                    classes:list[str], multilabel:bool=False) -> pd.DataFrame:
     "Labels, boxes and masks that a held-out model is sure are wrong."
@@ -181,7 +193,7 @@ def label_findings(t:pa.Table, predictions:pa.Table, # held-out
     return pd.concat([finding('label_error', a['id'], [f'“{r.given}” ({r.p_given:.0%}), rather “{r.suggested}” ({r.p_suggested:.0%})' for r in a.itertuples()]),
                       *(finding(k, b.loc[b['kind'] == k, 'id'], [f(r) for r in b[b['kind'] == k].itertuples()]) for k, f in say.items())], ignore_index=True)
 
-# %% ../../nbs/12_data.quality.ipynb #85a3b3b3
+# %% ../../nbs/12_data.quality.ipynb #df05e7b4
 def class_counts(t:pa.Table, classes:list[str]) -> pd.DataFrame: # rows: classes; columns: splits; items that carry the class
     "How many items of each split carry each class."
     flat = pc.list_flatten(t['annotations']).combine_chunks()
@@ -192,7 +204,7 @@ def class_counts(t:pa.Table, classes:list[str]) -> pd.DataFrame: # rows: classes
     counts = pd.crosstab(pairs['label'], split[pairs['item'].astype(int)]) if len(pairs) else pd.DataFrame()
     return counts.reindex(index=classes, columns=names, fill_value=0).rename_axis(index='class', columns='split').astype(int)
 
-# %% ../../nbs/12_data.quality.ipynb #e50bcc52
+# %% ../../nbs/12_data.quality.ipynb #21d59fdb
 def judge_data(rules:DataRules, t:pa.Table, findings:pd.DataFrame, counts:pd.DataFrame) -> list[dict]: # rule, verdict, said, expected
     "The data rules of a problem, judged."
     n = {k: findings.loc[findings['kind'] == k, 'id'].nunique() for k in KINDS}; items = max(len(t), 1)
@@ -210,7 +222,7 @@ def judge_data(rules:DataRules, t:pa.Table, findings:pd.DataFrame, counts:pd.Dat
              'no classes' if least is None else f'“{least}” has {train[least]}', f'at least {rules.min_per_class}'),
         rule('a licence for every item', not rules.require_license or not without, f'{without} without', 'none' if rules.require_license else 'any number')]
 
-# %% ../../nbs/12_data.quality.ipynb #a21c2113
+# %% ../../nbs/12_data.quality.ipynb #18e660b5
 def quality_parts(t:pa.Table, findings:pd.DataFrame, counts:pd.DataFrame) -> dict[str, float]: # each in [0, 1]
     "The parts of the score."
     share = lambda *kinds: 1 - findings.loc[findings['kind'].isin(kinds), 'id'].nunique()/max(len(t), 1)
@@ -218,13 +230,13 @@ def quality_parts(t:pa.Table, findings:pd.DataFrame, counts:pd.DataFrame) -> dic
     even = float(np.exp(-(p*np.log(p)).sum())/max(len(counts), 1)) if len(p) else 1. # effective number of classes (Hill, 1973), as a share
     return dict(readable=share('unreadable', 'changed', 'wrong_size'), separate=share('leaked_group', 'leaked_content', 'leaked_near'),
                 unique=share('duplicate', 'near_duplicate', 'conflict'), visible=share('blank', 'dark', 'blown_out', 'blurred', 'turned'),
-                labelled=share('unlabelled', 'unknown_label', 'box_outside', 'box_twice', 'label_error', 'overlooked', 'misnamed', 'misplaced', 'unsupported'), balanced=even)
+                labelled=share('unlabelled', 'absent', 'unknown_label', 'box_outside', 'box_tiny', 'box_twice', 'label_error', 'overlooked', 'misnamed', 'misplaced', 'unsupported'), balanced=even)
 
 def quality_score(parts:dict[str, float]) -> float: # in [0, 1]
     "The geometric mean of the parts."
     return float(np.exp(np.mean(np.log(np.maximum(list(parts.values()), 1e-6)))))
 
-# %% ../../nbs/12_data.quality.ipynb #3b84e41f
+# %% ../../nbs/12_data.quality.ipynb #d565c0ff
 @dataclass
 class Report:
     "What `check` found: findings, rules, counts, score."
@@ -262,7 +274,7 @@ class Report:
             lines += [f'| {r.kind} ({r.severity}): {r.meaning} | {r.items} | {", ".join(map(str, r.first[:3]))} | {r.to_do} |' for r in t.itertuples()]
         return '\n'.join(lines)
 
-# %% ../../nbs/12_data.quality.ipynb #9825d013
+# %% ../../nbs/12_data.quality.ipynb #a1100167
 def check(dataset:Dataset,
           problem:Problem|None=None, # its classes and data rules; without, the dataset's classes and the default rules
           workers:int|None=None,     # processes; None: all cores when it pays
@@ -282,7 +294,7 @@ def check(dataset:Dataset,
     rules = judge_data(problem.data if problem else DataRules(), t, found, counts)
     return Report(dataset, seen, found, counts, rules, quality_parts(t, found, counts))
 
-# %% ../../nbs/12_data.quality.ipynb #50114299
+# %% ../../nbs/12_data.quality.ipynb #fcc267f7
 def plot_balance(r:Report):
     "Items of each class in each split."
     import matplotlib.pyplot as plt
@@ -296,16 +308,17 @@ def plot_findings(r:Report, kinds:list[str]|None=None, # None: all that were fou
                   each:int=4):
     "Examples of each kind of finding; where a fault lies between two items, the other is shown beside it."
     import matplotlib.pyplot as plt
-    at = dict(zip(r.dataset.table['id'].to_pylist(), r.dataset.table['uri'].to_pylist()))
+    named = set(r.findings['id']) | set(r.findings['other'].dropna()); some = r.dataset.table.filter(pc.is_in(r.dataset.table['id'], pa.array(sorted(named), pa.string())))
+    at = {i: (u, a) for i, u, a in zip(*(some[c].to_pylist() for c in ('id', 'uri', 'annotations')))}
     rows = [(k, x) for k in (kinds or KINDS) if len(x := r.findings[(r.findings['kind'] == k) & r.findings['id'].isin(at)].drop_duplicates('id')[:each])]
     if not rows: return None
-    fig, axes = plt.subplots(len(rows), each + 1, figsize=(2 + 1.9*each, 1.75*len(rows)), squeeze=False, layout='constrained')
+    fig, axes = plt.subplots(len(rows), each + 1, figsize=(2 + 2.1*each, 1.9*len(rows)), squeeze=False, layout='constrained')
     for ax in axes.flat: ax.axis('off')
     for line, (kind, found) in zip(axes, rows):
         line[0].text(0, .5, f'{kind}\n' + textwrap.fill(KINDS[kind][1], 24), va='center', fontsize=8)
         for ax, f in zip(line[1:], found.itertuples()):
-            ax.imshow(beside([_look(r.dataset, at[i]) for i in (f.id, f.other) if i in at]), interpolation='nearest')
-            ax.set_title('\n'.join(textwrap.wrap(f'{f.id}: {f.detail}', 36)[:3]), fontsize=6)
+            ax.imshow(beside([_look(r.dataset, *at[i]) for i in (f.id, f.other) if i in at]), interpolation='auto')
+            ax.set_title('\n'.join(textwrap.wrap(f'{f.id}: {f.detail}', 40)[:4]), fontsize=6)
     return fig
 
 def beside(images:list[np.ndarray]) -> np.ndarray: # (H, W, 3) uint8
@@ -314,8 +327,14 @@ def beside(images:list[np.ndarray]) -> np.ndarray: # (H, W, 3) uint8
     for i in images: out += [np.asarray(Image.fromarray(i).resize((max(1, i.shape[1]*h//i.shape[0]), h), Image.Resampling.NEAREST)), gap]
     return np.hstack(out[:-1])
 
-def _look(d:Dataset, uri:str) -> np.ndarray:
-    "An item as shown: small, and a grey page where it cannot be read."
+_INK = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
+
+def _look(d:Dataset, uri:str, annotations:list[dict], # what is said about it
+          side:int=240) -> np.ndarray:
+    "An item as shown: small, with its boxes, a colour per class; a grey page where it cannot be read."
     try: im = Image.fromarray(decode(d.read(uri)))
     except BadInput: return np.full((64, 64, 3), 220, np.uint8)
-    im.thumbnail((192, 192)); return np.asarray(im)
+    k = min(1, side/max(im.size)); im = im.resize((max(1, round(im.width*k)), max(1, round(im.height*k)))); pen = ImageDraw.Draw(im)
+    for a in annotations or []:
+        if a['bbox'] is not None: pen.rectangle([v*k for v in a['bbox']], outline=_INK[(d.classes.index(a['label']) if a['label'] in d.classes else 0) % len(_INK)])
+    return np.asarray(im)
