@@ -108,6 +108,7 @@ class DataRules(Strict):
     min_per_class: int = Field(1, ge=0)          # training items of each class
     max_broken: float = Field(0., ge=0, le=1)    # share of items that do not decode
     allow_leaks: bool = False                    # the same group or content in two splits
+    allow_near_duplicates: bool = False          # in two splits; for pictures that are alike by nature, as before a fixed camera
     require_license: bool = False
 
 class Decision(Strict):
@@ -246,6 +247,7 @@ acceptance:        # all must hold, or nothing is released
 data:              # what a dataset must be before anything is trained on it
   min_per_class: 5
   max_broken: 0
+  allow_near_duplicates: false # between splits; true for pictures that are alike by nature, as before a fixed camera
   require_license: false
 
 serving: {{max_image_mb: 10, max_pixels: 50000000, max_batch: 64}}

@@ -99,7 +99,7 @@ def formats_(as_json:Json=False) -> None:
 
 # %% ../../nbs/95_cli.data.ipynb #9972e357
 Folder = Annotated[Path, typer.Argument(help='The folder of a dataset.', show_default=False)]
-Who = Annotated[str|None, typer.Option('--by', help='Who does it; goes into the log.')]
+Who = Annotated[str|None, typer.Option('--who', help='Who does it; goes into the log.')]
 
 @app.command()
 def check(dataset:Annotated[str, typer.Argument(help='The folder of a dataset, or an embedded one such as `digits`.', show_default=False)],

@@ -208,7 +208,7 @@ def class_counts(t:pa.Table, classes:list[str]) -> pd.DataFrame: # rows: classes
 def judge_data(rules:DataRules, t:pa.Table, findings:pd.DataFrame, counts:pd.DataFrame) -> list[dict]: # rule, verdict, said, expected
     "The data rules of a problem, judged."
     n = {k: findings.loc[findings['kind'] == k, 'id'].nunique() for k in KINDS}; items = max(len(t), 1)
-    leaked = findings.loc[findings['kind'].isin(['leaked_group', 'leaked_content', 'leaked_near']), 'id'].nunique()
+    leaked = findings.loc[findings['kind'].isin(['leaked_group', 'leaked_content'] + ['leaked_near']*(not rules.allow_near_duplicates)), 'id'].nunique()
     without = pc.sum(pc.equal(pc.fill_null(t['license'], ''), '')).as_py() or 0
     train = counts['train'] if 'train' in counts else counts.sum(axis=1)
     least = train.sort_values(kind='stable').index[0] if len(train) else None
@@ -216,7 +216,8 @@ def judge_data(rules:DataRules, t:pa.Table, findings:pd.DataFrame, counts:pd.Dat
     return [
         rule('items that can be read', n['unreadable']/items <= rules.max_broken, f'{n["unreadable"]} of {len(t)} cannot', f'at most {rules.max_broken:.2%}'),
         rule('files as imported', not n['changed'], f'{n["changed"]} changed', 'none'),
-        rule('nothing shared between splits', rules.allow_leaks or not leaked, f'{leaked} items leak', 'any number' if rules.allow_leaks else 'none'),
+        rule('nothing shared between splits', rules.allow_leaks or not leaked,
+             f'{leaked} items leak' + (f', {n["leaked_near"]} items are nearly like one of another split' if n['leaked_near'] else ''), 'any number' if rules.allow_leaks else 'none'),
         rule('labels are classes', not n['unknown_label'], f'{n["unknown_label"]} items with other labels', 'none'),
         rule('training items of each class', least is None or train[least] >= rules.min_per_class,
              'no classes' if least is None else f'“{least}” has {train[least]}', f'at least {rules.min_per_class}'),
