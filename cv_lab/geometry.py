@@ -52,14 +52,15 @@ def to_input(a:Annotation, p:Placement) -> Annotation: # pixels of the network's
         page = np.zeros(p.page[::-1], bool); page[p.y:p.y+p.h, p.x:p.x+p.w] = _resized(inner, p.w, p.h); mask = rle_encode(page)
     return replace(a, bbox=a.bbox and moved(a.bbox), polygon=a.polygon and [moved(r) for r in a.polygon], mask=mask)
 
-def to_image(a:Annotation, p:Placement) -> Annotation|None: # pixels of the upright image; None: nothing of the box is in it
+def to_image(a:Annotation, p:Placement) -> Annotation|None: # pixels of the upright image; None: nothing of it is in there
     "What a network says, in the pixels of the image it was asked about."
     scale, shift = np.array([p.width/p.w, p.height/p.h]), np.array([p.x, p.y])
     inside = lambda points: ((np.reshape(points, (-1, 2)) - shift)*scale).clip(0, (p.width, p.height)).ravel().tolist()
     bbox = a.bbox and inside(a.bbox)
     if bbox and (bbox[2] <= bbox[0] or bbox[3] <= bbox[1]): return None
-    mask = a.mask and rle_encode(_resized(rle_decode(a.mask)[p.y:p.y+p.h, p.x:p.x+p.w], p.width, p.height))
-    return replace(a, bbox=bbox, polygon=a.polygon and [inside(r) for r in a.polygon], mask=mask)
+    page = _resized(rle_decode(a.mask)[p.y:p.y+p.h, p.x:p.x+p.w], p.width, p.height) if a.mask else None
+    if page is not None and not bbox and not a.polygon and not page.any(): return None
+    return replace(a, bbox=bbox, polygon=a.polygon and [inside(r) for r in a.polygon], mask=a.mask and rle_encode(page))
 
 # %% ../nbs/03_geometry.ipynb #13f6b293
 def box_overlap(a:np.ndarray, b:np.ndarray, # (N, 4), (M, 4) xyxy

@@ -75,6 +75,8 @@ class Preprocess:
     fit: Literal['squash', 'letterbox'] = 'letterbox'
     interpolation: Literal['nearest', 'bilinear', 'bicubic'] = 'bilinear' # Pillow's, which smooth when they shrink
     pad: int = 114   # grey level of the letterbox margins
+    shrink: float = 0    # an image that would shrink by more than this is looked at in windows, see 44_windows.ipynb; 0: always as a whole
+    overlap: float = .25 # of neighbouring windows, as a share of their sides
 
 @dataclass(frozen=True)
 class Placement:

@@ -53,10 +53,11 @@ def export_run(run:Run, problem:Problem, force:bool=False) -> Path: # the folder
 def parity(run:Run, predictor:Predictor, rows:pa.Table, read:Callable, tolerance:float=1e-4, batch:int=64) -> dict:
     "The exported graph against the checkpoint, on whole files."
     net, worst, differ, uris = checkpoint_network(run)[0], dict(score=0.), [], rows['uri'].to_pylist()
+    def checkpoint(pixels):
+        with torch.inference_mode(): return {k: v.numpy() for k, v in net(torch.from_numpy(pixels)).items()}
     for i in range(0, len(uris), batch):
         prepared = [predictor.prepare(read(u)) for u in uris[i:i+batch]]
-        with torch.inference_mode(): theirs = {k: v.numpy() for k, v in net(torch.from_numpy(np.stack([p.pixels for p in prepared]))).items()}
-        for j, (a, b) in enumerate(zip(predictor.decoded(predictor.outputs(prepared), prepared), predictor.decoded(theirs, prepared))):
+        for j, (a, b) in enumerate(zip(predictor.answers(prepared), predictor.answers(prepared, checkpoint))):
             d = differences(a, b); worst = {k: max(worst.get(k, 0.), d.get(k, 0.)) for k in worst | d}
             if d['labels']: differ.append(rows['id'][i+j].as_py())
     overlap = {f'{k}_iou': 1 - worst[k] for k in ('box', 'mask') if k in worst}

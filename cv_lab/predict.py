@@ -21,6 +21,7 @@ from .image import MAX_PIXELS, Placement, Preprocess, decode, placement, preproc
 from .data.manifest import PREDICTIONS
 from .spec import Problem
 from .task import Prediction, get_task, in_image, predictions_table
+from .windows import Window, joined, windows
 
 # %% ../nbs/45_predict.ipynb #ae0d0c88
 MODEL_FILES = ('model.onnx', 'model.safetensors', 'model.json', 'preprocess.json', 'thresholds.json')
@@ -74,8 +75,9 @@ def _torch_has_cuda() -> bool:
 @dataclass(frozen=True)
 class Prepared:
     "One image, ready for the network."
-    pixels: np.ndarray # (3, H, W) uint8
+    pixels: np.ndarray # (3, H, W) uint8, of the whole image
     place: Placement   # with the size of the upright image
+    parts: Sequence[tuple[Window, np.ndarray, Placement]] = () # the windows it is looked at in, if there are several
 
 class Predictor:
     "A model folder, ready to answer."
@@ -101,26 +103,22 @@ class Predictor:
 
     def prepare(self, data:bytes, max_pixels:int=MAX_PIXELS) -> Prepared:
         "The network's input for the bytes of an image file."
-        rgb = decode(data, max_pixels)
-        return Prepared(preprocess(rgb, self.image), placement(rgb.shape[1], rgb.shape[0], self.image))
+        rgb = decode(data, max_pixels); height, width = rgb.shape[:2]; parts = windows(width, height, self.image) if hasattr(self.task, 'GEOMETRY') else []
+        cut = lambda v: (v, preprocess(rgb[v.y:v.y + v.h, v.x:v.x + v.w], self.image), placement(v.w, v.h, self.image))
+        return Prepared(preprocess(rgb, self.image), placement(width, height, self.image), [cut(v) for v in parts] if len(parts) > 1 else ())
 
-    def outputs(self, prepared:Sequence[Prepared]) -> dict[str, np.ndarray]: # batch first
-        "The network's outputs for a batch."
-        return self.infer(np.stack([p.pixels for p in prepared]))
-
-    def decoded(self, outputs:dict, prepared:Sequence[Prepared]) -> list[Prediction]:
-        "Network outputs as predictions, in the pixels of the upright images."
-        found = self.task.decode(outputs, self.cfg, self.classes, self.thresholds)
-        return [in_image(p, r.place) for p, r in zip(found, prepared, strict=True)]
-
-    def answer(self, outputs:dict, i:int, prepared:Prepared) -> dict:
-        "What the service says about item `i` of a batch."
-        return self.decoded({k: v[i:i+1] for k, v in outputs.items()}, [prepared])[0].said(self.classes)
+    def answers(self, prepared:Sequence[Prepared], infer:Callable|None=None, # another network than this folder's, to compare with
+                at_once:int=64) -> list[Prediction]: # in the pixels of the upright images
+        "What the network says."
+        found = [[] for _ in prepared]; todo = [(k, *part) for k, p in enumerate(prepared) for part in p.parts or [(None, p.pixels, p.place)]]
+        for i in range(0, len(todo), at_once):
+            some = todo[i:i + at_once]; said = self.task.decode((infer or self.infer)(np.stack([pixels for _, _, pixels, _ in some])), self.cfg, self.classes, self.thresholds)
+            for (k, window, _, place), p in zip(some, said, strict=True): found[k].append((window, in_image(p, place)))
+        return [joined(f, p.place.width, p.place.height) if p.parts else f[0][1] for f, p in zip(found, prepared)]
 
     def predict(self, files:list[bytes]) -> list[dict]: # one answer per file
-        "From files to answers."
-        prepared = [self.prepare(f) for f in files]; outputs = self.outputs(prepared)
-        return [self.answer(outputs, i, p) for i, p in enumerate(prepared)]
+        "From files to answers, as the service gives them."
+        return [p.said(self.classes) for p in self.answers([self.prepare(f) for f in files])]
 
 # %% ../nbs/45_predict.ipynb #65341197
 def predict_table(predictor:Predictor,
@@ -130,8 +128,7 @@ def predict_table(predictor:Predictor,
     "Predict every item of a table, from its file on."
     out, uris = [], rows['uri'].to_pylist()
     for i in range(0, len(uris), batch):
-        prepared = [predictor.prepare(read(u)) for u in uris[i:i+batch]]
-        out += predictor.decoded(predictor.outputs(prepared), prepared)
+        out += predictor.answers([predictor.prepare(read(u)) for u in uris[i:i+batch]])
     return predictions_table(rows['id'].to_pylist(), out)
 
 # %% ../nbs/45_predict.ipynb #b7d0b92e
@@ -143,7 +140,7 @@ def differences(a:Prediction, b:Prediction) -> dict[str, float]: # 0: the same; 
     for us, them in ((a, b), (b, a)):
         for x in us.annotations:
             y = _partner(x, them.annotations)
-            if y is None: out['unpaired'] = max(out['unpaired'], 1. if x.score is None else x.score); continue
+            if y is None: out['unpaired'] = max(out['unpaired'], 1. if x.score is None else x.score); out['labels'] = max(out['labels'], float(x.accepted is not False)); continue
             out['score'] = max(out['score'], abs((x.score or 0) - (y.score or 0)))
             if x.bbox: out['box'] = max(out.get('box', 0.), 1 - float(box_iou([x.bbox], [y.bbox])[0, 0]))
             if x.mask: out['mask'] = max(out.get('mask', 0.), 1 - mask_iou(x.mask, y.mask))
@@ -182,5 +179,5 @@ def golden_difference(predictor:Predictor, golden:pa.Table) -> float: # 0 when e
     rows = golden.to_pylist(); prepared = [predictor.prepare(r['image']) for r in rows]
     if not rows: return 0.
     given = [Prediction([Annotation(**a) for a in r['annotations']], r['probs']) for r in rows]
-    pairs = zip(predictor.decoded(predictor.outputs(prepared), prepared), given)
+    pairs = zip(predictor.answers(prepared), given)
     return max(v for new, old in pairs for k, v in differences(new, old).items() if k != ('labels' if new.probs is not None else 'unpaired'))

@@ -178,3 +178,29 @@ def test_other_backbones_by_name():
     for name, strides in (('mobilenetv3_small_050', [2, 4, 8]), ('convnext_atto', [4, 8, 16])):
         out = pixel_network(name, 2, 'fpn', strides, 8).eval()(torch.zeros((1, 3, 50, 70), dtype=torch.uint8)); assert out['logits'].shape == (1, 2, 50, 70)
     with pytest.raises(BadInput, match='no features'): pixel_network('convnext_atto', 2, 'fpn', [2, 4], 8)
+
+
+def bright(folder, image, classes=('bright',)): # a model folder that says `bright` where a pixel is, and is blind at the edges of its input
+    import onnx
+    from onnx import TensorProto as T, helper as h, numpy_helper as nh
+    from cv_lab.predict import describe_model
+    seen = np.zeros((1, 1, image.height, image.width), np.float32); seen[..., 4:-4, 4:-4] = 1; const = lambda name, v: nh.from_array(np.asarray(v), name)
+    graph = h.make_graph([h.make_node('Cast', ['images'], ['x'], to=T.FLOAT), h.make_node('ReduceMean', ['x', 'axes'], ['m'], keepdims=1), h.make_node('Sub', ['m', 'middle'], ['c']),
+                          h.make_node('Mul', ['c', 'seen'], ['s']), h.make_node('Neg', ['s'], ['n']), h.make_node('Concat', ['n', 's'], ['logits'], axis=1)],
+                         'bright', [h.make_tensor_value_info('images', T.UINT8, ['n', 3, image.height, image.width])], [h.make_tensor_value_info('logits', T.FLOAT, ['n', 2, image.height, image.width])],
+                         [const('axes', [1]), const('middle', np.float32(100)), const('seen', seen)])
+    folder.mkdir(); onnx.save(h.make_model(graph, opset_imports=[h.make_opsetid('', 18)], ir_version=10), folder/'model.onnx')
+    describe_model(folder, 'p', 'segmentation', list(classes), segmentation.Config(image=image)); return folder
+
+
+def test_a_large_image_is_seen_in_windows(tmp_path):
+    import io
+    from PIL import Image
+    from cv_lab.predict import Predictor
+    rng = np.random.default_rng(0); y, x = np.mgrid[:230, :410]; true = np.any([(x - a)**2 + (y - b)**2 < r*r for a, b, r in rng.uniform([20, 20, 5], [390, 210, 30], (14, 3))], axis=0)
+    file = io.BytesIO(); Image.fromarray(np.repeat(np.where(true, 220, 20).astype(np.uint8)[..., None], 3, 2)).save(file, 'PNG'); iou = {}
+    for name, kw in dict(windows=dict(shrink=1.), coarse=dict(shrink=2.), edges=dict(shrink=1., overlap=0.), whole={}).items():
+        model = Predictor(bright(tmp_path/name, Preprocess(64, 64, **kw)), 'cpu'); ready = model.prepare(file.getvalue()); said, = model.answers([ready]); a, = said.annotations
+        iou[name] = mask_iou(a.mask, rle_encode(true)); inner = (rle_decode(a.mask) == true)[4:-4, 4:-4].all(); assert inner == (name == 'windows') and a.mask['size'] == [230, 410] and (len(ready.parts) > 1) == (name != 'whole') and a.score > .9
+        assert model.predict([file.getvalue()]*2)[1]['annotations'][0]['mask'] == a.mask
+    assert iou['windows'] > iou['edges'] > iou['coarse'] > iou['whole']

@@ -73,7 +73,7 @@ class Loaded:
 
     def run(self, xs:list[Prepared]) -> list[dict]:
         "Answers for inputs; the only place where the network is called."
-        return [s.said(self.predictor.classes) for s in self.predictor.decoded(self.predictor.outputs(xs), xs)]
+        return [s.said(self.predictor.classes) for s in self.predictor.answers(xs)]
 
     def prepare(self, data:bytes) -> Prepared:
         "The network's input: the same lines as in training."
