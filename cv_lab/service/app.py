@@ -7,15 +7,17 @@ __all__ = ['PAGE', 'JSON', 'TEXT', 'LINES', 'predict', 'predict_batch', 'list_mo
            'metrics_text', 'show_rollout', 'change_rollout', 'openapi', 'page', 'routes', 'Service']
 
 # %% ../../nbs/69_service.app.ipynb #ea3c3c2d
-import asyncio, time
+import asyncio, io, time
 from pathlib import Path
+from PIL import Image
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.routing import Route, Router
 import cv_lab
 from . import jobs as job_routes, kserve
+from .batching import Counts
 from .bodies import Limits, asked, options_of, read_body, read_json_body
-from .calls import Call, Endpoint, item, shown, work_on
+from .calls import Call, Endpoint, answers_for, encode, item, prepare_all, shown, work_on
 from .faults import Fault, envelope
 from .jobs import Jobs
 from .keys import Guard
@@ -177,9 +179,19 @@ class Service(_Door):
         "Load, warm, open the door."
         await self.models.start()
         if self.rollout: await self.rollout.challengers.refresh()
+        for model in self.models.current.values(): await self._rehearse(model)
         self.ready = True; self._watch = asyncio.create_task(self._look())
         if self.jobs: self.jobs.start(self)
         event('ready', models={n: m.digest[:12] for n, m in self.models.current.items()})
+
+    async def _rehearse(self, model:Loaded):
+        "The way of a request, a few times, so that no client is the first to walk it; uncounted, unkept."
+        b = io.BytesIO(); Image.new('RGB', (300, 300)).save(b, 'PNG'); now = time.monotonic
+        for _ in range(5):
+            prepared = await prepare_all(model, [b.getvalue()], self.models)
+            encode(await answers_for(model.batcher.submit(prepared, now() + 60), now() + 60, asyncio.Event().wait, True))
+        await Endpoint(self, '/livez', alive)(dict(type='http', method='GET', headers=[]), None, _nowhere)
+        model.batcher.counts = Counts()
 
     async def _look(self):
         "Exchange models when the sources say so."
@@ -221,6 +233,8 @@ class Service(_Door):
         except Exception as e: event('start failed', 50, exc_info=e); return await send(dict(type='lifespan.startup.failed', message=str(e)))
         await send(dict(type='lifespan.startup.complete')); await receive()
         await self.stop(); await send(dict(type='lifespan.shutdown.complete'))
+
+async def _nowhere(message): "A send for answers that nobody reads."
 
 def _refusal(e:HTTPException):
     "A handler for what the router does not know."

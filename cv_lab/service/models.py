@@ -6,19 +6,20 @@
 __all__ = ['Source', 'toy_model', 'folders', 'cores', 'pick_device', 'problem_of', 'Loaded', 'Models']
 
 # %% ../../nbs/66_service.models.ipynb #7eb0bb57
-import asyncio, os, time
+import asyncio, io, os, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Callable
 import numpy as np, pyarrow.parquet as pq
+from PIL import Image
 from ..core import Damaged, NotFound, Refusal, digest, read_json
-from ..image import open_image, placement
+from ..image import FORMATS, open_image, placement
 from ..predict import Prepared, Predictor, describe_model, golden_difference
 from ..spec import Problem, Serving, load_problem
 from .batching import Batcher, Work, each_alone
 from .bodies import Limits
 from .faults import Fault
-from .telemetry import Metrics, ModelMetrics, event
+from .telemetry import Metrics, ModelMetrics, event, image_summary
 
 # %% ../../nbs/66_service.models.ipynb #fac73756
 def toy_model(folder:str|Path, gain:float=.05, problem:str='brightness', size:int=8) -> Path: # the folder
@@ -91,7 +92,8 @@ class Loaded:
         for w in batch: m.stage['queue'].observe(w.queued)
 
     def check(self):
-        "Warm it, and compare it with the golden answers that travel with it."
+        "Warm the whole way, and compare with the golden answers that travel with it."
+        for f in FORMATS: b = io.BytesIO(); Image.new('RGB', (8, 8)).save(b, f); image_summary(self.prepare(b.getvalue()).pixels)
         cfg = self.predictor.image; x = Prepared(np.full((3, cfg.height, cfg.width), 128, np.uint8), placement(cfg.width, cfg.height, cfg))
         for n in (1, self.batcher.max_batch, 1, 1): start = time.perf_counter(); said = self.run([x]*n)
         self.batcher.per_item = time.perf_counter() - start
