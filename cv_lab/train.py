@@ -187,7 +187,7 @@ class Fitter(L.LightningModule):
 
     def configure_optimizers(self):
         decay = [p for p in self.net.parameters() if p.ndim > 1]; rest = [p for p in self.net.parameters() if p.ndim <= 1]
-        opt = torch.optim.AdamW([dict(params=decay, weight_decay=self.fit.weight_decay), dict(params=rest, weight_decay=0)], self.fit.lr, fused=True)
+        opt = torch.optim.AdamW([dict(params=decay, weight_decay=self.fit.weight_decay), dict(params=rest, weight_decay=0)], self.fit.lr, fused=not self.fit.clip) # a fused step cannot be clipped in mixed precision
         cycle = torch.optim.lr_scheduler.OneCycleLR(opt, self.fit.lr, total_steps=int(self.trainer.estimated_stepping_batches), pct_start=self.fit.warmup)
         return dict(optimizer=opt, lr_scheduler=dict(scheduler=cycle, interval='step'))
 

@@ -79,6 +79,11 @@ def test_settings_are_checked(change, said):
     with pytest.raises(BadInput, match=said): settings(problem(), **change)
 
 
+def test_gradients_are_clipped_in_mixed_precision(tmp_path):
+    data = classification.example(tmp_path/'stripes'); how = SMALL | dict(epochs=2, precision='bf16-mixed')
+    assert fit(problem(), data, tmp_path/'r', **how, clip=.01).done['weights'] != fit(problem(), data, tmp_path/'r', **how).done['weights']
+
+
 def test_a_leaking_dataset_is_refused(tmp_path):
     from dataclasses import replace
     import pyarrow as pa
