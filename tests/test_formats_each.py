@@ -343,3 +343,14 @@ def test_two_equal_claims_are_not_decided_by_a_coin(tmp_path):
     image(tmp_path/'s/a.jpg'); dump(tmp_path/'s/coco.json', dict(images=[dict(id=1, file_name='a.jpg')], annotations=[], categories=[])); voc(tmp_path/'s', 'a', [('cat', 0, 1, 1, 9, 9)])
     with pytest.raises(BadInput, match='could be coco .* or voc'): import_dataset(tmp_path/'s', 'auto', tmp_path/'o')
     assert import_dataset(tmp_path/'s/coco.json', 'auto', tmp_path/'o').dataset.about['format'] == 'coco'
+
+
+def test_run_lengths_are_checked_before_they_are_trusted():
+    from cv_lab.data.outlines import sound_rle
+    rng = np.random.default_rng(0)
+    for k in range(60):
+        m = rng.random((1 + k*7 % 50, 1 + k*3 % 70)) < (k % 11)/10; rle = rle_encode(m); assert sound_rle(rle) == rle
+        for bad in (dict(rle, counts=rle['counts'] + '1'), dict(rle, counts=rle['counts'][:-1]), dict(rle, size=[rle['size'][0] + 1, rle['size'][1]]), dict(rle, counts='')):
+            with pytest.raises(BadInput): sound_rle(bad)
+    for bad in (dict(size=[10**9, 10**9], counts='12'), dict(size=[-1, 4], counts='12'), dict(size=[3], counts='1'), dict(counts='1'), dict(size=[3, 4], counts=5), dict(size=[3, 4], counts='ä')):
+        with pytest.raises(BadInput): sound_rle(bad)

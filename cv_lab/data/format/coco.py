@@ -10,7 +10,7 @@ import json, re
 import numpy as np
 from ...core import BadInput, read_json
 from ..files import Source
-from ..formats import Found, Reading, Target, kind_of, split_in, unlisted
+from ..formats import MALFORMED, Found, Reading, Target, kind_of, split_in, unlisted
 from ..outlines import mask_of
 from ...geometry import mask_box, rle_decode, rle_encode
 
@@ -95,12 +95,13 @@ def _read_file(source:Source, name:str, split:str|None, folder:str|None, items:d
     if not isinstance(data, dict): raise BadInput(f'{name} is not COCO', 'an object with "images" and "annotations"', 'name the format')
     names = {}
     for c in _list(data, 'categories', name):
+        if not isinstance(c.get('id'), (int, str)): q.drop(name, 'category id cannot be read', c.get('name'), part='category'); continue
         if c.get('id') in names: q.drop(name, 'category id is given twice', c.get('name'), part='category'); continue
         names[c.get('id')] = str(c.get('name')); classes.setdefault(str(c.get('name')), c.get('id'))
-        if c.get('supercategory') not in (None, '', 'none', c.get('name')): about.setdefault('supercategories', {})[c['name']] = c['supercategory']
-    licenses = {l.get('id'): l for l in _list(data, 'licenses', name)}; here = {}
-    if data.get('info'): about.setdefault('info', data['info'])
-    if licenses: about.setdefault('license_urls', {}).update({l.get('name'): l.get('url') for l in licenses.values() if l.get('url')})
+        if c.get('supercategory') not in (None, '', 'none', c.get('name')): about.setdefault('supercategories', {})[str(c.get('name'))] = str(c['supercategory'])
+    licenses = {l['id']: l for l in _list(data, 'licenses', name) if isinstance(l.get('id'), (int, str))}
+    if isinstance(data.get('info'), dict): about.setdefault('info', {k: _text(v) for k, v in data['info'].items()})
+    if licenses: about.setdefault('license_urls', {}).update({str(l.get('name')): str(l['url']) for l in licenses.values() if l.get('url')})
     here = _read_images(source, name, _list(data, 'images', name), split, folder, licenses, items)
     _read_annotations(_list(data, 'annotations', name), names, here, q)
 
@@ -111,12 +112,13 @@ def _read_images(source:Source, name:str, records:list[dict], split:str|None, fo
     near = [folder] if folder else [home, f'{home}/images'.strip('/'), 'images', *(f'images/{s}' for s in ([split] if split else []))]
     for r, default in zip(records, default_ids([str(r.get('file_name')) for r in records])):
         if (image := source.locate(str(r.get('file_name')), near)) is None: q.drop(r.get('file_name'), 'image is missing', name); continue
+        if not isinstance(r.get('id'), (int, str)): q.drop(image, 'image id cannot be read', r.get('id')); continue
         if r.get('id') in here: q.drop(image, 'image id is given twice', r.get('id')); continue
         if image in listed: q.drop(image, 'image is listed twice', name, part='listing'); continue
         f = items.setdefault(image, Found(image, size=(r.get('width') or 0, r.get('height') or 0)))
         if f.item.get('split', split) != split: q.drop(image, 'image is in two splits', f'{f.item["split"]} and {split}', part='listing'); continue
         listed.add(image); here[r.get('id')] = f
-        f.item |= {k: v for k, v in dict(split=split, license=(licenses.get(r.get('license')) or {}).get('name'), captured_at=r.get('date_captured') or None,
+        f.item |= {k: v for k, v in dict(split=split, license=(licenses.get(r['license'] if isinstance(r.get('license'), (int, str)) else None) or {}).get('name'), captured_at=r.get('date_captured') or None,
                                          **{k: r.get(k) for k in ('group', 'device', 'source')}).items() if v is not None}
         tags = dict(r.get('tags') or {}) if isinstance(r.get('tags'), dict) else {}
         if r.get('id') != default: tags['coco_id'] = r.get('id')
@@ -128,12 +130,13 @@ def _read_images(source:Source, name:str, records:list[dict], split:str|None, fo
 def _read_annotations(records:list[dict], names:dict, here:dict[int, Found], q) -> None:
     keep, seen = not _only_a_count([a.get('id') for a in records]), set()
     for a in records:
+        if not all(isinstance(a.get(k), (int, str, float, type(None))) for k in ('id', 'image_id', 'category_id')): q.drop('annotation', 'annotation cannot be read', a.get('id'), part='annotation'); continue
         if (f := here.get(a.get('image_id'))) is None: q.drop(f"annotation {a.get('id')}", 'annotation of an image that is not there', f"image_id {a.get('image_id')}", part='annotation'); continue
         if 'category_id' in a and a['category_id'] not in names: q.drop(f.image, 'unknown category id', a['category_id'], part='annotation'); continue
         if a.get('id') is not None and (a['id'], 'caption' in a) in seen: q.drop(f.image, 'annotation id is given twice', a['id'], part='annotation'); continue
         seen.add((a.get('id'), 'caption' in a))
         try: f.annotations.append(_from_coco(a, names, f.size, keep and a.get('id') is not None))
-        except (ValueError, TypeError, KeyError, BadInput) as e: q.drop(f.image, 'annotation cannot be read', f"id {a.get('id')}: {getattr(e, 'what', e)}", part='annotation')
+        except MALFORMED as e: q.drop(f.image, 'annotation cannot be read', f"id {a.get('id')}: {getattr(e, 'what', e)}", part='annotation')
 
 # %% ../../../nbs/11c_data.format.coco.ipynb #df877455
 def _to_coco(a, id:int, image_id:int, category_id:int) -> dict:

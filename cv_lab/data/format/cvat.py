@@ -12,7 +12,7 @@ from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import fromstring
 from ...core import BadInput
 from ..files import Source
-from ..formats import Found, Reading, Target, kind_of, natural, split_in, unlisted
+from ..formats import MALFORMED, Found, Reading, Target, kind_of, natural, split_in, unlisted
 from ..outlines import mask_of, rotated_box, runs_of, unrotated_box
 from ...geometry import mask_box, rle_decode, rle_encode
 
@@ -66,7 +66,7 @@ def read(source:Source) -> Reading:
 
 def _said(e:ET.Element, image:str, w:int, h:int, known:list[str], q) -> dict|None:
     try: a = _shape(e, w, h)
-    except (ValueError, TypeError, AttributeError, BadInput) as err: return q.drop(image, 'shape cannot be read', f'{e.tag} {e.get("label") or ""}: {getattr(err, "what", err)}', part='annotation')
+    except MALFORMED as err: return q.drop(image, 'shape cannot be read', f'{e.tag} {e.get("label") or ""}: {getattr(err, "what", err)}', part='annotation')
     if known and a['label'] not in known: return q.drop(image, 'label is not defined', a['label'], part='annotation')
     return a
 

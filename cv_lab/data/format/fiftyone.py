@@ -10,7 +10,7 @@ import base64, binascii, io, json, zlib
 import numpy as np
 from ...core import BadInput, read_json
 from ..files import MAX_BYTES, Source
-from ..formats import COLUMNS, FIELDS, Found, Reading, Target, kind_of, split_of, unlisted
+from ..formats import COLUMNS, FIELDS, MALFORMED, Found, Reading, Target, kind_of, split_of, unlisted
 from ...geometry import mask_box, rle_decode, rle_encode
 
 TITLE = 'FiftyOne dataset'
@@ -76,16 +76,21 @@ def read(source:Source,
         data, home = read_json(source.path(n)), n.rpartition('/')[0]
         if not isinstance(data, dict) or not isinstance(data.get('samples'), list): raise BadInput(f'{n} has no list "samples"', 'FiftyOneDataset', 'export it again')
         meta = f'{home}/metadata.json'.strip('/')
-        if meta in source.names: classes += [str(c) for c in (read_json(source.path(meta)).get('default_classes') or []) if c not in classes]
+        if meta in source.names: classes += _classes(read_json(source.path(meta)))
         for s in data['samples']:
+            if not isinstance(s, dict): q.drop(n, 'sample cannot be read', s); continue
             if (image := source.locate(str(s.get('filepath')), [home, f'{home}/data'.strip('/')])) is None: q.drop(s.get('filepath'), 'image is missing', n); continue
             items.append(_sample(s, image, wanted, q))
     unlisted(source, [f.image for f in items])
     return Reading(items, classes or None, total=len(items))
 
+def _classes(meta) -> list[str]:
+    found = meta.get('default_classes') if isinstance(meta, dict) else None
+    return list(dict.fromkeys(map(str, found))) if isinstance(found, list) else []
+
 def _sample(s:dict, image:str, wanted:list[str]|None, q) -> Found:
-    size = tuple((s.get('metadata') or {}).get(k) or 0 for k in ('width', 'height')); f = Found(image, [], {}, size, relative=True); tags = {}
-    for t in s.get('tags') or []:
+    meta = s['metadata'] if isinstance(s.get('metadata'), dict) else {}; size = tuple(v if isinstance(v := meta.get(k), (int, float)) else 0 for k in ('width', 'height')); f = Found(image, [], {}, size, relative=True); tags = {}
+    for t in map(str, s['tags'] if isinstance(s.get('tags'), list) else []):
         if split_of(t) and 'split' not in f.item: f.item['split'] = split_of(t)
         else: tags[t] = 'yes'
     for k, v in s.items():
@@ -93,7 +98,7 @@ def _sample(s:dict, image:str, wanted:list[str]|None, q) -> Found:
         if isinstance(v, dict) and '_cls' in v:
             if wanted and k not in wanted: continue
             try: f.annotations += _label(v, k, size)
-            except (ValueError, TypeError, KeyError, BadInput) as e: q.drop(image, 'label cannot be read', getattr(e, 'what', str(e)), part='annotation')
+            except MALFORMED as e: q.drop(image, 'label cannot be read', getattr(e, 'what', str(e)), part='annotation')
         elif k.startswith('caption') and isinstance(v, str): f.annotations.append(dict(caption=v))
         elif k in COLUMNS and k not in ('tags', 'split'): f.item[k] = str(v)
         elif isinstance(v, (str, int, float, bool)): tags[k.removeprefix('tag_')] = str(v)

@@ -80,7 +80,11 @@ def _said(row:dict, features:dict, boxes:str, text:str) -> tuple[list[dict], dic
     return anns, item
 
 # %% ../../../nbs/11p_data.format.huggingface.ipynb #4016796e
-def _rows(source:Source, name:str) -> Iterator[dict]: # streamed: a few images in memory at a time
+def _rows(source:Source, name:str, q) -> Iterator[dict]: # streamed: a few images in memory at a time
+    try: yield from _batches(source, name)
+    except (pa.ArrowException, OSError) as e: q.drop(name, 'file cannot be read to its end', str(e), part='file')
+
+def _batches(source:Source, name:str) -> Iterator[dict]:
     if name.lower().endswith('.parquet'):
         with pq.ParquetFile(source.path(name)) as f:
             for batch in f.iter_batches(batch_size=64): yield from batch.to_pylist()
@@ -92,12 +96,19 @@ def _features(schema:pa.Schema) -> dict:
     try: return json.loads((schema.metadata or {}).get(b'huggingface', b'{}'))['info']['features']
     except (ValueError, KeyError, TypeError): return {}
 
+def _classes(source:Source, name:str) -> list[str]|None:
+    try: f = _features(_schema(source, name))
+    except BadInput: return None
+    return _names(f, 'label') or _names(f, 'objects', 'category') or _names(f, 'objects', 'categories')
+
 def _packed(source:Source, boxes:str, text:str) -> Iterator[Found]:
     seen, q = set(), source.quarantine
     for n in _tables(source):
-        schema = _schema(source, n); column, features = image_column(schema), _features(schema)
+        try: schema = _schema(source, n)
+        except BadInput as e: q.drop(n, 'file cannot be read', e.what, part='file'); continue
+        column, features = image_column(schema), _features(schema)
         if column is None: q.drop(n, 'no column of images', part='file'); continue
-        for k, row in enumerate(_rows(source, n)):
+        for k, row in enumerate(_rows(source, n, q)):
             im = row.pop(column); im = im if isinstance(im, dict) else dict(bytes=im, path=None); stem = n.rpartition('.')[0]
             if not im or not im.get('bytes'): q.drop(f'{n}, row {k}', 'row without the image\'s bytes', (im or {}).get('path') or ''); continue
             name = (im.get('path') or f'{stem.rpartition("/")[2]}-{k:06}').replace('\\', '/').lstrip('/'); name = name if '.' in name.rpartition('/')[2] else name + _suffix(im['bytes'])
@@ -115,9 +126,7 @@ def read(source:Source,
     for k, v, able in (('boxes', boxes, ('xywh', 'xyxy')), ('text', text, ('caption', 'line'))):
         if v not in able: raise BadInput(f'{k}={v}', ' or '.join(able), 'leave it out')
     if tables := _tables(source):
-        names = next((v for n in tables for f in [_features(_schema(source, n))] if (v := _names(f, 'label') or _names(f, 'objects', 'category') or _names(f, 'objects', 'categories'))), None)
-        total = sum(pq.read_metadata(source.path(n)).num_rows for n in tables) if all(n.lower().endswith('.parquet') for n in tables) else None
-        return Reading(_packed(source, boxes, text), names, total=total)
+        return Reading(_packed(source, boxes, text), next((v for n in tables if (v := _classes(source, n))), None))
     files = source.find(*_META)
     if not files: raise BadInput(f'no Parquet, Arrow or metadata.jsonl in {source.root.name}', 'a Hugging Face dataset on disk', 'name another format')
     items = [f for n in files for f in _listed(source, n, boxes, text)]; unlisted(source, [f.image for f in items])

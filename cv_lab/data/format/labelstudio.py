@@ -12,7 +12,7 @@ from urllib.parse import quote, unquote, urlsplit
 from xml.sax.saxutils import quoteattr
 from ...core import BadInput, digest, read_json
 from ..files import Source
-from ..formats import COLUMNS, KINDS, FIELDS, Found, Reading, Target, kind_of, split_of, unlisted
+from ..formats import COLUMNS, KINDS, FIELDS, MALFORMED, Found, Reading, Target, kind_of, split_of, unlisted
 from ..outlines import from_brush, rotated_box, to_brush, unrotated_box
 from ...geometry import rle_decode, rle_encode
 from ...image import SUFFIXES
@@ -49,14 +49,14 @@ def _results(result:list[dict], image:str, q) -> list[dict]: # annotations
     "What one result list says."
     regions, whole = defaultdict(dict), []
     for r in result:
-        v, kind = r.get('value') or {}, r.get('type', '')
+        v, kind = r['value'] if isinstance(r.get('value'), dict) else {}, str(r.get('type', ''))
         if not v or kind in _UNREAD: q.drop(image, 'a kind of region that is not read', kind, part='annotation'); continue
         a = regions[r.get('id') or id(r)]
         try: where = _geometry(r)
-        except (ValueError, TypeError, KeyError, ZeroDivisionError, BadInput) as e: q.drop(image, 'region cannot be read', f'{kind}: {getattr(e, "what", e)}', part='annotation'); regions.pop(r.get('id'), None); continue
+        except (*MALFORMED, ZeroDivisionError) as e: q.drop(image, 'region cannot be read', f'{kind}: {getattr(e, "what", e)}', part='annotation'); regions.pop(r.get('id'), None); continue
         names = next((v[k] for k in v if k.endswith('labels') and isinstance(v[k], list)), [])
         meta = r.get('meta') if isinstance(r.get('meta'), dict) else {}; said = {k: meta[k] for k in ('annotator', 'track_id') if k in meta}
-        more = where.pop('attributes', {}) | dict(meta.get('attributes') or {}) | ({'labels': ', '.join(names[1:])} if len(names) > 1 else {})
+        more = where.pop('attributes', {}) | (meta['attributes'] if isinstance(meta.get('attributes'), dict) else {}) | ({'labels': ', '.join(names[1:])} if len(names) > 1 else {})
         if 'score' in r: said['score'] = r['score']
         a |= where
         if kind.endswith('labels') or kind in ('rectangle', 'polygon', 'brush'): a |= said | (dict(label=names[0]) if names else {})
@@ -111,14 +111,16 @@ def _fill(f:Found, task:dict, predictions:str, q) -> None:
     "What a task says about its image."
     f.relative, data = True, task['data']
     f.item = {c: str(data[c]) for c in COLUMNS if c not in ('tags', 'split') and data.get(c) is not None} | dict(split=split_of(str(data.get('split', ''))), tags=data.get('tags') if isinstance(data.get('tags'), dict) else None)
-    said = [a for a in task.get('annotations') or task.get('completions') or [] if isinstance(a, dict) and not a.get('was_cancelled')]
+    dicts = lambda v: [x for x in v if isinstance(x, dict)] if isinstance(v, list) else [] # a server's plain export gives only the numbers of predictions
+    said = [a for a in dicts(task.get('annotations') or task.get('completions')) if not a.get('was_cancelled')]
     for a in said:
         who = _person(a.get('completed_by'))
-        f.annotations += [(dict(annotator=who) if who else {}) | r for r in _results(a.get('result') or [], f.image, q)]
-    for p in task.get('predictions') or [] if predictions != 'drop' else []:
-        found = [dict(annotator=p['model_version']) | r if p.get('model_version') not in (None, '', 'undefined') else r for r in _results(p.get('result') or [], f.image, q)]
+        f.annotations += [(dict(annotator=who) if who else {}) | r for r in _results(dicts(a.get('result')), f.image, q)]
+    models = dicts(task.get('predictions'))
+    for p in models if predictions != 'drop' else []:
+        found = [dict(annotator=p['model_version']) | r if p.get('model_version') not in (None, '', 'undefined') else r for r in _results(dicts(p.get('result')), f.image, q)]
         (f.annotations if predictions == 'keep' else f.predictions).extend(r | dict(score=s) if (s := r.get('score', p.get('score'))) is not None else r for r in found)
-    sizes = {(r.get('original_width'), r.get('original_height')) for a in (*said, *(task.get('predictions') or [])) for r in a.get('result') or [] if r.get('original_width')}
+    sizes = {(r.get('original_width'), r.get('original_height')) for a in (*said, *models) for r in dicts(a.get('result')) if isinstance(r.get('original_width'), (int, float)) and isinstance(r.get('original_height'), (int, float))}
     if len(sizes) == 1: f.size = sizes.pop()
 
 # %% ../../../nbs/11g_data.format.labelstudio.ipynb #7974587d

@@ -94,8 +94,9 @@ def _annotations(source:Source, mask:str, image:str, objects:str|None, names:lis
     with Image.open(source.path(mask)) as im:
         codes, whose, out = _codes(im, colours), None, []
         if objects:                                        # 0 there: a class without objects, such as sky
-            with Image.open(source.path(objects)) as o: whose = np.asarray(o).astype(np.int64)
-            if whose.shape != codes.shape: q.mend(image, 'objects have another size than classes: not told apart', objects); whose = None
+            try: whose = np.asarray(Image.open(source.path(objects))).astype(np.int64)
+            except Exception as e: q.mend(image, 'objects cannot be read: not told apart', f'{objects}: {e}')
+            if whose is not None and whose.shape != codes.shape: q.mend(image, 'objects have another size than classes: not told apart', objects); whose = None
         for code in np.unique(codes).tolist():
             name = _name_of(code, im, names, colours)
             if name == '': q.drop(image, 'colour that is no class', f'{mask}: {code if code < 256 else (code >> 16, code >> 8 & 255, code & 255)}', part='annotation')

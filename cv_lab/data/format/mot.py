@@ -35,7 +35,9 @@ def _line(line:str, names:list[str]) -> tuple[int, dict]: # frame, fields of an 
 def _film(source:Source, gt:str) -> tuple[list[Found], set[str]]:
     "The frames of one film, and what is in them."
     q, home = source.quarantine, gt.removesuffix('gt/gt.txt'); ini = configparser.ConfigParser(interpolation=None)
-    if home + 'seqinfo.ini' in source.names: ini.read_string(source.text(home + 'seqinfo.ini'))
+    if home + 'seqinfo.ini' in source.names:
+        try: ini.read_string(source.text(home + 'seqinfo.ini'))
+        except configparser.Error as e: q.mend(home + 'seqinfo.ini', 'file cannot be read: done without', str(e), part='file')
     info = dict(ini['Sequence']) if ini.has_section('Sequence') else {}; below = [n for n in source.images if n.startswith(f'{home}{info.get("imdir", "img1")}/')]
     frames = {int(m[1]): n for n in below if (m := re.search(r'(\d+)\.\w+$', n))}
     size = tuple(int(info[k]) if info.get(k, '').isdecimal() else 0 for k in ('imwidth', 'imheight')); name = info.get('name') or home.strip('/').rpartition('/')[2]

@@ -9,7 +9,7 @@ __all__ = ['TITLE', 'KEEPS', 'ATTRIBUTES', 'LOSES', 'recognise', 'read', 'write'
 import csv, io
 from ...core import BadInput
 from ..files import Source
-from ..formats import NO_SPLIT, Found, Reading, Target, kind_of, split_in, unlisted
+from ..formats import MALFORMED, NO_SPLIT, Found, Reading, Target, kind_of, split_in, unlisted
 
 TITLE = 'Open Images CSV'
 KEEPS = ('class', 'box', 'score', 'split')
@@ -56,7 +56,7 @@ def _read_table(source:Source, name:str, names:dict, items:dict[str, Found|None]
         if (f := items[i]) is None or not r.get('LabelName'): continue
         if f.item['split'] != split and split: q.drop(f.image, 'image is in two splits', f'{f.item["split"]} and {split}', part='listing'); continue
         try: a = _row(r, names)
-        except (ValueError, KeyError) as e: q.drop(f.image, 'annotation cannot be read', f'{name}:{k}: {e}', part='annotation'); continue
+        except MALFORMED as e: q.drop(f.image, 'annotation cannot be read', f'{name}:{k}: {e}', part='annotation'); continue
         if 'bbox' not in a and r.get('Confidence') in ('0', '0.0'): t = f.item.setdefault('tags', {}); t['absent'] = '|'.join(filter(None, [t.get('absent'), a['label']]))
         else: f.annotations.append(a)
     for i in [i for i, f in items.items() if f is None]: del items[i]

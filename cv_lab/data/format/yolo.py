@@ -41,7 +41,9 @@ def _settings(source:Source) -> tuple[list[str], dict[str, list[str]], str]: # c
         try: y = yaml.safe_load(source.text(n))
         except yaml.YAMLError as e: raise BadInput(f'{n} is not YAML: {e}', 'names and splits', 'correct it') from None
         if not isinstance(y, dict) or 'names' not in y: continue
-        names = y['names']; names = [str(names.get(i, i)) for i in range(max(map(int, names), default=-1) + 1)] if isinstance(names, dict) else [str(v) for v in names]
+        names = y['names']
+        if isinstance(names, dict) and any(not str(k).isdecimal() or int(k) > 99_999 for k in names) or not isinstance(names, (dict, list)): raise BadInput(f'`names` in {n} is not a list of classes', 'a list, or numbers and names', 'correct it')
+        names = [str(names.get(i, i)) for i in range(max(map(int, names), default=-1) + 1)] if isinstance(names, dict) else [str(v) for v in names]
         listed = lambda v: [str(p) for p in v] if isinstance(v, list) else [str(v)] if v else []
         return names, {s: v for k in ('train', 'val', 'valid', 'validation', 'test') if (s := split_of(k)) and (v := listed(y.get(k)))}, n
     for n in source.find('*classes.txt', '*.names'): return [l.strip() for l in source.text(n).splitlines() if l.strip()], {}, n
