@@ -70,7 +70,7 @@ def test_coco_loads_in_pycocotools(tmp_path):
 def test_coco_faults(tmp_path):
     box = dict(bbox=[1, 1, 5, 5], category_id=3, image_id=139)
     src = coco(tmp_path/'src', [dict(box, id=1), dict(box, id=1), dict(box, id=2, category_id=9), dict(box, id=3, image_id=7), dict(box, id=4, bbox=[1, 1, 0, 5]), dict(box, id=5, bbox=[90, 1, 5, 5]),
-                                dict(box, id=6, bbox=[35, 1, 50, 5]), dict(box, id=7, bbox=[1, 2, None, 4]), dict(box, id=8, segmentation=dict(size=[9, 9], counts='0'), bbox=None), dict(box, id=9, segmentation=[[1, 2, 3, 4]], bbox=None)],
+                                dict(box, id=6, bbox=[35, 1, 50, 5]), dict(box, id=7, bbox=[1, 2, None, 4]), dict(box, id=8, segmentation=rle_encode(np.ones((9, 9), bool)), bbox=None), dict(box, id=9, segmentation=[[1, 2, 3, 4]], bbox=None)],
                images=[dict(id=139, file_name='C:\\data\\train2017\\000000000139.JPG', width=W, height=H), dict(id=2, file_name='000000000285.jpg', width=9, height=9), dict(id=3, file_name='gone.jpg'),
                        dict(id=4, file_name='../../../etc/passwd'), dict(id=5, file_name='000000000139.jpg')])
     image(src/'train2017/extra.jpg', 5)
