@@ -253,20 +253,23 @@ data:              # what a dataset must be before anything is trained on it
 serving: {{max_image_mb: 10, max_pixels: 50000000, max_batch: 64}}
 
 train:             # any setting of the trainer or of the task; an unknown name is refused
-  epochs: 20{size}
+  epochs: {epochs}
+  batch_size: {batch}{size}
 '''
 
 def draft_problem(name:str, task:str, classes:list[str], dataset:str,
                   tags:dict[str, set],  # tag -> the values that occur
                   metrics:list[str],    # of the task, the leading one first
                   size:int|None=None,   # pixels a side that the network sees; None: the task's own
+                  items:int=2000,       # to train on: few items want small batches and many epochs
                   ) -> str: # YAML, which `parse_problem` takes
     "A problem file to start from, with a comment beside every choice."
     import json
     name = re.sub(r'[^a-z0-9_-]+', '-', name.lower()).strip('-_')[:63] or 'mine'
+    batch = int(np.clip(2**np.round(np.log2(max(items, 1)/12)), 8, 64)); epochs = int(np.clip(round(600*batch/max(items, 1)), 10, 60))
     cut = [(k, v) for k, values in sorted(tags.items()) if k.isidentifier() and 1 < len(values) <= 6 for v in sorted(values)]
     slices = '\n'.join(f'  {json.dumps(f"{k} {v}", ensure_ascii=False)}: {json.dumps(f"{k} == {v!r}", ensure_ascii=False)}' for k, v in cut[:12])
     say = lambda v: json.dumps(v, ensure_ascii=False)
-    return DRAFT.format(name=name, task=task, dataset=say(str(dataset)), classes=say(classes), primary=metrics[0], report=say(metrics[:6]),
+    return DRAFT.format(name=name, task=task, dataset=say(str(dataset)), classes=say(classes), primary=metrics[0], report=say(metrics[:6]), batch=batch, epochs=epochs,
                         size=f'\n  image: {{height: {size}, width: {size}}} # what the network sees; more pixels cost time' if size else '',
                         slices=slices or '  # night: lighting == \'night\'\n  {}')

@@ -172,7 +172,7 @@ def init(dataset: Annotated[str, typer.Argument(help='A dataset folder, or the n
     sides = np.minimum(data.table['width'].to_numpy(), data.table['height'].to_numpy())
     size = int(np.clip(round(float(np.median(sides))/32), 1, 7)*32) if task == 'classification' else None    # as large as the images, up to 224
     write_atomic(path, draft_problem(name or data.name, task, data.classes, where, {k: set(filter(None, v)) for k, v in tags_of(data.table).items() if k not in ('split', 'captured_at')},
-                                     list(get_task(task).METRICS), size))
+                                     list(get_task(task).METRICS), size, len(data.split('train'))))
     shown = os.path.relpath(path); print(f'wrote {shown}: read it, correct owner, intended use and rules, then\n  cvlab run train --problem {shown}')
 
 # %% ../../nbs/99_cli.main.ipynb #edf184db
