@@ -36,20 +36,23 @@ async def _predict(service, call:Call, many:bool) -> tuple[Loaded, list, list, l
         given = asked(kind, call.scope['query_string'].decode('latin1'), body, many, lim)
         return model, *await work_on(service, model, given.images, given.options, deadline, call), given.images
 
-async def predict(service, call:Call) -> dict:
+async def predict(service, call:Call) -> bytes:
     "POST: one image."
     model, (prepared,), (said,), (data,) = await _predict(service, call, False)
     if isinstance(prepared, Exception): raise prepared
     if isinstance(said, Exception): raise shown(said, service, model, call.id)
-    return item(service, model, prepared, said, len(data), call.id) | dict(model=model.ref)
+    return _encoded(model, item(service, model, prepared, said, len(data), call.id) | dict(model=model.ref))
 
-async def predict_batch(service, call:Call) -> dict:
+async def predict_batch(service, call:Call) -> bytes:
     "POST: many images."
     model, prepared, answers, images = await _predict(service, call, True); out = []
     for i, (p, a, data) in enumerate(zip(prepared, answers, images)):
         if isinstance(a, Exception): out.append(dict(index=i) | envelope(shown(a, service, model, call.id), call.id))
         else: out.append(dict(index=i) | item(service, model, p, a, len(data), call.id))
-    return dict(id=call.id, model=model.ref, predictions=out, failed=sum('error' in o for o in out))
+    return _encoded(model, dict(id=call.id, model=model.ref, predictions=out, failed=sum('error' in o for o in out)))
+
+def _encoded(model:Loaded, said:dict) -> bytes:
+    start = time.perf_counter(); out = encode(said); model.metrics.stage['encode'].observe(time.perf_counter() - start); return out
 
 # %% ../../nbs/69_service.app.ipynb #e2efcdb0
 PAGE = Path(__file__).with_name('page.html') if '__file__' in globals() else Path(cv_lab.__file__).parent/'service/page.html'
