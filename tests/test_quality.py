@@ -190,6 +190,14 @@ def test_cooccurrence_against_a_loop():
         for y in 'abc': n = sum(x in s and y in s for s in sets); assert both.loc[x, y] == n and lift.loc[x, y] == pytest.approx(n*80/(sum(x in s for s in sets)*sum(y in s for s in sets)))
 
 
+def test_found_table_counts():
+    from cv_lab.data.planted import found_table
+    planted = pd.DataFrame([('a', 'blank', None), ('b', 'blank', None), ('n', 'near_crop', 'o'), ('m', 'near_jpeg', 'p')], columns=['id', 'kind', 'of'])
+    findings = pd.DataFrame([('a', 'blank', None), ('x', 'blank', None), ('o', 'near_duplicate', 'n'), ('y', 'leaked_near', 'z')], columns=['id', 'kind', 'other'])
+    t = found_table(findings, planted)
+    assert t['found'].to_dict() == dict(blank=1, near_crop=1, near_jpeg=0) and t.loc['blank', 'precision'] == .5 and t.loc['near_crop', 'precision'] == .5
+
+
 def test_an_empty_dataset(tmp_path): assert q.check(Dataset(make_table([]), 'none', tmp_path, ['a'])).to_json()['items'] == 0
 
 

@@ -105,6 +105,7 @@ Who = Annotated[str|None, typer.Option('--who', help='Who does it; goes into the
 def check(dataset:Annotated[str, typer.Argument(help='The folder of a dataset, or an embedded one such as `digits`.', show_default=False)],
           problem:Annotated[Path|None, typer.Option(help='The problem file whose data rules are judged; without, the usual ones.')]=None,
           report:Annotated[bool, typer.Option('--report', help='Also make a report with pictures, in reports/dataset/.')]=False,
+          predictions:Annotated[Path|None, typer.Option(help='A Parquet table of predictions by a model that did not see these labels: names label errors.')]=None,
           workers:Annotated[int|None, typer.Option(min=1, help='Processes that look at the images; all cores when it pays, if not given.')]=None,
           as_json:Json=False) -> None:
     """Find what is wrong with a dataset: broken files, copies, leaks between splits, odd pictures, labels.
@@ -113,22 +114,28 @@ def check(dataset:Annotated[str, typer.Argument(help='The folder of a dataset, o
 
     **Example**: `cvlab data check data/street --problem problems/street.yaml --report`
     """
+    from cv_lab.core import read_json
     from cv_lab.data.quality import check as look
     from cv_lab.experiment import open_dataset, run_experiment
     from cv_lab.spec import load_problem
-    r = look(open_dataset(dataset), load_problem(problem) if problem else None, workers); t = Table('rule', 'verdict', 'seen', 'expected')
-    for x in r.rules: t.add_row(x['rule'], f"[{'red' if x['verdict'] == 'fail' else 'green'}]{x['verdict']}[/]", x['said'], x['expected'])
-    f = Table('found', 'severity', 'items', 'first', 'what to do')
-    for x in r.tally().itertuples(): f.add_row(f'{x.kind}: {x.meaning}', x.severity, f'{x.items:,}', ', '.join(x.first[:3]), x.to_do)
-    if as_json: say(r.to_json(), True, '')
-    else:
-        Console().print(t)
-        if f.row_count: Console().print(f)
-        typer.echo(f'{r.dataset.name}, version {r.dataset.version}: {len(r.dataset):,} items, score {r.score:.2f} (' + ', '.join(f'{k} {v:.2f}' for k, v in r.parts.items()) + ')')
     if report:
-        made = run_experiment('dataset', dict(dataset=dataset) | (dict(problem=str(problem)) if problem else {}), loud=not as_json)
-        typer.echo(f'report: {made.html}', err=as_json)
-    if not r.ok: raise typer.Exit(NotAccepted.exit_code)
+        whole = lambda p: str(Path(p).resolve()) if Path(p).exists() else str(p)
+        made = run_experiment('dataset', {k: whole(v) for k, v in dict(dataset=dataset, problem=problem, predictions=predictions).items() if v}, loud=not as_json); found = read_json(made.folder/'data.json')
+    else:
+        import pyarrow.parquet as pq
+        found = look(open_dataset(dataset), load_problem(problem) if problem else None, workers, pq.read_table(predictions) if predictions else None).to_json()
+    say(found, as_json, _checked(found))
+    if report: typer.echo(f'report: {made.html}', err=as_json)
+    if not found['ok']: raise typer.Exit(NotAccepted.exit_code)
+
+def _checked(found:dict) -> str:
+    "A check, for a person."
+    rules, kinds = Table('rule', 'verdict', 'seen', 'expected'), Table('found', 'severity', 'items', 'first', 'what to do')
+    for x in found['rules']: rules.add_row(x['rule'], f"[{'red' if x['verdict'] == 'fail' else 'green'}]{x['verdict']}[/]", x['said'], x['expected'])
+    for x in found['findings']: kinds.add_row(f"{x['kind']}: {x['meaning']}", x['severity'], f"{x['items']:,}", ', '.join(x['first'][:3]), x['to_do'])
+    console = Console()
+    with console.capture() as text: console.print(rules); kinds.row_count and console.print(kinds)
+    return f"{text.get()}{found['dataset']}, version {found['version']}: {found['items']:,} items, score {found['score']:.2f} (" + ', '.join(f'{k} {v:.2f}' for k, v in found['parts'].items()) + ')'
 
 # %% ../../nbs/95_cli.data.ipynb #36272d8e
 @app.command()
