@@ -7,10 +7,10 @@ __all__ = ['MAX_BYTES', 'UNPACKED', 'ARCHIVES', 'Quarantine', 'Look', 'look', 'l
 
 # %% ../../nbs/11_data.files.ipynb #5186ed67
 import fnmatch, os, re, tarfile, unicodedata, zipfile
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Iterable, Iterator, NamedTuple
 import pandas as pd
@@ -95,12 +95,8 @@ def look_all(paths:Iterable[str|Path],
         for b in first: yield from _look_at(b)
         for b in batches: yield from _look_at(b)
         return
-    from joblib.externals.loky import cpu_count, get_reusable_executor
-    pool = get_reusable_executor(max_workers=workers or cpu_count(), timeout=60); waiting = deque(pool.submit(_look_at, b) for b in first)
-    while waiting:
-        found = waiting.popleft().result()
-        if (b := next(batches, None)) is not None: waiting.append(pool.submit(_look_at, b))
-        yield from found
+    from joblib import Parallel, cpu_count, delayed
+    for found in Parallel(workers or cpu_count(), return_as='generator')(delayed(_look_at)(b) for b in chain(first, batches)): yield from found
 
 def _batches(it:Iterable, n:int) -> Iterator[list]:
     it = iter(it)

@@ -7,7 +7,6 @@ __all__ = ['LOOK', 'THUMB', 'MEASURES', 'luminance', 'blur_effect', 'measure', '
 
 # %% ../../nbs/11a_data.measures.ipynb #651ecebf
 import hashlib, os, tempfile, time
-from collections import deque
 from typing import Iterator
 import numpy as np, pandas as pd
 from PIL import Image, ImageOps
@@ -82,12 +81,8 @@ def _measured(root:str, uris:list[str], workers:int|None, size:int=64) -> Iterat
     while done < len(uris) and (cores == 1 or not workers and (time.perf_counter() - began)*(len(uris) - done) <= 5*done):
         yield (found := _measure_some(root, uris[done:done + size])); done += len(found)
     if done < len(uris):
-        from joblib.externals.loky import get_reusable_executor
-        pool, waiting = get_reusable_executor(max_workers=cores, timeout=60), deque()
-        for i in range(done, len(uris), size):
-            waiting.append(pool.submit(_measure_some, root, uris[i:i + size]))
-            if len(waiting) > 4*cores: yield waiting.popleft().result()
-        while waiting: yield waiting.popleft().result()
+        from joblib import Parallel, delayed
+        yield from Parallel(cores, return_as='generator')(delayed(_measure_some)(root, uris[i:i + size]) for i in range(done, len(uris), size))
 
 def measure_files(d:Dataset, workers:int|None=None, # processes; None: all cores when it pays
                  ) -> tuple[pd.DataFrame, np.ndarray]: # a row per item: id, broken (None or why), MEASURES; (N, THUMB, THUMB) uint8
