@@ -41,7 +41,7 @@ check: setup ## export drift, clean notebooks, lint
 	@$(BIN)/python -m tests.check
 
 pages: setup ## run every page of the library
-	@$(BIN)/nbdev_test --n_workers 2
+	@$(BIN)/python -m tests.check --pages
 
 pytest: setup
 	@$(BIN)/python -m pytest

@@ -1,5 +1,6 @@
 """`make check`: the package is what the notebooks export, the notebooks are clean, the lint passes. Changes no file.
 
+With `--pages` (`make pages`): every page is run, each in a process of its own, and one that fails is named.
 With `--refresh` (`make notebooks`): every page is run again in place, so that its shown output is fresh.
 """
 import difflib, filecmp, os, shutil, subprocess, sys, tempfile
@@ -48,4 +49,15 @@ def refresh() -> None:
     tool('nbdev_clean'); print(f'{len(pages)} pages are fresh')
 
 
-if __name__ == '__main__': refresh() if '--refresh' in sys.argv else check()
+def pages() -> None:
+    names = sorted(p.name for p in (ROOT/'nbs').glob('*.ipynb'))
+    def one(name):
+        done = subprocess.run([str(BIN/'nbdev_test'), '--path', f'nbs/{name}', '--n_workers', '0'], cwd=ROOT, capture_output=True, text=True)
+        print(f'  {name}' + ('' if done.returncode == 0 else ' FAILED'), flush=True)
+        return None if done.returncode == 0 and 'Success' in done.stdout else f'{name}:\n{done.stderr[-3000:]}'
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool: failed = [f for f in pool.map(one, names) if f]
+    if failed: sys.exit('\n'.join(failed) + f'\n{len(failed)} of {len(names)} pages fail')
+    print(f'pages: {len(names)} run')
+
+
+if __name__ == '__main__': refresh() if '--refresh' in sys.argv else pages() if '--pages' in sys.argv else check()
