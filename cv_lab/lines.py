@@ -15,7 +15,7 @@ def merged_lines(core:np.ndarray,     # (h, w) in [0, 1]: lies in the core of a 
                  stride:int,          # pixels between places
                  least:float=.5,      # of a place that counts
                  overlap:float=.4,    # IoU of two boxes that stand for one line
-                ) -> tuple[np.ndarray, np.ndarray]: # (M, 4) xyxy in pixels, (M,) score; best first
+                ) -> tuple[np.ndarray, np.ndarray]: # (M, 4) xyxy in pixels, (M,) score; that of the surest place first
     "One box per line."
     y, x = np.nonzero(core >= least); s, d = core[y, x].astype(np.float64), edges[:, y, x].T.astype(np.float64)
     at = np.stack([x, y, x, y], 1)*stride + stride/2; box = at + d*[-1, -1, 1, 1]; left, out, score = np.ones(len(s), bool), [], []
