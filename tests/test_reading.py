@@ -113,8 +113,8 @@ def test_answers_lie_in_the_image_and_say_what_is_in_the_maps():
     p = reading.decode(dict(chars=chars[None], lines=np.concatenate([z[None], edges])[None]), cfg, DIGITS, {})[0]
     assert [a.text for a in p.annotations] == ['994'] and .5 < p.annotations[0].score < 1
     back = in_image(p, placement(192, 96, cfg.image)).annotations[0]; np.testing.assert_allclose(back.bbox, [40, 24, 136, 64], atol=1e-6)
-    for cfg in (cfg.model_copy(update=dict(beam=8)), cfg.model_copy(update=dict(lexicon=['994', '123']))):
-        assert reading.decode(dict(chars=chars[None], lines=np.concatenate([z[None], edges])[None]), cfg, DIGITS, {})[0].annotations[0].text == '994'
+    for c in (cfg.model_copy(update=dict(beam=8)), cfg.model_copy(update=dict(lexicon=['994', '123']))):
+        assert reading.decode(dict(chars=chars[None], lines=np.concatenate([z[None], edges])[None]), c, DIGITS, {})[0].annotations[0].text == '994'
     assert not reading.decode(dict(chars=chars[None], lines=np.concatenate([z[None], edges])[None]), cfg, DIGITS, dict(min_confidence=.9999))[0].accepted
 
 
