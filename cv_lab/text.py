@@ -9,7 +9,6 @@ __all__ = ['EDITS', 'TEXT_METRICS', 'edits', 'text_counts', 'text_metrics', 'con
 from collections import Counter
 from typing import Sequence
 import numpy as np, pandas as pd
-from rapidfuzz.distance import Levenshtein
 from .core import Annotation
 
 # %% ../nbs/04_text.ipynb #5f64eebe
@@ -18,6 +17,7 @@ EDITS = dict(substitution='a character was read as another one', deletion='a cha
 
 def edits(true:str, said:str) -> list[tuple[str, str, str]]: # kind, true character, said character; '' where there is none
     "The fewest changes that lead from one text to the other."
+    from rapidfuzz.distance import Levenshtein # the service reads this module too, and counts no edits
     kinds = dict(replace='substitution', delete='deletion', insert='insertion')
     return [(kinds[op], true[i] if op != 'insert' else '', said[j] if op != 'delete' else '') for op, i, j in Levenshtein.editops(true, said)]
 
@@ -27,6 +27,7 @@ TEXT_METRICS = dict(cer=False, wer=False, exact_match=True, normalised_edit_dist
 def text_counts(pairs:Sequence[tuple[str, str]], # true, said
                ) -> np.ndarray: # (N, 6): edits, characters, word edits, words, is exact, normalised distance
     "What the metrics are sums of."
+    from rapidfuzz.distance import Levenshtein
     def one(true, said):
         d, words, theirs = Levenshtein.distance(true, said), true.split(), said.split()
         return d, len(true), Levenshtein.distance(words, theirs), len(words), true == said, d/max(len(true), len(said), 1)
