@@ -56,7 +56,7 @@ def columns(t:pa.Table, classes:list[str],
         for i, a in enumerate(more.to_pylist()): crowd[i] = bool(a) and any(dict(a).get(k) == '1' for k in ('iscrowd', 'difficult'))
     if (m := part('mask')).null_count < len(m):
         rle = np.array([None if r is None else dict(size=r['size'], counts=r['counts'].encode()) for r in m.to_pylist()], object); w = np.array([r is not None for r in rle])
-        area[w] = coco_mask.area(list(rle[w]))
+        area[w] = [coco_mask.area(r) for r in rle[w]] # pycocotools 2.0.11 counts a list of masks in a byte: it fails from 256 on
         for i in np.flatnonzero(w & ~has): box[i] = mask_box(rle_decode(dict(size=rle[i]['size'], counts=rle[i]['counts'].decode()))) or np.nan
     keep = (label >= 0) & (np.array([r is not None for r in rle], bool) if masks and rle is not None else np.isfinite(box[:, 0]) & (not masks))
     return Objects(len(n), image, at, label.astype(np.int64), box, score, area, crowd, said, rle if masks else None).take(keep)

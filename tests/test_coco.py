@@ -76,6 +76,10 @@ def test_masks_against_pycocotools(seed): same_as_pycocotools(*tables(seed, imag
 def test_hard_cases_against_pycocotools(kw): same_as_pycocotools(*tables(11, **kw))
 
 
+def test_more_masks_than_a_byte_counts():
+    truth, _ = tables(5, images=180, masks=True, ties=False); o = columns(truth, NAMES, masks=True)
+    assert len(o.area) > 256 and (o.area > 0).all() and o.area.max() > 1000
+
 def test_custom_areas_against_pycocotools(): same_as_pycocotools(*tables(3), areas=dict(all=(0, 1e10), tiny=(0, 100), rest=(100, 1e10)))
 
 
