@@ -119,7 +119,7 @@ class Decision(Strict):
 class Serving(Strict):
     "Limits of the service."
     max_image_mb: float = Field(10, gt=0, le=100)
-    max_pixels: int = Field(50_000_000, ge=1)
+    max_pixels: int = Field(20_000_000, ge=1)
     max_batch: int = Field(64, ge=1, le=1024)
 
 # %% ../nbs/01_spec.ipynb #eca0c8aa
@@ -250,7 +250,7 @@ data:              # what a dataset must be before anything is trained on it
   allow_near_duplicates: false # between splits; true for pictures that are alike by nature, as before a fixed camera
   require_license: false
 
-serving: {{max_image_mb: 10, max_pixels: 50000000, max_batch: 64}}
+serving: {{max_image_mb: 10, max_pixels: 20000000, max_batch: 64}}
 
 train:             # any setting of the trainer or of the task; an unknown name is refused
   epochs: {epochs}

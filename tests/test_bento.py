@@ -75,7 +75,7 @@ def test_a_bento_answers_in_an_empty_folder_on_a_machine_without_the_workspace(b
         r = httpx.post(f'{s.url}/v1/predict', content=image, headers={'content-type': 'image/png'}); got = r.json()
         assert r.status_code == 200 and {k: got[k] for k in want} == want
         assert f"brightness:{got['model']['version']}" == Registry(clone/'registry').resolve('brightness') and got['model']['digest'].startswith(got['model']['version'])
-        assert httpx.get(f'{s.url}/v1/models').json()['models'][0]['limits'] == dict(max_image_bytes=1_000_000, max_pixels=50_000_000, max_images=4)
+        assert httpx.get(f'{s.url}/v1/models').json()['models'][0]['limits'] == dict(max_image_bytes=1_000_000, max_pixels=20_000_000, max_images=4)
         maps = {p for pid in [s.process.pid, *children(s.process.pid)] for p in Path(f'/proc/{pid}/maps').read_text().split() if 'libtorch' in p}
         assert maps == set(), 'the CPU service has loaded torch'
         assert s.stop() == 0

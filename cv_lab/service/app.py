@@ -22,7 +22,7 @@ from .faults import Fault, envelope
 from .jobs import Jobs
 from .keys import Guard
 from .models import Loaded, Models, Source
-from .openapi import Health, JobInfo, ModelInfo, ModelList, Trying, document, image_operation, operation
+from .openapi import Health, JobInfo, ModelInfo, ModelList, Trying, document, image_operation, jobs_body, operation
 from .rollout import Plan, Rollout
 from .telemetry import Metrics, PredictionLog, event
 
@@ -31,9 +31,9 @@ async def _predict(service, call:Call, many:bool) -> tuple[Loaded, list, list, l
     "Read, decode, queue, infer."
     with service.under_way(call):
         model = service.pick(call, call.params.get('problem')); lim, kind = model.limits, call.header('content-type')
-        deadline = call.deadline(lim.deadline); body = await service.read(call, lim, many, 'json' in kind)
+        deadline = call.deadline(lim.deadline); given = [await service.read(call, lim, many, 'json' in kind)]
         model.metrics.stage['read'].observe(time.perf_counter() - call.start)
-        given = asked(kind, call.scope['query_string'].decode('latin1'), body, many, lim)
+        given = asked(kind, call.scope['query_string'].decode('latin1'), given.pop(), many, lim) # the body is let go
         return model, *await work_on(service, model, given.images, given.options, deadline, call), given.images
 
 async def predict(service, call:Call) -> bytes:
@@ -76,7 +76,7 @@ async def metrics_text(service, call) -> bytes:
     for model in service.models.current.values(): model.metrics.queue.set(len(model.batcher.queue))
     return await asyncio.to_thread(m.text)
 
-async def show_rollout(service, call) -> dict: return service.trials().about(call.params['problem'])
+async def show_rollout(service, call) -> dict: return service.trials().about(service.models.pick(call.params['problem']).name)
 
 async def change_rollout(service, call) -> dict:
     "PUT: mode, share and rules of a challenger's trial."
@@ -109,9 +109,8 @@ def _about_itself() -> list[tuple]:
             ('GET', '/openapi.json', openapi, None, None, {}), ('GET', '/', page, None, None, dict(content_type='text/html; charset=utf-8'))]
 
 def _jobs() -> list[tuple]:
-    form = {'multipart/form-data': dict(schema=dict(type='object', required=['images'], properties=dict(images=dict(type='array', minItems=1, items=dict(type='string', format='binary')))))}
     taking = ('malformed', 'too_large', 'unsupported_media_type', 'bad_input', 'bad_option', 'too_many_images', 'slow_body')
-    make = [('POST', f'/v1{p}/jobs', job_routes.create, 'predict', operation('Hand in many images', f'create_job{"_with" if p else ""}', JobInfo, *taking, path=('problem',) if p else (), body=form, status=202), dict(status=202)) for p in ('', '/models/{problem}')]
+    make = [('POST', f'/v1{p}/jobs', job_routes.create, 'predict', operation('Hand in many images', f'create_job{"_with" if p else ""}', JobInfo, *taking, path=('problem',) if p else (), body=jobs_body(), status=202), dict(status=202)) for p in ('', '/models/{problem}')]
     return make + [('GET', '/v1/jobs/{job}', job_routes.status, 'predict', operation('How far a job is', 'job', JobInfo, path=('job',)), {}),
                    ('GET', '/v1/jobs/{job}/result', job_routes.result, 'predict', operation('The answers, a JSON object per line', 'job_result', LINES, 'conflict', path=('job',)), dict(content_type=LINES)),
                    ('DELETE', '/v1/jobs/{job}', job_routes.cancel, 'predict', operation('Cancel a job', 'cancel_job', JobInfo, 'conflict', path=('job',)), {})]

@@ -33,7 +33,7 @@ class Call:
 
     def deadline(self, most:float) -> float: # on the clock of time.monotonic
         "By when the client wants its answer; never later than the service's own limit."
-        if not (text := self.header('x-deadline-ms')): return time.monotonic() + most
+        if (text := self.header('x-deadline-ms', '-')) == '-': return time.monotonic() + most
         if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= 600_000):
             raise Fault('bad_option', f'X-Deadline-Ms is {text[:20]!r}', 'milliseconds, 1 to 600000', 'send a whole number')
         return time.monotonic() + min(int(text)/1e3, most)

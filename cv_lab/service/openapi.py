@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BODY', 'ALWAYS', 'KEY', 'Said', 'ModelRef', 'Found', 'Item', 'Answer', 'Wrong', 'Envelope', 'Failed', 'ItemOf',
            'BatchAnswer', 'ModelInfo', 'ModelList', 'JobInfo', 'Trying', 'Health', 'responses', 'image_body',
-           'operation', 'image_operation', 'document']
+           'jobs_body', 'operation', 'image_operation', 'document']
 
 # %% ../../nbs/67_service.openapi.ipynb #fcf52405
 from typing import Any, Literal
@@ -131,13 +131,18 @@ def image_body(many:bool) -> dict:
     binary, text = dict(type='string', format='binary'), dict(type='string', description='base64, or a data URL')
     field, form, js = ('images', dict(type='array', items=binary, minItems=1), dict(type='array', items=text, minItems=1)) if many else ('image', binary, text)
     def schema(of, options): return dict(schema=dict(type='object', required=[field], properties={field: of} | options, additionalProperties=False))
-    options = Options.model_json_schema()['properties']
+    options = {n: _plain(s) for n, s in Options.model_json_schema()['properties'].items()} # in a form nothing is null
     out = {'multipart/form-data': schema(form, options), 'application/json': schema(js, dict(options=_ref(Options)))}
     if not many: out |= {k: dict(schema=binary) for k in ('image/*', 'application/octet-stream')}
     return dict(required=True, content=out)
 
-def _query(name:str, s:dict) -> dict:
-    return {'name': name, 'in': 'query', 'required': False, 'description': s.get('description', ''), 'schema': next(a for a in s.get('anyOf', [s]) if a.get('type') != 'null')}
+def jobs_body() -> dict:
+    "The form of a job."
+    return {'multipart/form-data': image_body(True)['content']['multipart/form-data']}
+
+def _plain(s:dict) -> dict: return next(a for a in s.get('anyOf', [s]) if a.get('type') != 'null')
+
+def _query(name:str, s:dict) -> dict: return {'name': name, 'in': 'query', 'required': False, 'description': s.get('description', ''), 'schema': _plain(s)}
 
 KEY = {'name': 'X-Request-Key', 'in': 'header', 'required': False, 'description': 'who asks, for a canary: the same key meets the same model', 'schema': dict(type='string')}
 
