@@ -76,33 +76,34 @@ class Rollout:
     def trial(self, c:Loaded) -> Trial: return self.trials.setdefault(c.digest, Trial())
 
     def answered(self, model:Loaded, prepared, said:dict, id:str):
-        "An answer went out: count it, or copy it."
+        "An answer went out: count it, and copy it for the other one."
         if not (c := self.challenger(model.name)): return
         t = self.trial(c)
-        if model is c: t.answered += 1; t.errors.append(0); t.theirs.append(c.batcher.per_item); return self._judge(c)
-        t.ours.append(model.batcher.per_item)
+        if model is c: t.answered += 1; t.errors.append(0); t.theirs.append(c.batcher.per_item); self._judge(c)
+        else: t.ours.append(model.batcher.per_item)
         if len(self.copies) == self.copies.maxlen: t.dropped += 1
-        self.copies.append((c, prepared, said, id, model.digest))
+        self.copies.append((c, self.champions.current[c.name] if model is c else c, prepared, said, id))
         if self._task is None: self._task = asyncio.create_task(self._shadow())
 
     def failed(self, model:Loaded):
         if (c := self.challenger(model.name)) is model: self.trial(c).errors.append(1); self._judge(c)
 
     async def _shadow(self):
-        "Ask the challenger about copies, one by one."
+        "Ask about copies, one by one: the challenger, or of its own answers the champion."
         try:
             while self.copies:
-                c, prepared, said, id, digest = self.copies.popleft(); t = self.trial(c)
-                try: theirs = (await asyncio.get_running_loop().run_in_executor(self.pool, c.run, [prepared]))[0]; wrong = 0
-                except Exception: theirs, wrong = None, 1
-                t.shadowed += 1; t.errors.append(wrong)
-                if theirs: self._compare(c, t, said, theirs, id, digest)
+                c, other, prepared, said, id = self.copies.popleft(); t = self.trial(c)
+                try: theirs = (await asyncio.get_running_loop().run_in_executor(self.pool, other.run, [prepared]))[0]
+                except Exception: theirs = None
+                t.shadowed += 1
+                if other is c: t.errors.append(int(theirs is None))
+                if theirs: self._compare(c, t, *((said, theirs) if other is c else (theirs, said)), id)
                 self._judge(c)
         finally: self._task = None
 
-    def _compare(self, c:Loaded, t:Trial, said:dict, theirs:dict, id:str, digest:str):
+    def _compare(self, c:Loaded, t:Trial, said:dict, theirs:dict, id:str):
         differs = signature(said) != signature(theirs); t.differs.append(int(differs))
-        if differs and self.kept: self.kept.add(dict(kind='disagreement', id=id, problem=c.name, champion=digest, challenger=c.digest, said=signature(said)[:20], theirs=signature(theirs)[:20]))
+        if differs and self.kept: self.kept.add(dict(kind='disagreement', id=id, problem=c.name, champion=self.champions.current[c.name].digest, challenger=c.digest, said=signature(said)[:20], theirs=signature(theirs)[:20]))
 
     def _judge(self, c:Loaded):
         if c.digest not in self.withdrawn and (why := self.trial(c).verdict(self.plan(c.name))):
