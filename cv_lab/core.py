@@ -57,9 +57,12 @@ def write_json(path:str|Path, obj:Any) -> Path:
     "Write `obj` as JSON that a person can read, atomically."
     return write_atomic(path, json.dumps(json.loads(canonical_json(obj)), indent=1, ensure_ascii=False) + '\n')
 
-def read_json(path:str|Path) -> Any:
+def read_json(path:str|Path,
+              nan:bool=False, # let NaN and Infinity pass, for readers that set single records aside
+             ) -> Any:
     "Read a JSON file; a missing or broken one is refused with its name."
-    try: return json.loads(Path(path).read_text(encoding='utf8'))
+    def refuse(word): raise ValueError(f'{word} is no number of JSON')
+    try: return json.loads(Path(path).read_text(encoding='utf8'), parse_constant=None if nan else refuse)
     except FileNotFoundError: raise BadInput(f'{path} is not there', 'a JSON file', 'check the path') from None
     except ValueError as e: raise BadInput(f'{path} is not JSON: {e}', 'a JSON file', 'make it again') from None
 

@@ -52,13 +52,13 @@ def where_mistakes_fall(truth:pa.Table, found:pd.DataFrame, problem:Problem) -> 
 # %% ../nbs/42_errors.ipynb #da84c377
 def in_words(truth:pa.Table, found:pd.DataFrame, problem:Problem) -> list[str]:
     "What the tables suggest to do."
-    kinds, out, wrong = get_task(problem.task).TAXONOMY, [], found['id'].nunique()
+    task = get_task(problem.task); kinds, out, wrong = task.TAXONOMY, [], found['id'].nunique()
     if not wrong: return [f'None of the {len(truth)} items is wrong. Widen the test set before believing that nothing can go wrong.']
     out.append(f'{wrong} of {len(truth)} items are wrong ({wrong/len(truth):.1%}).')
     for kind, n in found['kind'].value_counts().items(): out.append(f'{n} of the mistakes are of the kind “{kind}”: {kinds[kind]}.')
     if 'gain' in found:                                     # what mending a kind would bring, where the task can tell
         gain = found.groupby('kind')['gain'].first().sort_values(ascending=False)
-        out += [f'Mending everything of the kind “{k}” would bring {g:.3f} of AP50' + ('.' if i else ': begin there.') for i, (k, g) in enumerate(gain.items()) if g >= .005]
+        out += [f'Mending everything of the kind “{k}” would bring {g:.3f} of {getattr(task, "GAIN", problem.metrics.primary)}' + ('.' if i else ': begin there.') for i, (k, g) in enumerate(gain.items()) if g >= .005]
     pairs = found['what'].value_counts()
     if pairs.iloc[0] > 1: out.append(f'The commonest mistake is {pairs.index[0]} ({pairs.iloc[0]} times): look at these first, and collect more like them.')
     for r in where_mistakes_fall(truth, found, problem).itertuples():

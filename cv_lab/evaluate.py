@@ -63,18 +63,19 @@ def evaluate(truth:pa.Table,       # manifest rows
              problem:Problem, split:str='test', dataset:str='', seed:int=0) -> dict:
     "Every figure of a problem's metrics, with interval and support: all items, classes, slices."
     if not len(truth): raise BadInput(f'there is no item to evaluate in the split {split!r}', 'at least one item', 'split the dataset again')
-    metric = get_task(problem.task).score(truth, predictions, problem)
+    task = get_task(problem.task); metric = task.score(truth, predictions, problem); empty = dict(value=None, low=None, high=None, support=0)
     weights = resample_weights(_groups(truth), problem.metrics.resamples, seed)
     everything = figures(metric, weights, np.ones(len(truth), bool), problem.metrics.confidence)
     one = {k: f for k, f in everything.items() if not isinstance(f['value'], list)}
-    if unknown := {problem.metrics.primary, *problem.metrics.report} - set(one):
+    asked = {problem.metrics.primary, *problem.metrics.report}; one |= {k: empty for k in task.METRICS if k in asked - set(one)}   # a figure these items do not have: no large object, say
+    if unknown := asked - set(one):
         raise BadInput(f'the problem asks for the metrics {sorted(unknown)}', f'some of: {", ".join(one)}', 'correct `metrics` in the problem file')
     out = dict(split=split, items=len(truth), dataset=dataset, problem=problem.name, confidence=problem.metrics.confidence,
                resamples=problem.metrics.resamples, metrics=one, classes=_per_class(everything, truth, problem), slices={})
     for name, where in problem.slices.items():
-        mask = select(where, tags_of(truth)); empty = dict(value=None, low=None, high=None, support=0)
+        mask = select(where, tags_of(truth))
         inside = figures(metric, weights, mask, problem.metrics.confidence) if mask.any() else {k: empty for k in one}
-        out['slices'][name] = dict(where=where, support=int(mask.sum()), metrics={k: inside[k] for k in one})
+        out['slices'][name] = dict(where=where, support=int(mask.sum()), metrics={k: inside.get(k, empty) for k in one})
     return out
 
 def _per_class(everything:dict, truth:pa.Table, problem:Problem) -> dict:

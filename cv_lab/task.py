@@ -31,6 +31,7 @@ CONTRACT = dict(
 
 OPTIONAL = dict(
     GEOMETRY='parts of an annotation that move with the image, of: bbox, mask, polygon. Then `targets` gets what is left after augmentation, in pixels of the input',
+    GAIN=    'the metric that the column `gain` of its mistakes is a part of',
     whole=   '(annotations, width, height) -> annotations, with a place for those that have none and speak of the whole image',
     collate= '(targets) -> a batch of them, where they are no arrays of one shape',
     calibrate='(truth, predictions, problem) -> thresholds, fitted on held-out data',

@@ -346,7 +346,7 @@ def test_two_equal_claims_are_not_decided_by_a_coin(tmp_path):
 
 
 def test_run_lengths_are_checked_before_they_are_trusted():
-    from cv_lab.data.outlines import sound_rle
+    from cv_lab.geometry import sound_rle
     rng = np.random.default_rng(0)
     for k in range(60):
         m = rng.random((1 + k*7 % 50, 1 + k*3 % 70)) < (k % 11)/10; rle = rle_encode(m); assert sound_rle(rle) == rle

@@ -19,7 +19,7 @@ import numpy as np, pandas as pd, pyarrow as pa, pyarrow.compute as pc, pyarrow.
 from tqdm import tqdm
 from ..core import Annotation, BadInput, Refusal, canonical_json, inside, write_atomic
 from .files import ARCHIVES, Look, Quarantine, Source, look_all, unpack
-from .outlines import sound_rle
+from ..geometry import sound_rle
 from .manifest import PREDICTIONS, SCHEMA, Dataset, assign_splits, labels_in, load_dataset, make_table, save_dataset
 
 # %% ../../nbs/11_data.formats.ipynb #40920b21
@@ -30,7 +30,8 @@ CONTRACT = dict(
     recognise='(source) -> (strength, why): 3 it names itself, 2 its layout is typical, 1 it could be, 0 it is not',
     read='(source, ...) -> Reading; further parameters are options',
     write='(target, ...) -> None; further parameters are options')
-# and, where it has a place for some attributes only: ATTRIBUTES, their names, each with a value for example
+# and, where it has a place for some attributes only: ATTRIBUTES, their names, each with a value for example;
+# where models answer in it: predictions(source, dataset, find, ...) -> Iterator[Found], see nbs/11r_data.predictions.ipynb
 
 KINDS = ('class', 'box', 'polygon', 'mask', 'line', 'caption')            # what an annotation is; line: the image is one line of text
 FIELDS = ('text', 'track_id', 'annotator', 'score', 'attributes')         # what it may say besides its label

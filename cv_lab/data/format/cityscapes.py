@@ -33,7 +33,7 @@ def _read_file(source:Source, name:str) -> Found|None:
     near = [home, re.sub(r'(^|/)gt(Fine|Coarse)(?=/|$)', r'\1leftImg8bit', home)]
     image = source.locate(f'{stem}_leftImg8bit', near, suffix=False) or source.locate(stem, near, suffix=False)
     if image is None: return q.drop(f'{stem}_leftImg8bit', 'image is missing', name)
-    try: said = read_json(source.path(name)); size = (said.get('imgWidth') or 0, said.get('imgHeight') or 0); objects = list(said.get('objects') or [])
+    try: said = read_json(source.path(name), nan=True); size = (said.get('imgWidth') or 0, said.get('imgHeight') or 0); objects = list(said.get('objects') or [])
     except (Refusal, AttributeError, TypeError) as e: return q.drop(image, 'annotation file cannot be read', str(e).splitlines()[0], part='file')
     anns = []
     for k, o in enumerate(objects):

@@ -73,7 +73,7 @@ def read(source:Source,
     if not files: raise BadInput(f'no samples.json in {source.root.name}', 'a folder that FiftyOne exported as FiftyOneDataset', 'name another format')
     items, wanted, q, classes = [], fields.split(',') if fields else None, source.quarantine, []
     for n in files:
-        data, home = read_json(source.path(n)), n.rpartition('/')[0]
+        data, home = read_json(source.path(n), nan=True), n.rpartition('/')[0]
         if not isinstance(data, dict) or not isinstance(data.get('samples'), list): raise BadInput(f'{n} has no list "samples"', 'FiftyOneDataset', 'export it again')
         meta = f'{home}/metadata.json'.strip('/')
         if meta in source.names: classes += _classes(read_json(source.path(meta)))

@@ -89,7 +89,7 @@ def read(source:Source,
     items, q, files = [], source.quarantine, [n for n in source.find('*.json') if source.only or _is_tasks(source.text(n, 1 << 20))]
     if not files: raise BadInput(f'no Label Studio tasks in {source.root.name}', 'JSON as exported by Label Studio (not JSON-MIN)', 'name the file')
     for n in files:
-        tasks = read_json(source.path(n)); tasks = tasks if isinstance(tasks, list) else [tasks]; home = n.rpartition('/')[0]
+        tasks = read_json(source.path(n), nan=True); tasks = tasks if isinstance(tasks, list) else [tasks]; home = n.rpartition('/')[0]
         for k, t in enumerate(tasks):
             if not isinstance(t, dict) or not isinstance(t.get('data'), dict) or (name := _image_of(t['data'])) is None: q.drop(f'{n}, task {k}', 'task without an image'); continue
             f = _packed(name) if name.startswith('data:image/') else Found(i) if (i := _locate(source, name, [home, f'{home}/images'.strip('/')])) else None
