@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['app', 'Json', 'Options', 'Folder', 'Who', 'say', 'options_of', 'import_', 'export', 'formats_', 'check', 'split',
-           'version', 'log', 'diff', 'golden', 'datasheet']
+           'version', 'log', 'diff', 'golden', 'datasheet', 'mine']
 
 # %% ../../nbs/95_cli.data.ipynb #87dbda74
-import json
+import json, sys
 from pathlib import Path
 from typing import Annotated
 import typer
@@ -37,15 +37,19 @@ def options_of(pairs:list[str]|None) -> dict: # words that are JSON become numbe
 # %% ../../nbs/95_cli.data.ipynb #2c79272f
 @app.command('import')
 def import_(src:Annotated[Path, typer.Argument(help='A folder, a file, or a zip or tar of one.', show_default=False)],
-            out:Annotated[Path, typer.Option('--out', help='The folder of the dataset: manifest, classes, quarantine.', show_default=False)],
+            out:Annotated[Path|None, typer.Option('--out', help='The folder of the new dataset: manifest, classes, quarantine.')]=None,
+            into:Annotated[Path|None, typer.Option(help='Instead of --out: a dataset of which this becomes the next version.')]=None,
             format:Annotated[str, typer.Option('--format', '-f', help='`auto` looks and says why; see `cvlab data formats`.')]='auto',
             name:Annotated[str|None, typer.Option(help='The name of the dataset; that of --out if not given.')]=None,
             strict:Annotated[bool, typer.Option('--strict', help='Exit non-zero, and write no dataset, if anything had to be left out or mended.')]=False,
             copy:Annotated[bool, typer.Option('--copy', help='Copy the images into --out; else they stay where they are.')]=False,
             split:Annotated[bool, typer.Option('--split/--no-split', help='Give items without a split one: 65 % train, 15 % val, 20 % test, copies kept together.')]=True,
+            batch:Annotated[Path|None, typer.Option(help='With --into: the folder that `cvlab data mine` wrote, for what the labelling tool forgets.')]=None,
+            empty:Annotated[bool|None, typer.Option('--empty/--no-empty', help='With --into: an image without marks was looked at, and nothing is there. Label Studio says so by itself.')]=None,
+            who:Annotated[str|None, typer.Option(help='With --into: who does it; goes into the log.')]=None,
             workers:Annotated[int|None, typer.Option(min=1, help='Processes that look at the images; all cores if not given.')]=None,
             option:Options=None, as_json:Json=False) -> None:
-    """Make a dataset of labelled images.
+    """Make a dataset of labelled images, or the next version of one.
 
     What is good is kept; the rest goes to `quarantine.csv` with a reason per item.
 
@@ -56,13 +60,25 @@ def import_(src:Annotated[Path, typer.Argument(help='A folder, a file, or a zip 
     - `cvlab data import coco.zip --out data/street` : says what format it is, and why
 
     - `cvlab data import labels.csv -f csv -o image=file -o label=kind --out data/parts --strict` : columns named, faults refused
+
+    - `cvlab data import project-7.json --into data/street --batch batch-1` : what came back from labelling; test and golden items stay as they are
     """
+    if (out is None) == (into is None): raise BadInput('neither --out nor --into' if out is None else 'both --out and --into', 'one of them', '--out makes a new dataset, --into the next version of one')
+    if into is not None: return _import_into(src, into, format, batch, empty, copy, who, workers, option, as_json)
+    if batch or empty is not None or who: raise BadInput('--batch, --empty and --who belong to --into', 'a dataset to add to', 'give --into instead of --out')
     from cv_lab.data.formats import import_dataset, write_tally
     r = import_dataset(src, format, out, name, strict, workers, copy, 'assign' if split else 'keep', **options_of(option))
     d, why = r.dataset, f" ({r.dataset.about['why']})" if format == 'auto' else ''
     say(dict(name=d.name, version=d.version, folder=str(out), format=d.about['format'], why=d.about['why'], classes=d.classes, **r.tally), as_json,
         f"{d.about['format']}{why}\n{write_tally(r.tally)}\ndataset {d.name}, version {d.version}, in {out}"
         + (f"\nwhat was left out or mended: {out/'quarantine.csv'}" if len(r.quarantine) else ''))
+
+# %% ../../nbs/95_cli.data.ipynb #fd2c106d
+def _import_into(src, into, format, batch, empty, copy, who, workers, option, as_json) -> None:
+    from cv_lab.data.batches import import_into
+    done, line = import_into(src, into, format, batch, empty, copy, who, workers, **options_of(option)); n = done.tally()
+    why = ''.join(f'\nleft as it was: {k} {v:,}' for k, v in n['left_out'].items()) + (f'\nas a model made them, unchanged: {n["untouched"]:,} annotations' if n['untouched'] else '') + (f'\nstill to be labelled: {n["undone"]:,}' if n['undone'] else '')
+    say(dict(line, batch=n), as_json, f'version {line["version"]}, after {line["parent"]}: {n["added"]:,} added, {n["relabelled"]:,} relabelled, {n["same"]:,} confirmed{why}')
 
 # %% ../../nbs/95_cli.data.ipynb #4ac9fd0d
 @app.command()
@@ -168,10 +184,10 @@ def version(dataset:Folder, as_json:Json=False) -> None:
 def log(dataset:Folder, as_json:Json=False) -> None:
     "Versions from the newest to the oldest: parent, what changed, by whom and why."
     from cv_lab.data.versions import versions
-    rows = versions(dataset)[::-1]; t = Table('version', 'parent', 'at', 'by', 'why', 'items', 'added', 'removed', 'relabelled', 'moved')
+    rows = versions(dataset)[::-1]; t = Table('version', 'parent', 'at', 'by', 'why', 'items', 'added', 'removed', 'relabelled', 'moved'); t.columns[0].no_wrap = True
     for r in rows: t.add_row(*('' if r.get(c.header) is None else str(r[c.header]) for c in t.columns))
     if as_json: say(rows, True, '')
-    else: Console().print(t)
+    else: Console(width=None if sys.stdout.isatty() else 160).print(t)
 
 @app.command()
 def diff(dataset:Folder, old:Annotated[str, typer.Argument(help='A version; its first digits are enough.', show_default=False)],
@@ -202,3 +218,40 @@ def datasheet(dataset:Folder, answers:Annotated[Path|None, typer.Option(help='Wh
     if not path.exists(): write_atomic(path, answers_template()); typer.echo(f'to fill in: {path}')
     text = sheet(d, load_answers(path)); write_atomic(dataset/'DATASHEET.md', text); typer.echo(f'{dataset/"DATASHEET.md"}: {text.count("*Not answered.*")} questions without an answer')
     if task: write_atomic(dataset/'GUIDELINE.md', guideline(task, d.classes)); typer.echo(dataset/'GUIDELINE.md')
+
+# %% ../../nbs/95_cli.data.ipynb #72a707a4
+@app.command()
+def mine(run:Annotated[str, typer.Argument(help='A run, by name; see `cvlab runs`.', show_default=False)],
+         out:Annotated[Path, typer.Option('--out', help='The folder of the batch; not there yet.', show_default=False)],
+         budget:Annotated[int, typer.Option(min=1, help='How many images.')]=100,
+         strategy:Annotated[str, typer.Option(help='`entropy`, `margin`: unsure answers. `disagreement`: between models (--other), or views of an image. `hard`: near held-out mistakes. '
+                                                   '`coreset`: unlike what is labelled. `hybrid`: unsure and unlike each other. `random`.')]='hybrid',
+         format:Annotated[str, typer.Option('--format', '-f', help='`labelstudio` or `cvat`.')]='labelstudio',
+         pool:Annotated[str|None, typer.Option(help='A dataset of new images; the items without labels of the dataset itself, if not given.')]=None,
+         dataset:Annotated[str|None, typer.Option(help='What is labelled so far; that of the problem file if not given.')]=None,
+         problem:Annotated[Path|None, typer.Option(help='The problem file; the run’s own if not given.')]=None,
+         other:Annotated[list[str]|None, typer.Option(help='Another run, for `disagreement`; may be given several times.')]=None,
+         seed:int=0, option:Options=None, as_json:Json=False) -> None:
+    """Choose what to label next, and write it for Label Studio or CVAT with the model's answers as a start.
+
+    **Examples**
+
+    - `cvlab data mine digits-1a2b3c4d --budget 200 --pool data/new --out batch-1`
+
+    - and when people are done: `cvlab data import project.json --into data/digits --batch batch-1`
+    """
+    from cv_lab.core import NotFound, read_json, workspace
+    from cv_lab.experiment import find_run, open_dataset
+    from cv_lab.mining import mine as choose, write_batch
+    from cv_lab.predict import Predictor
+    from cv_lab.spec import load_problem
+    ws = workspace(); folder, *others = (find_run(r, ws=ws) for r in (run, *(other or []))); noted = folder/'evaluation/problem.json'
+    path = problem or (ws.root/read_json(noted)['path'] if noted.exists() else None)
+    if path is None: raise NotFound(f'{folder.name} was not evaluated yet', 'a run with evaluation/', 'give --problem, or evaluate it: cvlab run train')
+    spec = load_problem(path); d = open_dataset(dataset or spec.dataset, ws); source = open_dataset(pool, ws) if pool else d
+    found = choose(Predictor(folder/'export', 'cpu'), d, budget, strategy, source if pool else None, [Predictor(o/'export', 'cpu') for o in others], spec, seed, folder.name)
+    done = write_batch(found, source, out, format, **options_of(option)); chosen = len(found.rows)
+    left = ''.join(f'\nnot asked for: {k} {v:,}' for k, v in found.left_out.items()); lost = ', '.join(f'{k} {n:,}' for k, n in done.lost.items())
+    say(dict(folder=str(out), items=chosen, strategy=strategy, candidates=found.about['candidates'], left_out=found.left_out, lost=done.lost), as_json,
+        f'{chosen:,} of {found.about["candidates"]:,} images, by {strategy}: {out}/{format}{left}' + (f'\nnot kept by {format}: {lost}' if lost else '')
+        + f'\nwhen they are labelled: cvlab data import FINISHED --into DATASET --batch {out}')

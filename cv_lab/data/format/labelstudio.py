@@ -84,9 +84,11 @@ def _locate(source:Source, name:str, near:list[str]) -> str|None:
 
 def read(source:Source,
          predictions:str='apart', # a model's: apart (predictions.parquet), keep (among the annotations, with scores), drop
+         undone:str='keep',       # tasks that nobody has submitted: keep (as items without labels), drop
         ) -> Reading:
     if predictions not in ('apart', 'keep', 'drop'): raise BadInput(f'predictions={predictions}', 'apart, keep or drop', 'leave it out')
-    items, q, files = [], source.quarantine, [n for n in source.find('*.json') if source.only or _is_tasks(source.text(n, 1 << 20))]
+    if undone not in ('keep', 'drop'): raise BadInput(f'undone={undone}', 'keep or drop', 'leave it out')
+    items, known, q, files = [], [], source.quarantine, [n for n in source.find('*.json') if source.only or _is_tasks(source.text(n, 1 << 20))]
     if not files: raise BadInput(f'no Label Studio tasks in {source.root.name}', 'JSON as exported by Label Studio (not JSON-MIN)', 'name the file')
     for n in files:
         tasks = read_json(source.path(n), nan=True); tasks = tasks if isinstance(tasks, list) else [tasks]; home = n.rpartition('/')[0]
@@ -94,14 +96,21 @@ def read(source:Source,
             if not isinstance(t, dict) or not isinstance(t.get('data'), dict) or (name := _image_of(t['data'])) is None: q.drop(f'{n}, task {k}', 'task without an image'); continue
             f = _packed(name) if name.startswith('data:image/') else Found(i) if (i := _locate(source, name, [home, f'{home}/images'.strip('/')])) else None
             if f is None: q.drop(name[:200], 'image is missing', f'{n}, task {t.get("id", k)}'); continue
+            known.append(f.image)
+            if undone == 'drop' and not _submitted(t): q.drop(f.image, 'nobody has done it yet'); continue
             _fill(f, t, predictions, q); items.append(f)
-    unlisted(source, [f.image for f in items])
+    unlisted(source, known)
     return Reading(items, total=len(items))
 
 def _packed(url:str) -> Found|None:
     try: data = base64.b64decode(url.partition(',')[2], validate=True)
     except ValueError: return None
     return Found(f'{digest(data)[:16]}.{url[11:].split(";")[0].replace("jpeg", "jpg")}', data=data)
+
+def _dicts(v) -> list[dict]: # a server's plain export gives only the numbers of predictions
+    return [x for x in v if isinstance(x, dict)] if isinstance(v, list) else []
+
+def _submitted(task:dict) -> list[dict]: return [a for a in _dicts(task.get('annotations') or task.get('completions')) if not a.get('was_cancelled')]
 
 def _person(by) -> str|None:
     if isinstance(by, dict): by = by.get('email') or by.get('username') or by.get('id')
@@ -111,16 +120,15 @@ def _fill(f:Found, task:dict, predictions:str, q) -> None:
     "What a task says about its image."
     f.relative, data = True, task['data']
     f.item = {c: str(data[c]) for c in COLUMNS if c not in ('tags', 'split') and data.get(c) is not None} | dict(split=split_of(str(data.get('split', ''))), tags=data.get('tags') if isinstance(data.get('tags'), dict) else None)
-    dicts = lambda v: [x for x in v if isinstance(x, dict)] if isinstance(v, list) else [] # a server's plain export gives only the numbers of predictions
-    said = [a for a in dicts(task.get('annotations') or task.get('completions')) if not a.get('was_cancelled')]
+    said = _submitted(task)
     for a in said:
         who = _person(a.get('completed_by'))
-        f.annotations += [(dict(annotator=who) if who else {}) | r for r in _results(dicts(a.get('result')), f.image, q)]
-    models = dicts(task.get('predictions'))
+        f.annotations += [(dict(annotator=who) if who else {}) | {k: v for k, v in r.items() if k != 'score'} for r in _results(_dicts(a.get('result')), f.image, q)]
+    models = _dicts(task.get('predictions'))
     for p in models if predictions != 'drop' else []:
-        found = [dict(annotator=p['model_version']) | r if p.get('model_version') not in (None, '', 'undefined') else r for r in _results(dicts(p.get('result')), f.image, q)]
+        found = [dict(annotator=p['model_version']) | r if p.get('model_version') not in (None, '', 'undefined') else r for r in _results(_dicts(p.get('result')), f.image, q)]
         (f.annotations if predictions == 'keep' else f.predictions).extend(r | dict(score=s) if (s := r.get('score', p.get('score'))) is not None else r for r in found)
-    sizes = {(r.get('original_width'), r.get('original_height')) for a in (*said, *models) for r in dicts(a.get('result')) if isinstance(r.get('original_width'), (int, float)) and isinstance(r.get('original_height'), (int, float))}
+    sizes = {(r.get('original_width'), r.get('original_height')) for a in (*said, *models) for r in _dicts(a.get('result')) if isinstance(r.get('original_width'), (int, float)) and isinstance(r.get('original_height'), (int, float))}
     if len(sizes) == 1: f.size = sizes.pop()
 
 # %% ../../../nbs/11g_data.format.labelstudio.ipynb #7974587d
