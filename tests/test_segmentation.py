@@ -136,12 +136,16 @@ def test_operating_points_are_fitted_per_class():
     z = np.full((1, 5, 8, 8), -4., np.float32); z[0, 1] = -3.5; out, = segmentation.decode(dict(logits=z), segmentation.Config(), CLASSES, dict(scores=found)); assert [a.accepted for a in out.annotations] == [False]
 
 
-def test_the_loss_is_cross_entropy_and_dice():
+def test_the_loss_is_focal_and_dice():
     torch.manual_seed(0); z = torch.randn(2, 5, 6, 7, requires_grad=True); y = torch.randint(0, 5, (2, 6, 7)).short(); y[0, :3] = IGNORE; w = torch.tensor([.2, 1, 2, 1, 1])
-    target = dict(classes=y, weight=w.repeat(2, 1)); ce = F.cross_entropy(z, y.long(), w, ignore_index=IGNORE)
-    torch.testing.assert_close(segmentation.loss(dict(logits=z), target, segmentation.Config(dice=0)), ce)
+    target = dict(classes=y, weight=w.repeat(2, 1)); each = F.cross_entropy(z, y.long(), w, ignore_index=IGNORE, reduction='none'); some = w[y[y > 0].long()].sum()
+    torch.testing.assert_close(segmentation.loss(dict(logits=z), target, segmentation.Config(dice=0, focus=0)), each.sum()/some)
+    plain = F.cross_entropy(z, y.long(), ignore_index=IGNORE, reduction='none'); focal = (each*(1 - torch.exp(-plain))**2).sum()/some
+    torch.testing.assert_close(segmentation.loss(dict(logits=z), target, segmentation.Config(dice=0)), focal)
+    nothing = dict(classes=torch.zeros_like(y), weight=target['weight']); empty = F.cross_entropy(z, nothing['classes'].long(), reduction='mean')*100
+    torch.testing.assert_close(segmentation.loss(dict(logits=z), nothing, segmentation.Config(dice=0, focus=0)), empty)
     ok = y.flatten() != IGNORE; p, t = z.softmax(1).movedim(1, -1).reshape(-1, 5)[ok], F.one_hot(y.flatten()[ok].long(), 5); by_hand = [1 - (2*(p[:, c]*t[:, c]).sum() + 1)/(p[:, c].sum() + t[:, c].sum() + 1) for c in range(1, 5)]
-    got = segmentation.loss(dict(logits=z), target, segmentation.Config(dice=.5)); torch.testing.assert_close(got, ce + .5*sum(by_hand)/4)
+    got = segmentation.loss(dict(logits=z), target, segmentation.Config(dice=.5)); torch.testing.assert_close(got, focal + .5*sum(by_hand)/4)
     got.backward(); assert (z.grad[0, :, :3] == 0).all() and (z.grad[0, :, 3:] != 0).all()
 
 

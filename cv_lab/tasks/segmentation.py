@@ -35,8 +35,9 @@ class Config(Strict):
     width: int = Field(16, ge=1)              # of the decoder at the finest stride
     image: Preprocess = Preprocess(256, 320)
     augment: list[dict[str, dict]] = [{'RandomScale': dict(scale=[.7, 1.4])}, {'RandomHorizontalFlip': {}}]
-    class_weights: dict[str, float] = {}      # of the cross-entropy; 1 for classes not named; `background` may be named
-    dice: float = Field(1., ge=0)             # weight of the Dice loss beside the cross-entropy
+    class_weights: dict[str, float] = {}      # of the focal loss; 1 for classes not named; `background` may be named
+    focus: float = Field(2., ge=0)            # of the focal loss: how little a pixel counts that is right already; 0: cross-entropy
+    dice: float = Field(.5, ge=0)             # weight of the Dice loss beside it
     min_pixels: int = Field(0, ge=0)          # a class with fewer pixels of the input is not said
 
 # %% ../../nbs/23_tasks.segmentation.ipynb #f922ff9f
@@ -52,12 +53,14 @@ def targets(annotations:list[dict], cfg:Config, classes:list[str]) -> dict[str, 
     return dict(classes=label_map(annotations, cfg.image.height, cfg.image.width, classes), weight=np.array([cfg.class_weights.get(c, 1.) for c in ('background', *classes)], np.float32))
 
 def loss(outputs:dict, targets:dict, cfg:Config): # scalar tensor
-    "Cross-entropy plus Dice, over the pixels that are not ignored."
+    "Focal loss plus Dice, over the pixels that are not ignored."
+    import torch
     from torch.nn import functional as F
-    z, y, weight = outputs['logits'].float(), targets['classes'].long(), targets['weight'][0]; ok = y != IGNORE
-    total = F.cross_entropy(z, y, weight, ignore_index=IGNORE, reduction='sum')/(weight[y.clamp(min=0)]*ok).sum().clamp(min=1e-6)
+    z, y, weight = outputs['logits'].float(), targets['classes'].long(), targets['weight'][0]; ok = y != IGNORE; y = y.clamp(min=0)
+    lp = z.log_softmax(1); said = lp.gather(1, y[:, None])[:, 0]; w = weight[y]*ok
+    total = -(w*(1 - said.exp())**cfg.focus*said).sum()/torch.maximum((w*(y > 0)).sum(), .01*w.sum()).clamp(min=1e-6)
     if not cfg.dice: return total
-    p, t = z.softmax(1)*ok[:, None], F.one_hot(y.clamp(min=0), z.shape[1]).movedim(-1, 1)*ok[:, None]
+    p, t = lp.exp()*ok[:, None], F.one_hot(y, z.shape[1]).movedim(-1, 1)*ok[:, None]
     both, size, there = (p*t).sum((0, 2, 3))[1:], (p + t).sum((0, 2, 3))[1:], (t.sum((0, 2, 3)) > 0)[1:]
     return total + cfg.dice*((1 - (2*both + 1)/(size + 1))*there).sum()/there.sum().clamp(min=1)
 
