@@ -39,7 +39,9 @@ class Objects:
 
 def columns(t:pa.Table, classes:list[str],
             threshold:float=.5,  # the operating point of predictions that do not say `accepted`
-            masks:bool=False) -> Objects:
+            masks:bool=False,    # objects are what has a mask; a polygon is filled
+            sizes:tuple|None=None, # widths and heights of the images, for polygons; else the table's own columns
+           ) -> Objects:
     "The labelled annotations of a table. Those without a label are no objects."
     lists = t['annotations'].combine_chunks() if isinstance(t['annotations'], pa.ChunkedArray) else t['annotations']
     if isinstance(lists, pa.ChunkedArray): lists = lists.chunk(0) if lists.num_chunks else pa.array([], lists.type)
@@ -58,8 +60,18 @@ def columns(t:pa.Table, classes:list[str],
         rle = np.array([None if r is None else dict(size=r['size'], counts=r['counts'].encode()) for r in m.to_pylist()], object); w = np.array([r is not None for r in rle])
         area[w] = [coco_mask.area(r) for r in rle[w]] # pycocotools 2.0.11 counts a list of masks in a byte: it fails from 256 on
         for i in np.flatnonzero(w & ~has): box[i] = mask_box(rle_decode(dict(size=rle[i]['size'], counts=rle[i]['counts'].decode()))) or np.nan
+    if masks and (o := part('polygon')).null_count < len(o): area, rle = _filled(o.to_pylist(), image, sizes or (t['width'].to_pylist(), t['height'].to_pylist()), area, rle)
     keep = (label >= 0) & (np.array([r is not None for r in rle], bool) if masks and rle is not None else np.isfinite(box[:, 0]) & (not masks))
     return Objects(len(n), image, at, label.astype(np.int64), box, score, area, crowd, said, rle if masks else None).take(keep)
+
+def _filled(polygons:list, image:np.ndarray, sizes:tuple, area:np.ndarray, rle:np.ndarray|None) -> tuple[np.ndarray, np.ndarray]: # areas, run lengths
+    "Where there is a polygon and no mask, the mask of the polygon."
+    rle = np.full(len(image), None, object) if rle is None else rle
+    for i in [i for i, p in enumerate(polygons) if p and rle[i] is None]:
+        w, h = sizes[0][image[i]], sizes[1][image[i]]
+        if not (w and h): raise BadInput('polygons of an image whose size is not known', '`width` and `height` in the manifest', 'import the images again')
+        if rings := [r for r in polygons[i] if len(r) >= 6]: rle[i] = coco_mask.merge(coco_mask.frPyObjects(rings, h, w)); area[i] = coco_mask.area(rle[i])
+    return area, rle
 
 # %% ../nbs/18_coco.ipynb #f9ddc1a3
 def prediction_rows(truth:pa.Table, predictions:pa.Table) -> pa.Table:

@@ -53,22 +53,26 @@ class Features(nn.Module):
 # %% ../nbs/19b_pyramid.ipynb #45c9de24
 class Pyramid(nn.Module):
     "Features of one width at every stride."
-    def __init__(self, features:Features, width:int=64, up:bool=True):
-        super().__init__(); self.features, self.width, self.strides = features, width, features.strides
+    def __init__(self, features:Features, width:int=64, up:bool=True, skip:int=0): # `skip`: the first maps, which are left as they are
+        super().__init__(); self.features, self.width, self.skip, self.strides = features, width, skip, features.strides[skip:]
         n = len(self.strides)
-        self.side = nn.ModuleList(nn.Sequential(nn.Conv2d(c, width, 1, bias=False), nn.BatchNorm2d(width)) for c in features.channels)
+        self.side = nn.ModuleList(nn.Sequential(nn.Conv2d(c, width, 1, bias=False), nn.BatchNorm2d(width)) for c in features.channels[skip:])
         self.down = nn.ModuleList(ConvNorm(width, width) for _ in range(n - 1))
         self.halve = nn.ModuleList(ConvNorm(width, width, 3, 2) for _ in range(n - 1)) if up else None
         self.up = nn.ModuleList(ConvNorm(width, width) for _ in range(n - 1)) if up else None
 
-    def forward(self, images) -> list: # (N, width, H/stride, W/stride), finest first
-        maps = [side(m) for side, m in zip(self.side, self.features(images))]
+    def forward(self, images) -> list: return self.both(images)[0] # (N, width, H/stride, W/stride), finest first
+
+    def both(self, images) -> tuple[list, list]: # the pyramid; the maps that were skipped, (N, C, H/stride, W/stride)
+        raw = self.features(images); maps = [side(m) for side, m in zip(self.side, raw[self.skip:])]
         for i in range(len(maps) - 2, -1, -1):
             maps[i] = self.down[i](maps[i] + F.interpolate(maps[i+1], size=maps[i].shape[-2:], mode='nearest'))
         if self.up is not None:
             for i in range(1, len(maps)): maps[i] = self.up[i-1](maps[i] + self.halve[i-1](maps[i-1]))
-        return maps
+        return maps, raw[:self.skip]
 
-def pyramid(name:str, strides:Sequence[int]=(8, 16, 32), width:int=64, pretrained:bool|str=False, frozen:bool=False, up:bool=True, **kwargs) -> Pyramid:
+def pyramid(name:str, strides:Sequence[int]=(8, 16, 32), width:int=64, pretrained:bool|str=False, frozen:bool=False, up:bool=True,
+            fine:Sequence[int]=(), # strides finer than the pyramid's, for `Pyramid.both`
+            **kwargs) -> Pyramid:
     "A timm backbone with a feature pyramid on it; takes (N, 3, H, W) uint8."
-    return Pyramid(Features(name, strides, pretrained, frozen, **kwargs), width, up)
+    return Pyramid(Features(name, [*fine, *strides], pretrained, frozen, **kwargs), width, up, len(fine))

@@ -11,6 +11,7 @@ from cv_lab.geometry import box_iou, nms
 from cv_lab.optimize import export_onnx, export_run, parity
 from cv_lab.predict import Predictor, calibrate, golden_difference, predict_table, write_golden
 from cv_lab.spec import Problem
+from cv_lab.objects import SIZES
 from cv_lab.tasks import detection
 from cv_lab.train import fit
 
@@ -88,7 +89,7 @@ def test_nms_against_torchvision(seed):
 def test_every_size_can_be_built_and_a_crowd_teaches_nothing():
     from cv_lab.detector import detection_loss
     with torch.device('meta'):
-        for size in detection.SIZES: detection.Config(size=size).of_size()
+        for size in SIZES: detection.Config(size=size).of_size()
     cfg = detection.Config(**SMALL); net = detection.network(cfg, ['a']).eval(); x = torch.zeros((1, 3, 64, 96), dtype=torch.uint8); out = {k: v.detach() for k, v in net(x).items()}
     y = lambda *anns: torch.from_numpy(detection.targets([a.said() for a in anns], cfg, ['a']))[None]
     crowd = Annotation('a', bbox=(0, 0, 96, 64), attributes={'iscrowd': '1'}); size = (64, 96)
