@@ -8,6 +8,7 @@ __all__ = ['sound_rle', 'rle_encode', 'rle_decode', 'polygon_mask', 'mask_box', 
 
 # %% ../nbs/03_geometry.ipynb #404204af
 from dataclasses import replace
+from functools import lru_cache
 import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
@@ -19,14 +20,20 @@ def sound_rle(mask:dict, # COCO run lengths, from anybody
              ) -> dict: # {'size': [height, width], 'counts': str}, safe to decode
     "Run lengths that fill their mask exactly, or a refusal."
     try:
-        (h, w), text = (int(v) for v in mask['size']), mask['counts']; x = np.frombuffer(text.encode('ascii'), np.uint8).astype(np.int64) - 48
-        assert 0 < h < 1 << 20 and 0 < w < 1 << 20 and len(x) and x.min() >= 0 and x.max() < 64 and not x[-1] & 32
-        first = np.flatnonzero(np.concatenate([[True], (x[:-1] & 32) == 0])); size = np.diff(np.append(first, len(x))); assert size.max() < 8
-        k = np.arange(len(x)) - np.repeat(first, size); runs = np.add.reduceat((x & 31) << 5*k, first)
-        runs -= np.where(x[first + size - 1] & 16, np.int64(1) << 5*size, 0)
-        runs[1::2] = np.cumsum(runs[1::2]); runs[2::2] = np.cumsum(runs[2::2]); assert runs.min() >= 0 and runs.sum() == h*w
+        (h, w), text = (int(v) for v in mask['size']), mask['counts']; assert _fills(h, w, text)
     except (AssertionError, AttributeError, KeyError, OverflowError, TypeError, ValueError): raise BadInput('run lengths that are no mask', 'COCO run lengths that fill height x width', 'export the mask again') from None
     return dict(size=[h, w], counts=text)
+
+@lru_cache(1 << 14) # training asks about the same masks in every epoch
+def _fills(h:int, w:int, text:str) -> bool:
+    x = np.frombuffer(text.encode('ascii'), np.uint8).astype(np.int64) - 48
+    if not (0 < h < 1 << 20 and 0 < w < 1 << 20 and len(x) and x.min() >= 0 and x.max() < 64 and not x[-1] & 32): return False
+    first = np.flatnonzero(np.concatenate([[True], (x[:-1] & 32) == 0])); size = np.diff(np.append(first, len(x)))
+    if size.max() >= 8: return False
+    k = np.arange(len(x)) - np.repeat(first, size); runs = np.add.reduceat((x & 31) << 5*k, first)
+    runs -= np.where(x[first + size - 1] & 16, np.int64(1) << 5*size, 0)
+    runs[1::2] = np.cumsum(runs[1::2]); runs[2::2] = np.cumsum(runs[2::2])
+    return bool(runs.min() >= 0 and runs.sum() == h*w)
 
 # %% ../nbs/03_geometry.ipynb #93fa3c92
 def rle_encode(mask:np.ndarray, # (H, W) bool

@@ -57,12 +57,12 @@ def loss(outputs:dict, targets:dict, cfg:Config): # scalar tensor
     import torch
     from torch.nn import functional as F
     z, y, weight = outputs['logits'].float(), targets['classes'].long(), targets['weight'][0]; ok = y != IGNORE; y = y.clamp(min=0)
-    lp = z.log_softmax(1); said = lp.gather(1, y[:, None])[:, 0]; w = weight[y]*ok
-    total = -(w*(1 - said.exp())**cfg.focus*said).sum()/torch.maximum((w*(y > 0)).sum(), .01*w.sum()).clamp(min=1e-6)
+    lp = z.log_softmax(1); said = lp.gather(1, y[:, None])[:, 0]; p = said.exp(); w = weight[y]*ok
+    total = -(w*(1 - p)**cfg.focus*said).sum()/torch.maximum((w*(y > 0)).sum(), .01*w.sum()).clamp(min=1e-6)
     if not cfg.dice: return total
-    p, t = lp.exp()*ok[:, None], F.one_hot(y, z.shape[1]).movedim(-1, 1)*ok[:, None]
-    both, size, there = (p*t).sum((0, 2, 3))[1:], (p + t).sum((0, 2, 3))[1:], (t.sum((0, 2, 3)) > 0)[1:]
-    return total + cfg.dice*((1 - (2*both + 1)/(size + 1))*there).sum()/there.sum().clamp(min=1)
+    per_class = lambda v: z.new_zeros(z.shape[1]).index_add(0, y[ok], v[ok])
+    both, true = per_class(p), per_class(torch.ones_like(p)); size = torch.einsum('nchw,nhw->c', lp.exp(), ok.float()) + true; there = (true > 0)[1:]
+    return total + cfg.dice*((1 - (2*both + 1)/(size + 1))[1:]*there).sum()/there.sum().clamp(min=1)
 
 # %% ../../nbs/23_tasks.segmentation.ipynb #21f83188
 def decode(outputs:dict, cfg:Config, classes:list[str], thresholds:dict) -> list[Prediction]:
