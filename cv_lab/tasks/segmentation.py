@@ -55,7 +55,6 @@ def targets(annotations:list[dict], cfg:Config, classes:list[str]) -> dict[str, 
 def loss(outputs:dict, targets:dict, cfg:Config): # scalar tensor
     "Focal loss plus Dice, over the pixels that are not ignored."
     import torch
-    from torch.nn import functional as F
     z, y, weight = outputs['logits'].float(), targets['classes'].long(), targets['weight'][0]; ok = y != IGNORE; y = y.clamp(min=0)
     lp = z.log_softmax(1); said = lp.gather(1, y[:, None])[:, 0]; p = said.exp(); w = weight[y]*ok
     total = -(w*(1 - p)**cfg.focus*said).sum()/torch.maximum((w*(y > 0)).sum(), .01*w.sum()).clamp(min=1e-6)
