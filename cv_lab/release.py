@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['model_folder', 'read_evidence', 'judge_rules', 'read_verdict', 'verdict_table', 'say_verdict', 'bundle_digest',
-           'make_bundle', 'verdict_faults', 'Log', 'Store', 'Aliases', 'objections', 'Promotions', 'Registry',
+           'make_bundle', 'verdict_faults', 'Moves', 'Store', 'Aliases', 'objections', 'Promotions', 'Registry',
            'opponents', 'write_gate', 'diff', 'export', 'load', 'mirror']
 
 # %% ../nbs/60_release.ipynb #f30b9b07
-import json, math, os, re, secrets, shutil
+import math, os, re, secrets, shutil
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Literal
 import yaml
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
+from .audit import Log
 from .core import (BadInput, Damaged, NotAccepted, NotFound, Refusal, canonical_json, digest, file_digest,
                          inside, read_json, write_atomic, write_json)
 from .spec import Problem, Rule, Strict, judge, parse_problem
@@ -274,48 +275,14 @@ def verdict_faults(folder:str|Path, problem:Problem) -> list[str]: # none: it be
     return [] if same else [f'judged again, the verdict is another: {again["verdict"]}']
 
 # %% ../nbs/60_release.ipynb #45a85a9e
-class Log:
-    "An append-only file of JSON lines, each holding the digest of the one before."
-    def __init__(self, path:str|Path): self.path = Path(path)
-
-    def _parts(self) -> tuple[list[bytes], bytes]: # whole lines, torn rest
-        *lines, torn = (self.path.read_bytes() if self.path.exists() else b'').split(b'\n')
-        return lines, torn
-
-    def _parse(self, line:bytes) -> dict:
-        try: return dict(json.loads(line), line=digest(line))
-        except (ValueError, TypeError): return dict(event='unreadable', line=digest(line))
-
-    def read(self) -> list[dict]: # each with its own digest as `line`
-        "All events."
-        return [self._parse(b) for b in self._parts()[0]]
-
-    def append(self, **event) -> dict: # as written, with its `line`
-        "Write one event, synced; the caller holds the registry's lock."
-        lines, torn = self._parts(); self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, 'r+b' if self.path.exists() else 'x+b') as f:
-            f.truncate(sum(len(b) + 1 for b in lines)); f.seek(0, os.SEEK_END)
-            for e in ([dict(event='torn line removed', torn=digest(torn))] if torn else []) + [event]:
-                at = datetime.now(UTC).isoformat(timespec='milliseconds')
-                e = dict(n=len(lines) + 1, at=at, before=digest(lines[-1]) if lines else '0'*64, **e)
-                lines.append(canonical_json(e).encode()); f.write(lines[-1] + b'\n'); f.flush(); os.fsync(f.fileno())
-        return self._parse(lines[-1])
-
+class Moves(Log):
+    "The log of a registry."
     def moves(self, problem:str) -> dict[str, list[dict]]: # alias -> events
         "The moves of each alias of a problem that are not known to have been given up."
         events = self.read(); off = {e.get('of') for e in events if e.get('event') == 'abandoned'}; out = {}
         for e in events:
             if e.get('problem') == problem and e.get('event') in ('promote', 'rollback') and e.get('n') not in off:
                 out.setdefault(e.get('alias'), []).append(e)
-        return out
-
-    def faults(self) -> list[str]:
-        "Where the chain is broken."
-        out, before = [], '0'*64
-        for i, e in enumerate(self.read(), 1):
-            if e.get('n') != i or e.get('before') != before:
-                out.append(f'line {i} of the log does not follow line {i - 1}')
-            before = e['line']
         return out
 
 # %% ../nbs/60_release.ipynb #c8d5011b
@@ -354,7 +321,7 @@ class Store:
     "Bundles by digest, in BentoML's model store."
     def __init__(self, home:str|Path): # `workspace().registry`
         self.home = Path(home).resolve()
-        self.shelf, self._log = self.home/'bentoml/models', Log(self.home/'log.jsonl')
+        self.shelf, self._log = self.home/'bentoml/models', Moves(self.home/'log.jsonl')
 
     def _lock(self): return _held(self.home/'.lock')
 

@@ -109,7 +109,11 @@ class DataRules(Strict):
     max_broken: float = Field(0., ge=0, le=1)    # share of items that do not decode
     allow_leaks: bool = False                    # the same group or content in two splits
     allow_near_duplicates: bool = False          # in two splits; for pictures that are alike by nature, as before a fixed camera
-    require_license: bool = False
+    require_license: bool = False                # of every item
+    require_consent: bool = False                # the form or contract by which the people in it agreed, for every item
+    require_source: bool = False                 # where it comes from, for every item
+    no_expired: bool = True                      # no item past its retention date
+    no_gps: bool = False                         # no file that says where it was taken
 
 class Decision(Strict):
     "When an answer is given, and when the service says that it does not know."
@@ -249,6 +253,8 @@ data:              # what a dataset must be before anything is trained on it
   max_broken: 0
   allow_near_duplicates: false # between splits; true for pictures that are alike by nature, as before a fixed camera
   require_license: false
+  require_consent: false # true where people can be recognised
+  no_gps: false          # true: no file may say where it was taken; cvlab data strip
 
 serving: {{max_image_mb: 10, max_pixels: 20000000, max_batch: 64}}
 

@@ -25,6 +25,7 @@ from .augment import Augment, augmentation
 from .core import (Annotation, BadInput, RunFailed, digest, file_digest, read_json, workspace,
                          write_atomic, write_json)
 from .data.manifest import Dataset, shared_groups
+from .data.terms import refuse_terms
 from .geometry import to_input
 from .image import Placement, decode, placement, preprocess
 from .spec import Problem, Strict
@@ -304,6 +305,7 @@ def fit(problem:Problem, dataset:Dataset, runs:str|Path|None=None, # the folder 
        ) -> Run:
     "Train, resume, or find a finished run."
     root = Path(runs or workspace().runs).resolve(); how, cfg = settings(problem, **changes)
+    refuse_terms(problem.data, dataset.table)
     if (leaks := shared_groups(dataset.table)) and not problem.data.allow_leaks:
         raise BadInput(f'{len(leaks)} groups or contents lie in more than one split: {", ".join(leaks[:3])}', 'no group in two splits', 'split the dataset again, or set data: {allow_leaks: true}')
     config = run_config(problem, dataset, how); run = Run(root/f'{problem.name}-{digest(config)[:8]}'); run.path.mkdir(parents=True, exist_ok=True)

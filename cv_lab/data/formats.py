@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Iterable, Iterator, Literal
 import numpy as np, pandas as pd, pyarrow as pa, pyarrow.compute as pc, pyarrow.parquet as pq
 from tqdm import tqdm
+from ..audit import Log, log_of, record
 from ..core import Annotation, BadInput, Refusal, canonical_json, inside, write_atomic
 from .files import ARCHIVES, Look, Quarantine, Source, look_all, unpack
 from ..geometry import sound_rle
@@ -35,7 +36,7 @@ CONTRACT = dict(
 
 KINDS = ('class', 'box', 'polygon', 'mask', 'line', 'caption')            # what an annotation is; line: the image is one line of text
 FIELDS = ('text', 'track_id', 'annotator', 'score', 'attributes')         # what it may say besides its label
-COLUMNS = ('split', 'group', 'source', 'license', 'consent', 'captured_at', 'device', 'tags') # what an item may say
+COLUMNS = ('split', 'group', 'source', 'license', 'consent', 'expires', 'captured_at', 'device', 'tags') # what an item may say
 
 def kind_of(a:dict|Annotation) -> str: # one of KINDS
     "What an annotation is."
@@ -443,9 +444,10 @@ def export_dataset(dataset:Dataset|str|Path, # or its folder
                    images:Literal['copy', 'link', 'none']='copy',
                    split:str|None=None,      # only this one
                    predictions:pa.Table|None=None, # a model's, to be written beside: pre-annotations for a labelling tool
+                   log:Log|None=None, by:str|None=None, # where it is said who took what; that of the workspace it is written into, or comes from, when None
                    **options) -> ExportResult: # options of the format's `write`
     "Write a dataset as another tool reads it."
-    d = dataset if isinstance(dataset, Dataset) else load_dataset(dataset); dst = Path(dst).resolve()
+    d = dataset if isinstance(dataset, Dataset) else load_dataset(dataset); dst, version = Path(dst).resolve(), d.version
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())): raise BadInput(f'{dst} is not empty', 'a folder that is not there yet', 'name another, or remove it')
     module = get_format(format); _check_options(f'export as {format}', module.write, options)
     if split: d = Dataset(d.split(split), d.name, d.root, d.classes, d.about)
@@ -453,6 +455,7 @@ def export_dataset(dataset:Dataset|str|Path, # or its folder
     if predictions is not None: d = Dataset(with_predictions(d.table, predictions), d.name, d.root, d.classes, d.about)
     target = Target(d, dst.with_name(f'.{dst.name}.{secrets.token_hex(4)}'), images, losses(d.table, module)); target.root.mkdir(parents=True)
     try:
+        if log := log or log_of(d.root, False) or log_of(dst, False): record(log, 'export', by, dataset=d.name, version=version, items=len(d), split=split, format=format, images=images, to=str(dst))
         module.write(target, **options)
         if dst.exists(): dst.rmdir()
         target.root.rename(dst)
@@ -470,7 +473,7 @@ def little_dataset(folder:str|Path, module:ModuleType) -> Dataset:
     kinds['class'] = lambda: dict(label='cat')
     if 'class' in keeps and keeps & {'box', 'polygon', 'mask'}: kinds['class'] = lambda: dict(label='indoors')
     extra = dict(text='EXIT', track_id='7', annotator='Ada', score=.75, attributes=dict(getattr(module, 'ATTRIBUTES', dict(occluded='1'))))
-    item = dict(split='train', group='film-1', source='shop', license='CC0', consent='form-3', captured_at='2024-05-01', device='cam-2', tags=dict(light='day'))
+    item = dict(split='train', group='film-1', source='shop', license='CC0', consent='form-3', expires='2031-12-31', captured_at='2024-05-01', device='cam-2', tags=dict(light='day'))
     for i in range(3):
         anns = [kinds[k]() for k in KINDS if k in keeps] if i < 2 else []
         if i == 0:

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from ..core import BadInput, inside
 from ..image import BadImage, decode, open_image
 from .manifest import Dataset
+from .metadata import told
 
 # %% ../../nbs/11a_data.measures.ipynb #a693b704
 LOOK = 512 # pixels: the longer side at which images are looked at; larger ones are scaled down to less than twice that
@@ -26,7 +27,7 @@ def luminance(data:bytes, # an image file's content
     if im.format == 'JPEG':
         if data.rfind(b'\xff\xd9') < data.rfind(b'\xff\xda'): raise BadImage('the JPEG file has no end', 'a complete image file', 'fetch it again')
         s = LOOK/max(im.size); im.draft('L', (max(1, int(im.width*s)), max(1, int(im.height*s))))
-    said['exif_turn'] = im.getexif().get(274, 1) if im.format in ('JPEG', 'PNG', 'WEBP') else 1
+    said['exif_turn'] = im.getexif().get(274, 1) if im.format in ('JPEG', 'PNG', 'WEBP') else 1; said['tells'] = ','.join(sorted(told(im)))
     if im.mode not in ('L', 'RGB'): im = Image.fromarray(decode(data))
     else:
         try: im = ImageOps.exif_transpose(im) if said['exif_turn'] > 1 else im; im.load()
@@ -50,7 +51,7 @@ def blur_effect(px:np.ndarray, # (h, w) grey levels
 
 # %% ../../nbs/11a_data.measures.ipynb #665c27f1
 THUMB = 64 # pixels: the side of a thumbnail
-MEASURES = ('sha256', 'pixels', 'format', 'width', 'height', 'exif_turn', 'mean', 'spread', 'p01', 'p05', 'p50', 'p95', 'p99', 'white',
+MEASURES = ('sha256', 'pixels', 'format', 'width', 'height', 'exif_turn', 'tells', 'mean', 'spread', 'p01', 'p05', 'p50', 'p95', 'p99', 'white',
             'blur', 'texture')
 
 def measure(data:bytes, # an image file's content

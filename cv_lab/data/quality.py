@@ -20,6 +20,7 @@ from .label_errors import label_errors, object_errors
 from .manifest import SPLITS, Dataset, labels_in
 from .measures import measure_files
 from .orientation import turned
+from .terms import expired, term_rules
 
 # %% ../../nbs/12_data.quality.ipynb #093b8f3f
 KINDS = dict( # kind: (severity, what it means, what to do)
@@ -30,6 +31,9 @@ KINDS = dict( # kind: (severity, what it means, what to do)
     leaked_content=('error', 'the same picture is in another split', 'drop it here, or move it there'),
     conflict=('error', 'the same picture carries other labels elsewhere', 'decide which is right'),
     unknown_label=('error', 'a label that is no class', 'correct it, or add the class'),
+    expired=('error', 'it is past its retention date', 'cvlab data withdraw, or cvlab data terms if it was prolonged'),
+    gps=('warning', 'the file says where it was taken', 'cvlab data strip'),
+    personal=('warning', 'the file names an owner or a serial number', 'cvlab data strip'),
     duplicate=('warning', 'the same picture stands in this split twice', 'drop one'),
     near_duplicate=('warning', 'nearly the same picture stands in this split', 'drop one, unless it is meant so'),
     wrong_size=('warning', 'the manifest says another size than the file', 'import the dataset again; check boxes and masks'),
@@ -140,6 +144,8 @@ def table_findings(t:pa.Table, seen:pd.DataFrame, classes:list[str]) -> pd.DataF
             finding('wrong_size', ids[other], [f'{a:.0f} x {b:.0f} in the manifest, {c:.0f} x {e:.0f} in the file' for a, b, c, e in zip(w[other], h[other], seen['width'][other], seen['height'][other])])]
     silent = pc.fill_null(pc.list_value_length(t['annotations']), 0).to_numpy() == 0
     out.append(finding('unlabelled', ids[silent], 'no annotation'))
+    over = expired(t); tells = seen['tells'].fillna('').str.split(',').map(set); out.append(finding('expired', ids[over], [f'it was to be used until {v}' for v in t['expires'].filter(pa.array(over)).to_pylist()]))
+    for kind, what in dict(gps={'gps'}, personal={'owner', 'serial'}).items(): has = tells.map(lambda v, what=what: bool(v & what)).to_numpy(bool); out.append(finding(kind, ids[has], [', '.join(sorted(v)) for v in tells[has]]))
     if len(flat := pc.list_flatten(t['annotations']).combine_chunks()):
         parents, labels = pc.list_parent_indices(t['annotations']).to_numpy(), pc.struct_field(flat, 'label')
         wrong = pc.and_(pc.is_valid(labels), pc.invert(pc.is_in(labels, pa.array(classes, pa.string())))).to_numpy(zero_copy_only=False)
@@ -209,7 +215,7 @@ def judge_data(rules:DataRules, t:pa.Table, findings:pd.DataFrame, counts:pd.Dat
     "The data rules of a problem, judged."
     n = {k: findings.loc[findings['kind'] == k, 'id'].nunique() for k in KINDS}; items = max(len(t), 1)
     leaked = findings.loc[findings['kind'].isin(['leaked_group', 'leaked_content'] + ['leaked_near']*(not rules.allow_near_duplicates)), 'id'].nunique()
-    without = pc.sum(pc.equal(pc.fill_null(t['license'], ''), '')).as_py() or 0
+    gps = findings.loc[findings['kind'] == 'gps', 'id'].drop_duplicates()
     train = counts['train'] if 'train' in counts else counts.sum(axis=1)
     least = train.sort_values(kind='stable').index[0] if len(train) else None
     def rule(name, ok, said, expected): return dict(rule=name, verdict='pass' if ok else 'fail', said=said, expected=expected)
@@ -221,7 +227,8 @@ def judge_data(rules:DataRules, t:pa.Table, findings:pd.DataFrame, counts:pd.Dat
         rule('labels are classes', not n['unknown_label'], f'{n["unknown_label"]} items with other labels', 'none'),
         rule('training items of each class', least is None or train[least] >= rules.min_per_class,
              'no classes' if least is None else f'“{least}” has {train[least]}', f'at least {rules.min_per_class}'),
-        rule('a licence for every item', not rules.require_license or not without, f'{without} without', 'none' if rules.require_license else 'any number')]
+        *term_rules(rules, t),
+        rule('no file says where it was taken', not rules.no_gps or not len(gps), f'{len(gps)} do' + (f': {", ".join(gps[:3])}' if len(gps) else ''), 'none' if rules.no_gps else 'any number')]
 
 # %% ../../nbs/12_data.quality.ipynb #18e660b5
 def quality_parts(t:pa.Table, findings:pd.DataFrame, counts:pd.DataFrame) -> dict[str, float]: # each in [0, 1]

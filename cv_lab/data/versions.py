@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal, Sequence
 import numpy as np, pandas as pd, pyarrow as pa, pyarrow.compute as pc, pyarrow.parquet as pq
 from filelock import FileLock
+from ..audit import log_of, record
 from ..core import BadInput, Damaged, NotFound, digest, inside, read_json, write_atomic, write_json
 from .manifest import (SCHEMA, SPLITS, Dataset, assign_splits, check_table, diff_versions, first_labels, load_dataset,
                                   row_digests, save_dataset, tags_of)
@@ -131,12 +132,14 @@ def _said_of(t:pa.Table, shas) -> dict[str, str]: # content hash -> hash of the 
 
 def _write_log(folder:Path, log:list[dict]) -> None: write_atomic(folder/'versions.jsonl', ''.join(json.dumps(x, ensure_ascii=False) + '\n' for x in log))
 
-def _freeze(folder:Path, d:Dataset, shas, by:str|None) -> dict:
+def _freeze(folder:Path, d:Dataset, shas, by:str|None, why:str='golden set') -> dict:
     items = _said_of(d.table, shas); write_json(folder/'golden.json', dict(version=d.version, items=items))
-    _write_log(folder, [*versions(folder), versions(folder)[-1] | dict(at=datetime.now(UTC).isoformat(timespec='seconds'), by=by, why='golden set', golden=digest(items))])
+    _write_log(folder, [*versions(folder), versions(folder)[-1] | dict(at=datetime.now(UTC).isoformat(timespec='seconds'), by=by, why=why, golden=digest(items))])
     return items
 
-def golden_changes(folder:str|Path, d:Dataset) -> list[str]: # what happened to which item; empty: untouched
+def golden_changes(folder:str|Path, d:Dataset,
+                   but:Sequence[str]=(), # content hashes that are not asked about
+                  ) -> list[str]: # what happened to which item; empty: untouched
     "Golden items that `d` drops or says other things about."
     folder = Path(folder)
     if not (folder/'golden.json').exists():
@@ -144,13 +147,14 @@ def golden_changes(folder:str|Path, d:Dataset) -> list[str]: # what happened to 
         return []
     want = read_json(folder/'golden.json')['items']; logged = [x['golden'] for x in versions(folder) if 'golden' in x]
     if not logged or digest(want) != logged[-1]: raise Damaged(f'{folder}/golden.json is not what the log says was frozen', 'the file that was written', 'restore it from a copy')
-    now = _said_of(d.table, want); name = dict(zip(d.table['sha256'].to_pylist(), d.table['id'].to_pylist()))
+    want = {s: v for s, v in want.items() if s not in set(but)}; now = _said_of(d.table, want); name = dict(zip(d.table['sha256'].to_pylist(), d.table['id'].to_pylist()))
     return [f'{s[:12]} dropped' for s in want if s not in now] + [f'{name[s]} changed' for s in want if s in now and now[s] != want[s]]
 
 # %% ../../nbs/10b_data.versions.ipynb #d6733999
 def commit(folder:str|Path, d:Dataset, # the next version
            why:str, by:str|None=None,
            golden:str|None=None,       # a reason to let the golden set change
+           renamed:dict[str, str]|None=None, # old content hash -> new: the files were rewritten, the golden set goes along
           ) -> dict: # the line of the log
     "Save a version with its parent; a change of the golden set is refused without a reason."
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
@@ -160,13 +164,15 @@ def commit(folder:str|Path, d:Dataset, # the next version
         if old is not None and old.version == d.version:
             if old.about != d.about: save_dataset(d, folder)   # the same items, and more known about them, such as a proof
             return log[-1]
-        if (touched := golden_changes(folder, d)) and not golden:
+        if (touched := golden_changes(folder, d, renamed or ())) and not golden:
             raise BadInput(f'{len(touched)} golden items would change: {", ".join(touched[:3])}', 'the golden set as it was frozen', 'leave them alone, or give a reason: --golden "why"')
         changed = {k: len(v) for k, v in diff_versions(old.table, d.table).items()} if old is not None else dict(added=len(d))
         line = dict(version=d.version, parent=old.version if old is not None else None, at=datetime.now(UTC).isoformat(timespec='seconds'), by=by, why=why, items=len(d), **changed)
         if touched: line |= dict(golden_changed=touched, golden_why=golden)
+        if touched: record(log_of(folder), 'override', by, what='golden set', dataset=d.name, version=d.version, items=len(touched), reason=golden)
         save_dataset(d, folder); _write_log(folder, [*log, line])
-        if touched: _freeze(folder, d, read_json(folder/'golden.json')['items'], by)
+        frozen = read_json(folder/'golden.json')['items'] if (folder/'golden.json').exists() else {}
+        if touched or set(frozen) & set(renamed or ()): _freeze(folder, d, [(renamed or {}).get(s, s) for s in frozen], by, 'golden set' if touched else 'golden set, rewritten')
         return line
 
 def version_log(folder:str|Path) -> pd.DataFrame:
