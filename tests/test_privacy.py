@@ -3,18 +3,18 @@ import io, json, os, subprocess, sys
 from datetime import date, timedelta
 from pathlib import Path
 
-import numpy as np, pyarrow as pa, pyarrow.parquet as pq, pytest
+import numpy as np, pyarrow.parquet as pq, pytest
 from PIL import Image
 
 from cv_lab.audit import Sealed, log_of, record
 from cv_lab.core import Annotation, BadInput, digest, read_json, write_atomic
 from cv_lab.data.files import look
-from cv_lab.data.manifest import SCHEMA, Dataset, load_dataset, make_table, save_dataset, version_of
+from cv_lab.data.manifest import SCHEMA, Dataset, load_dataset, make_table, save_dataset
 from cv_lab.data.metadata import strip, told
 from cv_lab.data.rewrite import strip_dataset
 from cv_lab.data.terms import expired, refuse_terms, set_terms
 from cv_lab.data.versions import freeze_golden, golden_changes, open_version
-from cv_lab.image import BadImage, decode, open_image
+from cv_lab.image import decode, open_image
 from cv_lab.spec import DataRules
 
 PLANTED = [b'Lovelace', b'SN-4711', b'garden', b'Canon-Maker']
