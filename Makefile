@@ -16,7 +16,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export ORT_DISABLE_TELEMETRY ?= 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup run test check pages pytest serve deploy-lint lab notebooks clean
+.PHONY: help setup run tour test check pages pytest serve deploy-lint lab notebooks clean
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s $$'\t'
 
@@ -34,6 +34,9 @@ $(STAMP):
 
 run: setup ## the whole way once: data, training, reports, gate, release, an answer over HTTP
 	@$(BIN)/cvlab walk
+
+tour: setup ## the same for every problem file: detection, segmentation, instances, reading
+	@$(BIN)/cvlab tour
 
 test: check pages pytest ## set up and pass all tests
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'AsJson', 'print_json', 'print_table', 'run', 'not_accepted', 'run_rows', 'runs', 'evaluate', 'problem_of',
-           'compare', 'release_run', 'release', 'model_folder', 'predict', 'init', 'serve', 'walk', 'main']
+           'compare', 'release_run', 'release', 'model_folder', 'predict', 'init', 'serve', 'walk_problem', 'walk',
+           'tour_problems', 'tour', 'main']
 
 # %% ../../nbs/99_cli.main.ipynb #83caf70e
 import getpass, importlib, json, os, pkgutil, sys
@@ -209,15 +210,13 @@ def serve(port: Annotated[int, typer.Option(envvar='PORT')] = 3000, host: str = 
 def _step(n:int, text:str) -> None: Console(highlight=False).print(f'\n[bold cyan]{n}/8[/] [bold]{text}[/]')
 
 # %% ../../nbs/99_cli.main.ipynb #ec5d1a2b
-@app.command()
-def walk(problem: Annotated[Path, typer.Argument(help='The problem file.')] = Path('problems/digits.yaml'),
-         force: Annotated[bool, typer.Option(help='Train again what has not changed.')] = False):
-    "The whole way once: data, check, training, error analysis, gate, bundle, service, report."
+def walk_problem(path:Path, ws, force:bool=False) -> dict: # training, errors: reports; data, spec, folder, image, tag
+    "The whole way of one problem; a `Refusal` where it ends early."
     from cv_lab.data.quality import check
     from cv_lab.experiment import open_dataset, run_experiment
     from cv_lab.release import verdict_table
     from cv_lab.spec import load_problem
-    ws = workspace(); path = problem if problem.is_absolute() else ws.root/problem; spec = load_problem(path); name = os.path.relpath(path, ws.root)
+    path = path if path.is_absolute() else ws.root/path; spec = load_problem(path); name = os.path.relpath(path, ws.root)
     _step(1, 'The dataset'); data = open_dataset(spec.dataset, ws); print(data)
     _step(2, 'Its check'); found = check(data, spec); print_table(found.to_json()['rules'])
     _step(3, 'Training'); trained = run_experiment('train', dict(problem=name, force=force), ws=ws); folder = ws.runs/trained.metrics['run']
@@ -226,7 +225,14 @@ def walk(problem: Annotated[Path, typer.Argument(help='The problem file.')] = Pa
     if trained.verdict['verdict'] != 'pass': raise not_accepted(trained.verdict)
     _step(6, 'The release'); tag, _ = release_run(folder, spec, path.read_text(encoding='utf8'), ws, reason='the whole way once'); print(f'{tag} is production')
     _step(7, 'The service'); image = _ask_service(ws, data, spec)
-    _step(8, 'What to look at'); _paths(ws, trained, errors, spec, image)
+    return dict(trained=trained, errors=errors, data=data, spec=spec, image=image, tag=tag)
+
+@app.command()
+def walk(problem: Annotated[Path, typer.Option(help='The problem file.')] = Path('problems/digits.yaml'),
+         force: Annotated[bool, typer.Option(help='Train again what has not changed.')] = False):
+    "The whole way once: data, check, training, error analysis, gate, bundle, service, report."
+    ws = workspace(); way = walk_problem(problem, ws, force)
+    _step(8, 'What to look at'); _paths(ws, way['trained'], way['errors'], way['spec'], way['image'])
 
 def _ask_service(ws, data, spec) -> Path:
     "Start the service, ask it about one test image over HTTP, show the answer, stop it."
@@ -236,13 +242,32 @@ def _ask_service(ws, data, spec) -> Path:
     with start_service(env=dict(CVLAB_HOME=str(ws.root))) as service:
         answer = httpx.post(f'{service.url}/v1/models/{spec.name}/predict', content=image.read_bytes(), headers={'Content-Type': 'application/octet-stream'}, timeout=30)
         answer.raise_for_status(); print(f'POST {service.url}/v1/models/{spec.name}/predict  {os.path.relpath(image)}'); print_json(answer.json())
-    print(f'true: {", ".join(a["label"] for a in row["annotations"] if a["label"])}; the service is stopped'); return image
+    print(f'true: {", ".join(said for a in row["annotations"] if (said := a["text"] or a["label"]))}; the service is stopped'); return image
 
 def _paths(ws, trained, errors, spec, image:Path) -> None:
     from cv_lab.release import Registry
     card = Registry(ws.registry).path(spec.name, 'production')/'MODEL_CARD.md'; rel = os.path.relpath
     for what, where in (('training report', trained.html), ('error analysis', errors.html), ('all reports', ws.reports/'index.html'), ('model card', card)): print(f'  {what:16} {rel(where)}')
     print(f'\nNext:\n  make serve\n  cvlab predict {rel(image)}\n  cvlab runs\n  cvlab registry list\n  cvlab run train -p epochs=3\n  make lab\n(cvlab lies in .venv/bin)')
+
+# %% ../../nbs/99_cli.main.ipynb #b46a3c6b
+def tour_problems(paths:list[Path], ws, force:bool=False, way=walk_problem) -> tuple[list[dict], Refusal|None]: # a row per problem; the first refusal
+    "Walk through several problems."
+    import time
+    rows, first = [], None
+    for path in paths:
+        Console(highlight=False).print(f'\n[bold green]{os.path.relpath(path, ws.root)}[/]'); since, end = time.perf_counter(), dict(verdict='pass', said='')
+        try: done = way(path, ws, force); end['said'] = f'{done["tag"]}; {os.path.relpath(done["trained"].html)}'
+        except Refusal as e: first = first or e; end = dict(verdict='fail', said=e.what); print(e)
+        rows.append(dict(problem=path.stem, minutes=round((time.perf_counter() - since)/60, 1), **end))
+    return rows, first
+
+@app.command()
+def tour(force: Annotated[bool, typer.Option(help='Train again what has not changed.')] = False):
+    "The whole way of every problem in problems/, then what became of each."
+    ws = workspace(); rows, first = tour_problems(sorted(ws.problems.glob('*.yaml')), ws, force)
+    print(); print_table(rows, 'The tour'); print(f'all reports: {os.path.relpath(ws.reports/"index.html")}')
+    if first: raise type(first)(f'{sum(r["verdict"] == "fail" for r in rows)} of {len(rows)} problems did not come to their end: {", ".join(r["problem"] for r in rows if r["verdict"] == "fail")}', first.expected, first.mend)
 
 # %% ../../nbs/99_cli.main.ipynb #d1ba5e18
 def _mount() -> None:
