@@ -9,7 +9,8 @@ __all__ = ['confusion', 'plot_confusion', 'mistakes', 'where_mistakes_fall', 'in
 import numpy as np, pandas as pd, pyarrow as pa
 from .spec import Problem, select
 from .task import get_task
-from .data.manifest import first_labels, tags_of
+from .data.facts import facts_of
+from .data.manifest import first_labels
 
 # %% ../nbs/42_errors.ipynb #5236b2cc
 def confusion(truth:pa.Table, predictions:pa.Table, problem:Problem) -> pd.DataFrame: # rows: true, columns: said; counts
@@ -33,16 +34,16 @@ def plot_confusion(table:pd.DataFrame):
 def mistakes(truth:pa.Table, predictions:pa.Table, problem:Problem) -> pd.DataFrame: # worst first; a bool column per slice
     "The task's mistakes, and in which slices each lies."
     found = get_task(problem.task).mistakes(truth, predictions, problem)
-    tags, at = tags_of(truth), {i: k for k, i in enumerate(truth['id'].to_pylist())}
+    tags, at = facts_of(truth), {i: k for k, i in enumerate(truth['id'].to_pylist())}
     for name, where in problem.slices.items(): found[name] = select(where, tags)[[at[i] for i in found['id']]] if len(found) else []
     return found
 
 def where_mistakes_fall(truth:pa.Table, found:pd.DataFrame, problem:Problem) -> pd.DataFrame: # a row per slice
     "Share of items and of mistakes in each slice, and how surprising the difference is."
     from scipy.stats import hypergeom
-    wrong, rows = found.drop_duplicates('id'), []
+    wrong, rows, facts = found.drop_duplicates('id'), [], facts_of(truth)
     for name, where in problem.slices.items():
-        mask = select(where, tags_of(truth)); k = int(wrong[name].sum()) if len(wrong) else 0
+        mask = select(where, facts); k = int(wrong[name].sum()) if len(wrong) else 0
         rows.append(dict(slice=name, items=int(mask.sum()), mistakes=k, share_of_items=mask.mean(), share_of_mistakes=k/max(len(wrong), 1),
                          p=float(hypergeom.sf(k - 1, len(truth), int(mask.sum()), len(wrong)))))
     t = pd.DataFrame(rows, columns=['slice', 'items', 'mistakes', 'share_of_items', 'share_of_mistakes', 'p']).sort_values('p', ignore_index=True)

@@ -84,10 +84,18 @@ def _against(rule:Rule, where:str|None, found:dict, standing:dict, same:tuple) -
 
 def _judge_rule(rule:Rule, where:str|None, found:dict, standing:dict, same:tuple) -> dict: # a row of the verdict
     if rule.against: row = _against(rule, where, found, standing, same)
+    elif rule.between: row = _judge_gap(rule, found['metrics'].get('gaps') or [])
     elif where: row = judge(rule, _figure((found['metrics']['slices'].get(where) or {}).get('metrics'), rule.metric))
     else: row = judge(rule, _figure(found['metrics'].get('metrics'), rule.metric) or
                       _figure(found.get('performance'), rule.metric))
     return dict(rule=str(rule.model_copy(update=dict(slice=where))), why=rule.why, **row)
+
+def _judge_gap(rule:Rule, gaps:list) -> dict:
+    "Judge a rule on the gap between slices."
+    asked = dict(metric=rule.metric, between=rule.between, min_support=rule.min_support, judge=rule.judge)
+    g = next((g for g in gaps if isinstance(g, dict) and all(g.get(k) == v for k, v in asked.items())), {})
+    row = judge(rule, _figure(dict(gap=g), 'gap') if g else None)
+    return row | dict(said=f'{row["said"]}: {g["best"]} {g["best_value"]:.4g}, {g["worst"]} {g["worst_value"]:.4g}') if g.get('worst') else row
 
 # %% ../nbs/60_release.ipynb #cc256dc8
 def _judge_parity(performance:dict) -> dict:

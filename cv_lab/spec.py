@@ -79,18 +79,23 @@ class Rule(Strict):
     against: str|None = None              # an alias, such as `production`
     lose_at_most: float|None = Field(None, ge=0) # how much worse than `against` is still accepted
     slice: str|None = None                # a slice of the problem, or `each`
+    between: list[str]|Literal['each']|None = None # slices that shall not be far apart; `all`: all items
+    gap_at_most: float|None = Field(None, ge=0)    # how far
     min_support: int = Field(20, ge=1)    # fewer items: a rule on a slice is not judged, a rule on all items fails
     judge: Literal['interval', 'point'] = 'interval'
     why: str|None = None
 
     @model_validator(mode='after')
     def _one_bound(self):
-        bounds = [b for b in ('at_least', 'at_most', 'lose_at_most') if getattr(self, b) is not None]
-        if len(bounds) != 1: raise ValueError(f'a rule has one of at_least, at_most, lose_at_most; this one has {bounds or "none"}')
+        bounds = [b for b in ('at_least', 'at_most', 'lose_at_most', 'gap_at_most') if getattr(self, b) is not None]
+        if len(bounds) != 1: raise ValueError(f'a rule has one of at_least, at_most, lose_at_most, gap_at_most; this one has {bounds or "none"}')
         if (self.against is None) != (self.lose_at_most is None): raise ValueError('against and lose_at_most belong together')
+        if (self.between is None) != (self.gap_at_most is None): raise ValueError('between and gap_at_most belong together')
+        if self.between and (self.slice or len(set(self.between)) < 2): raise ValueError('a rule on a gap names two slices or more in `between`, or each, and no `slice`')
         return self
 
     def __str__(self):
+        if self.between: return f'{self.metric}, gap between {self.between + " slice" if self.between == "each" else ", ".join(self.between)} <= {self.gap_at_most:g}'
         bound = (f'>= {self.at_least:g}' if self.at_least is not None else f'<= {self.at_most:g}' if self.at_most is not None
                  else f'loses <= {self.lose_at_most:g} against {self.against}')
         return f'{self.metric}{f" on {self.slice}" if self.slice else ""} {bound}'
@@ -157,6 +162,8 @@ class Problem(Strict):
         for r in self.acceptance:
             if r.slice and r.slice != 'each' and r.slice not in self.slices:
                 raise ValueError(f'a rule asks for the slice {r.slice!r}; there are: {", ".join(self.slices) or "none"}')
+            if r.between and r.between != 'each' and (unknown := set(r.between) - {'all', *self.slices}):
+                raise ValueError(f'a rule asks for the slices {sorted(unknown)}; there are: all, {", ".join(self.slices)}')
         return self
 
     @cached_property
@@ -202,12 +209,12 @@ def judge(rule:Rule,          # what is asked
          ) -> dict: # verdict, measured, said
     "Does `figure` satisfy `rule`?"
     if figure is not None and (n := figure.get('support')) is not None and n < rule.min_support:
-        return dict(verdict='not judged' if rule.slice else 'fail', measured=figure, said=f'{n} items, fewer than {rule.min_support}')
+        return dict(verdict='not judged' if rule.slice or rule.between else 'fail', measured=figure, said=f'{n} items, fewer than {rule.min_support}')
     if figure is None or figure.get('value') is None: return dict(verdict='fail', measured=None, said='was not measured')
     v = figure['value']; low, high = figure.get('low'), figure.get('high')
     if rule.judge == 'point' or low is None: low = high = v
     if rule.at_least is not None: ok, seen = low >= rule.at_least, low
-    elif rule.at_most is not None: ok, seen = high <= rule.at_most, high
+    elif (most := rule.gap_at_most if rule.between else rule.at_most) is not None: ok, seen = high <= most, high
     else: ok, seen = ((low >= -rule.lose_at_most), low) if higher_is_better else ((high <= rule.lose_at_most), high)
     how = '' if low == high else f' ({rule_end(rule, higher_is_better)} end of the interval; the figure is {v:.4g})'
     return dict(verdict='pass' if ok else 'fail', measured=figure, said=f'{seen:.4g}{how}')

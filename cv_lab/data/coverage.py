@@ -8,6 +8,7 @@ __all__ = ['objects', 'slice_coverage', 'cooccurrence', 'plot_objects', 'describ
 # %% ../../nbs/12d_data.coverage.ipynb #4da678d0
 import numpy as np, pandas as pd, pyarrow as pa, pyarrow.compute as pc
 from ..spec import Problem, select
+from .facts import facts_of
 from .manifest import SPLITS, first_labels, tags_of
 
 # %% ../../nbs/12d_data.coverage.ipynb #24866892
@@ -23,7 +24,7 @@ def objects(t:pa.Table) -> pd.DataFrame: # item (row), label, split, x, y (centr
 # %% ../../nbs/12d_data.coverage.ipynb #1bf79e4a
 def slice_coverage(t:pa.Table, problem:Problem) -> pd.DataFrame: # rows: slices; columns: splits, and `share`
     "How many items of each split lie in each slice of the problem."
-    split, tags = np.array(t['split'].to_pylist(), object), tags_of(t); rows = {'all items': np.ones(len(t), bool)} | {n: select(e, tags) for n, e in problem.slices.items()}
+    split, tags = np.array(t['split'].to_pylist(), object), facts_of(t); rows = {'all items': np.ones(len(t), bool)} | {n: select(e, tags) for n, e in problem.slices.items()}
     return pd.DataFrame({n: {s: int((m & (split == s)).sum()) for s in SPLITS} | dict(share=float(m.mean()) if len(t) else 0.) for n, m in rows.items()}).T.astype({s: int for s in SPLITS}).rename_axis('slice')
 
 def cooccurrence(t:pa.Table, classes:list[str]) -> tuple[pd.DataFrame, pd.DataFrame]: # items with both (diagonal: with the class); lift
