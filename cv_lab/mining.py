@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LEAST_SURE', 'VIEWS', 'STRATEGIES', 'entropy', 'margin', 'viewed', 'disagreement', 'embedding_graph', 'look', 'Pool',
-           'k_centre', 'badge', 'choose', 'free_items', 'Mined', 'severity', 'mine', 'write_batch']
+           'k_centre', 'badge', 'choose', 'free_items', 'Mined', 'severity', 'mine', 'write_batch', 'replay', 'gains',
+           'plot_curves']
 
 # %% ../nbs/46_mining.ipynb #05fb5045
 import io
@@ -251,3 +252,43 @@ def write_batch(m:Mined, d:Dataset, # what was chosen, and the dataset that it l
     about = {k: v for k, v in m.about.items() if k != 'unsure'}; name = f'{about["strategy"]}-{digest(dict(about, items=items.version))[:8]}'
     write_json(folder/'batch.json', about | dict(name=name, format=format, items=len(m.rows), version=items.version))
     write_atomic(folder/'mined.csv', m.table().to_csv(index=False)); return done
+
+# %% ../nbs/46_mining.ipynb #c0cdcf63
+def replay(learn:Callable, # (indices of the labelled, seed) -> answers to all N, places of all N, a figure on held-out items
+           n:int, strategies:Sequence[str]=('random', 'margin', 'hybrid'),
+           start:int=20, step:int=20, rounds:int=7, seeds:int=6) -> pd.DataFrame: # strategy, seed, labels, figure
+    "Learning curves of strategies on items whose labels are known."
+    rows = []
+    for seed in range(seeds):
+        first = np.random.default_rng(seed).permutation(n)[:start]; begun = learn(first, seed)
+        for s in strategies:
+            known = first
+            for r in range(rounds + 1):
+                said, places, figure = begun if r == 0 else learn(known, seed); rows.append((s, seed, len(known), figure))
+                if r == rounds: break
+                rest = np.setdiff1d(np.arange(n), known); pool = Pool([said[i] for i in rest], places[rest], places[known])
+                known = np.r_[known, rest[choose(pool, s, step, 1000*seed + r)]]
+    return pd.DataFrame(rows, columns=['strategy', 'seed', 'labels', 'figure'])
+
+# %% ../nbs/46_mining.ipynb #acebe8fa
+def gains(curves:pd.DataFrame, than:str='random') -> pd.DataFrame: # a row per strategy: gain, low, high, gain at the end, low, high, seeds won, labels at random
+    "How much a strategy gains over another at equal numbers of labels, seed by seed."
+    from scipy.stats import t as student
+    wide = curves.pivot_table(index=['seed', 'labels'], columns='strategy', values='figure'); last = wide.index.get_level_values('labels').max(); rows = {}
+    base = wide[than].groupby('labels').mean(); rising = np.maximum.accumulate(base.to_numpy())
+    def interval(d): half = student.ppf(.975, len(d) - 1)*d.std()/np.sqrt(len(d)) if len(d) > 1 else np.nan; return d.mean(), d.mean() - half, d.mean() + half
+    for s in wide.columns.drop(than):
+        d = wide[s] - wide[than]; over = d[d.index.get_level_values('labels') > base.index[0]].groupby('seed').mean(); end = d.xs(last, level='labels')
+        goal = wide[s].xs(last, level='labels').mean(); need = float(np.interp(goal, rising, base.index)) if goal <= rising[-1] else np.inf
+        rows[s] = dict(zip(('gain', 'low', 'high'), interval(over))) | dict(zip(('end', 'end low', 'end high'), interval(end))) | {'seeds won': f'{(over > 0).sum()} of {len(over)}', 'labels at random': f'{need:.0f}' if np.isfinite(need) else f'over {last}'}
+    return pd.DataFrame(rows).T.rename_axis('strategy')
+
+def plot_curves(curves:pd.DataFrame, figure:str='accuracy'):
+    "Mean learning curves with the standard error over the seeds."
+    import matplotlib.pyplot as plt
+    ink = dict(zip([*dict.fromkeys(['random', *curves['strategy']])], ['#555555', '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9']))
+    fig, ax = plt.subplots(figsize=(5.6, 3.4))
+    for s, c in curves.groupby('strategy', sort=False):
+        m = c.groupby('labels')['figure'].agg(['mean', 'sem']); ax.plot(m.index, m['mean'], color=ink[s], lw=1.6, ls='--' if s == 'random' else '-', label=s)
+        ax.fill_between(m.index, m['mean'] - m['sem'], m['mean'] + m['sem'], color=ink[s], alpha=.15, lw=0)
+    ax.set(xlabel='labels', ylabel=f'{figure} on held-out items'); ax.spines[['top', 'right']].set_visible(False); ax.legend(frameon=False, fontsize=8); fig.tight_layout(); return fig

@@ -198,6 +198,17 @@ def test_found_table_counts():
     assert t['found'].to_dict() == dict(blank=1, near_crop=1, near_jpeg=0) and t.loc['blank', 'precision'] == .5 and t.loc['near_crop', 'precision'] == .5
 
 
+def test_what_the_dataset_had_already_is_no_false_alarm():
+    from types import SimpleNamespace
+    from cv_lab.data.planted import found_table
+    planted = pd.DataFrame([('a', 'blank', None), ('n', 'near_crop', 'o')], columns=['id', 'kind', 'of'])
+    findings = pd.DataFrame([('a', 'blank', None), ('old', 'blank', None), ('wrong', 'blank', None), ('n', 'near_duplicate', 'o'), ('f2', 'near_duplicate', 'f1'), ('x', 'near_duplicate', 'y')], columns=['id', 'kind', 'other'])
+    table = make_table([dict(id=i, sha256=digest(i), group='film' if i[0] == 'f' else i) for i in ('a', 'old', 'wrong', 'o', 'f1', 'f2', 'x', 'y')])
+    t = found_table(findings, planted, SimpleNamespace(findings=findings.iloc[1:2], dataset=SimpleNamespace(table=table)))
+    assert t['own'].tolist() == [1, 1] and t['precision'].tolist() == [.5, .5] and t['recall'].tolist() == [1, 1]
+
+
+
 def test_an_empty_dataset(tmp_path): assert q.check(Dataset(make_table([]), 'none', tmp_path, ['a'])).to_json()['items'] == 0
 
 

@@ -118,9 +118,9 @@ def _detail(x:np.ndarray) -> np.ndarray: # (M, n²), unit length
 def agreement(thumbs:np.ndarray, a:np.ndarray, b:np.ndarray, r:np.ndarray, # from `candidates`
              ) -> pd.DataFrame: # a, b, score in [-1, 1], box: where in b the whole of a lies
     "How much the detail of aligned candidates agrees; candidates that do not even agree in the large are left out."
-    half, quarter = _pooled(thumbs, 2), _pooled(thumbs, 4)
+    half, quarter, eighth = (_pooled(thumbs, k) for k in (2, 4, 8))
     def judge(s:slice) -> pd.DataFrame:
-        i, j, box = a[s], b[s], REGIONS[r[s]]
+        i, j = a[s], b[s]; box, _ = align(quarter, eighth, i, j, REGIONS[r[s]], 3) # coarsely first: fine detail pulls the wrong way from afar
         for steps, least in ((4, .6), (8, .75)):
             box, c = align(half, quarter, i, j, box, steps); ok = c > least; i, j, box = i[ok], j[ok], box[ok]
             if not len(i): return pd.DataFrame(columns=['a', 'b', 'score', 'box'])

@@ -50,7 +50,7 @@ KINDS = dict( # kind: (severity, what it means, what to do)
     box_twice=('warning', 'two boxes of one class cover the same', 'drop one'),
     blank=('warning', 'hardly any structure in the picture', 'look, and drop it if it is empty'),
     dark=('warning', 'hardly anything brighter than black', 'look, and drop it if nothing can be seen'),
-    blown_out=('warning', 'most of it is white', 'look, and drop it if nothing can be seen'),
+    blown_out=('warning', 'burnt out to white, and nothing dark left', 'look, and drop it if nothing can be seen'),
     blurred=('warning', 'out of focus, moved, or blown up from a small picture', 'look, and drop it if it is unlike real input'),
     odd_size=('warning', 'a size unlike the others', 'look whether it belongs here'),
     odd_aspect=('warning', 'a shape unlike the others', 'look whether it is turned or cropped'),
@@ -68,11 +68,11 @@ def picture_findings(seen:pd.DataFrame, thumbs:np.ndarray, # from `measure_files
     "Items that look wrong by themselves."
     t = seen[seen['broken'].isna()]; small = np.minimum(t['width'], t['height']).astype(float)
     blank = (t['texture'] < np.where(t['p99'] < 64, .5, 2)) & (t['spread'] < 8) & (t['p99'] - t['p01'] < 40)
-    dark = (t['p99'] < 64) & ~blank; blown = (t['white'] > .5) & (t['p05'] > 128) & ~blank
+    dark = (t['p99'] < 64) & ~blank; blown = ((t['white'] > .5) & (t['p05'] > 128) | (t['white'] > .1) & (t['p01'] >= 96)) & ~blank
     off = lambda v, least: (np.abs(v - np.nanmedian(v)) > np.maximum(least, 3*1.4826*np.nanmedian(np.abs(v - np.nanmedian(v))))) if len(v) else v > 0
     size, shape = np.log2((t['width']*t['height']).astype(float))/2, np.log2((t['width']/t['height']).astype(float))
     marks = dict(blank=(blank, lambda r: f'grey levels spread by {r.spread:.1f}'), dark=(dark, lambda r: f'99 % of the pixels are at most {r.p99:.0f} of 255'),
-                 blown_out=(blown, lambda r: f'{r.white:.0%} of the pixels are white'),
+                 blown_out=(blown, lambda r: f'{r.white:.0%} of the pixels are white, 99 % at least {r.p01:.0f} of 255'),
                  blurred=(((t['blur'] > .85) | (t['blur'] > .5) & off(t['blur'], .15) & (t['blur'] > t['blur'].median())) & (small >= 48) & ~blank & ~dark & ~blown, lambda r: f'blur effect {r.blur:.2f}'),
                  odd_size=(off(size, 1.), lambda r: f'{r.width:.0f} x {r.height:.0f} pixels'), odd_aspect=(off(shape, .5), lambda r: f'{r.width:.0f} x {r.height:.0f} pixels'),
                  exif_turned=(t['exif_turn'] > 1, lambda r: f'EXIF orientation {r.exif_turn:.0f}'))
