@@ -5,21 +5,25 @@ from pathlib import Path
 import httpx, pytest, yaml
 from PIL import Image
 
+from cv_lab.client import Client
 from cv_lab.core import RunFailed
 from cv_lab.predict import Predictor
 from cv_lab.release import Registry, make_bundle
 from cv_lab.serve import PACKAGES, free_port, start_service
 from cv_lab.service.models import toy_model
 from cv_lab.spec import parse_problem
+from cv_lab.task import get_task
+from tests.toys import CLASSES, TASKS, scene, toy
 
 ROOT = Path(__file__).resolve().parents[1]
 PROBLEM = '''
-name: brightness
-task: classification
+name: TASK
+task: TASK
 owner: us
 intended_use: tests
-classes: [dark, bright]
-acceptance: [{metric: accuracy, at_least: 0.5}]
+classes: CLASSES
+acceptance: [{metric: METRIC, at_least: 0.5}]
+metrics: {primary: METRIC}
 serving: {max_image_mb: 1, max_batch: 4}
 '''
 
@@ -35,14 +39,16 @@ def clone(tmp_path_factory):
     shutil.copytree(ROOT/'cv_lab', at/'cv_lab', ignore=shutil.ignore_patterns('__pycache__'))
     for name in ('bentofile.yaml', 'settings.ini', 'requirements.lock', 'pyproject.toml', 'README.md'): shutil.copy(ROOT/name, at)
     for name in ('.env', 'secrets.pem', 'cv_lab/.env', 'data/private.png', 'runs/run.json'): (at/name).parent.mkdir(exist_ok=True); (at/name).write_text('PLANTED SECRET')
-    run = at/'runs/toy'; toy_model(run/'export'); bundle = make_bundle(run, parse_problem(PROBLEM), PROBLEM)
-    registry = Registry(at/'registry'); tag = registry.add(bundle); registry.promote(tag, override='a test', by='the tests')
+    registry = Registry(at/'registry')
+    for task in TASKS:
+        text = PROBLEM.replace('TASK', task).replace('METRIC', next(iter(get_task(task).METRICS))).replace('CLASSES', str(CLASSES.get(task, ['dark', 'bright'])))
+        toy(at/'runs'/task/'export', task); registry.promote(registry.add(make_bundle(at/'runs'/task, parse_problem(text), text)), override='a test', by='the tests')
     return at
 
 
 def bentoml(*args, home, cwd):
     env = {k: v for k, v in os.environ.items() if k not in ('BENTOML_HOME', 'CVLAB_MODEL', 'CVLAB_HOME')} | dict(HOME=str(home), BENTOML_DO_NOT_TRACK='True', PYTHONPATH='')
-    r = subprocess.run([sys.executable, '-m', 'bentoml', *args], env=env, cwd=cwd, capture_output=True, text=True, timeout=120)
+    r = subprocess.run([sys.executable, '-m', 'bentoml', *args], env=env, cwd=cwd, capture_output=True, text=True, timeout=400)
     assert r.returncode == 0, r.stdout + r.stderr
     return r.stdout
 
@@ -60,21 +66,23 @@ def test_the_bento_holds_the_listed_files_the_model_and_no_torch(bento, clone):
     assert {'src/cv_lab/serve.py', 'src/cv_lab/service/page.html', 'src/cv_lab/tasks/classification.py'} <= names
     assert not any(b'PLANTED SECRET' in p.read_bytes() for p in files) and not any('.env' in n or n.startswith(('src/runs', 'src/data', 'src/registry', 'src/nbs')) for n in names)
     about = yaml.safe_load((at/'bento.yaml').read_text()); models = {m['tag'] for s in about['services'] for m in s['models']}
-    assert models == {Registry(clone/'registry').resolve('brightness')}
+    assert models == {Registry(clone/'registry').resolve(t) for t in TASKS}
     needs = (at/'env/python/requirements.txt').read_text().split(); lock = (ROOT/'requirements.lock').read_text().split()
     assert {n.split('==')[0] for n in needs} == set(PACKAGES) and all(n in lock for n in needs) and not any(n.startswith(('torch', 'timm', 'lightning')) for n in needs)
 
 
-def test_a_bento_answers_in_an_empty_folder_on_a_machine_without_the_workspace(bento, clone, tmp_path):
+def test_a_bento_answers_for_every_task_in_an_empty_folder_without_the_workspace(bento, clone, tmp_path):
     tag, home = bento; other, empty = tmp_path/'other', tmp_path/'empty'; other.mkdir(); empty.mkdir()
     bentoml('export', tag, str(tmp_path/'x.bento'), home=home, cwd=empty)
     bentoml('import', str(tmp_path/'x.bento'), home=other, cwd=empty)
     env = dict(HOME=str(other), BENTOML_HOME=str(other/'bentoml'), PYTHONPATH=str(empty), CVLAB_HOME=str(empty))
-    image, want = grey(140), Predictor(Registry(clone/'registry').path('brightness'), 'cpu').predict([grey(140)])[0]
-    with start_service(bento=tag, env=env, cwd=empty) as s:
-        r = httpx.post(f'{s.url}/v1/predict', content=image, headers={'content-type': 'image/png'}); got = r.json()
-        assert r.status_code == 200 and {k: got[k] for k in want} == want
-        assert f"brightness:{got['model']['version']}" == Registry(clone/'registry').resolve('brightness') and got['model']['digest'].startswith(got['model']['version'])
+    registry, image = Registry(clone/'registry'), scene()
+    with start_service(bento=tag, env=env, cwd=empty, seconds=300) as s, Client(s.url) as client:
+        for task in TASKS:
+            want = Predictor(registry.path(task), 'cpu').predict([image])[0]; one = client.predict(image, problem=task, masks='rle').model_dump(exclude_none=True); many = client.predict_many([image, b'broken', image], problem=task)
+            assert {k: one[k] for k in want} == want and want['annotations'], task
+            assert f"{task}:{one['model']['version']}" == registry.resolve(task) and one['model']['digest'].startswith(one['model']['version'])
+            assert [many.predictions[i].annotations == client.predict(image, problem=task).annotations for i in (0, 2)] == [True, True] and many.predictions[1].error.code == 'unsupported_format'
         assert httpx.get(f'{s.url}/v1/models').json()['models'][0]['limits'] == dict(max_image_bytes=1_000_000, max_pixels=20_000_000, max_images=4)
         maps = {p for pid in [s.process.pid, *children(s.process.pid)] for p in Path(f'/proc/{pid}/maps').read_text().split() if 'libtorch' in p}
         assert maps == set(), 'the CPU service has loaded torch'
