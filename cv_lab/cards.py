@@ -133,26 +133,101 @@ def model_card(known:dict, # from `facts`
 RUNBOOK = '''\
 # Runbook: {{ problem.name }}
 
-Owner: {{ problem.owner }}. Every command is run in the workspace.
+Owner: {{ problem.owner }}. The commands are run in the workspace, with its `.venv/bin` on the PATH. Set once:
 
-| step | command | what you should see |
+```sh
+export URL=http://127.0.0.1:${PORT:-3000}
+```
+
+## Start
+
+```sh
+cvlab serve
+```
+You see `serving on http://127.0.0.1`. It serves what `production` names; another port with `PORT=8080 cvlab serve`.
+
+## Probe
+
+```sh
+curl -sf $URL/livez
+```
+You see `"status":"ok"`. No answer: the process is gone or hangs; start it again.
+
+```sh
+curl -sf $URL/readyz
+```
+You see `"status":"ok"`. Status 503 while it loads or shuts down; a balancer sends nobody here then.
+
+```sh
+curl -sf --data-binary @image.png -H 'Content-Type: image/png' $URL/v1/models/{{ problem.name }}/predict
+```
+You see `"digest"`: an answer, and the weights that gave it.
+
+```sh
+curl -sf $URL/v1/models/{{ problem.name }}
+```
+You see `"version"`. Compare it with what should run:
+
+```sh
+cvlab registry list {{ problem.name }}
+```
+You see `production` beside that version.
+
+## Read the alerts
+
+```sh
+curl -sf $URL/metrics | grep -E '^cvlab_(ready|queue_depth|inflight_requests)'
+```
+You see `cvlab_ready 1.0`.
+
+```sh
+curl -sf $URL/metrics | grep -E '^cvlab_(requests|work|swaps)_total'
+```
+You see `outcome="answered"`, and how many images expired, were refused or failed.
+
+```sh
+curl -sf $URL/metrics | grep -cE '^cvlab_faults_total.*code="(internal|model_failed)"' || true
+```
+You see `0`.
+
+| alert | what it means | what to do |
 |---|---|---|
-| start | `make serve` (`PORT=8080 make serve` for another port) | `serving on http://127.0.0.1:3000` |
-| is it up? | `curl -f http://127.0.0.1:3000/livez` | status 200 |
-| may it get traffic? | `curl -f http://127.0.0.1:3000/readyz` | status 200; 503 while it loads or shuts down |
-| ask it | `curl --data-binary @image.png -H 'Content-Type: image/png' http://127.0.0.1:3000/v1/predict` | a label, and the version that gave it |
-| figures | `curl http://127.0.0.1:3000/metrics` | requests, errors and latency, in Prometheus' form |
-| what runs? | `cvlab registry list` | versions, their verdicts, and which is production |
-| roll back | `cvlab registry rollback {{ problem.name }} --by YOU --reason "..."` | the version before is production again |
-| check the store | `cvlab registry verify` | every file has the digest it was released with |
+| `cvlab_ready` is 0 for a minute | no model is loaded, or the service drains | the log says why; start it again, or roll back |
+| `cvlab_faults_total` with `internal` or `model_failed` rises | the service or the model fails | find the request id in the log; roll back if a swap came before it |
+| `cvlab_faults_total` with `overloaded` or `deadline` rises | more work than it can do in time | add replicas; look at `cvlab_stage_seconds` for the slow part |
+| other `cvlab_faults_total` rise | a client sends other files than before | the body of the answer says what is wrong |
+| p95 of `cvlab_stage_seconds` above {{ performance.latency_ms_p95 }} ms | slower than measured alone on {{ performance.hardware }} | who else is on the machine? |
+| `cvlab_confidence` falls, `cvlab_labels_total` shifts | the world has changed | look at images of today beside those of the dataset ({{ lineage.dataset }}), label some, train again |
+| `cvlab_swaps_total` with `refused` | a bundle could not be loaded; the one before it still answers | `curl -sf $URL/v1/models` says why |
 
-## When something is wrong
+## Swap
 
-- **4xx answers rise**: a client sends other files than before. The body of the answer says what was wrong.
-- **Confidence falls, or classes shift**: the world has changed. Look at images of today beside those of the dataset \
-({{ lineage.dataset }}), then label some and train again.
-- **Latency rises**: compare with p95 {{ performance.latency_ms_p95 }} ms, measured alone on {{ performance.hardware }}.
-- **Answers are wrong**: roll back first, then `cvlab run error_analysis -p run={{ name }}`.
+```sh
+cvlab registry promote {{ problem.name }}:$NEW --reason "why"
+```
+You see `production`. `NEW` is a version of the list above whose verdict is pass; without one it is refused. Within two seconds the service answers with it:
+
+```sh
+sleep 3; curl -sf $URL/v1/models/{{ problem.name }}
+```
+You see the new `"version"`, and no request has failed meanwhile.
+
+## Roll back
+
+```sh
+cvlab registry rollback {{ problem.name }} --reason "why"
+```
+You see `again`: what ran before runs again, in under a second on the disk and two in the service.
+
+```sh
+cvlab registry verify
+```
+You see `ok`: every stored file has the digest that it was released with, and the log is whole. Then find out what was wrong:
+`cvlab run error_analysis -p run={{ name }}`.
+
+## Stop
+
+Ctrl-C, or SIGTERM. `/readyz` says 503 first; what is under way is answered.
 '''
 
 def runbook(known:dict) -> str: # Markdown

@@ -206,10 +206,10 @@ class Running:
 def free_port() -> int:
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); return s.getsockname()[1]
 
-def command(port:int, host:str='127.0.0.1', bento:str='') -> list[str]:
+def command(port:int, host:str='127.0.0.1', bento:str='', python:str|Path=sys.executable) -> list[str]:
     "How `bentoml serve` is called."
     what = [bento] if bento else ['cv_lab.serve:VisionService', '--working-dir', str(ROOT)]
-    return [sys.executable, '-m', 'bentoml', 'serve', *what, '--host', host, '--port', str(port)]
+    return [str(python), '-m', 'bentoml', 'serve', *what, '--host', host, '--port', str(port)]
 
 def environment(**more:str) -> dict[str, str]:
     "The environment of a service started from here: nothing leaves the workspace."
@@ -221,11 +221,12 @@ def environment(**more:str) -> dict[str, str]:
 @contextmanager
 def start_service(port:int=0, # 0: a free one
                   model:str|Path|None=None, # a bundle or model folder; the registry's production when None
-                  env:dict[str, str]|None=None, seconds:float=60., bento:str='', cwd:str|Path|None=None) -> Iterator[Running]:
+                  env:dict[str, str]|None=None, seconds:float=60., bento:str='', cwd:str|Path|None=None,
+                  python:str|Path=sys.executable) -> Iterator[Running]: # with what is installed there
     "Start the service, wait until it is ready, and stop it at the end."
     port = port or free_port(); more = (dict(CVLAB_MODEL=str(Path(model).resolve())) if model else {}) | (env or {})
     with tempfile.TemporaryDirectory() as d, open(Path(d)/'log', 'wb') as out:
-        process = subprocess.Popen(command(port, bento=bento), stdout=out, stderr=out, env=environment(**more), cwd=cwd or d, start_new_session=True)
+        process = subprocess.Popen(command(port, bento=bento, python=python), stdout=out, stderr=out, env=environment(**more), cwd=cwd or d, start_new_session=True)
         running = Running(f'http://127.0.0.1:{port}', process, Path(d)/'log')
         try: wait_until_ready(running, seconds); yield running
         finally: running.stop()

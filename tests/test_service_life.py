@@ -174,7 +174,7 @@ def test_the_prediction_log_has_every_answer_and_no_image(toy, tmp_path):
             return [(await http.post('/v1/predict', content=grey(v))).json() for v in range(50)]
     answers = run(go()); text = ''.join(p.read_text() for p in tmp_path.iterdir()); rows = [json.loads(l) for l in text.splitlines()]
     assert {r['id'] for r in rows} == {a['id'] for a in answers} and {r['digest'] for r in rows} == {answers[0]['model']['digest']}
-    assert max(len(l) for l in text.splitlines()) < 600 and all(set(r) == {'id', 'time', 'problem', 'digest', 'accepted', 'bytes', 'labels', 'scores', 'entropy', 'brightness', 'contrast', 'sharpness', 'request_id'} for r in rows)
+    assert max(len(l) for l in text.splitlines()) < 600 and all(set(r) == {'id', 'time', 'problem', 'digest', 'accepted', 'bytes', 'labels', 'scores', 'entropy', 'brightness', 'contrast', 'sharpness', 'warmth', 'request_id'} for r in rows)
 
 
 def test_the_v2_protocol(toy):

@@ -6,8 +6,9 @@ import httpx, pytest, uvicorn
 from PIL import Image
 
 from cv_lab.service.app import Service
-from cv_lab.service.models import folders, toy_model
+from cv_lab.service.models import folders
 from cv_lab.serve import free_port
+from tests.toys import TASKS, scene, toy
 
 BROWSER = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
 tornado = pytest.importorskip('tornado.websocket')
@@ -35,7 +36,7 @@ class Tab:
 
 @pytest.fixture
 def url(tmp_path):
-    server = uvicorn.Server(uvicorn.Config(Service(folders(toy_model(tmp_path/'toy'))), port=(port := free_port()), log_level='error', access_log=False))
+    server = uvicorn.Server(uvicorn.Config(Service(folders(*(toy(tmp_path/t, t) for t in TASKS))), port=(port := free_port()), log_level='error', access_log=False))
     thread = threading.Thread(target=server.run, daemon=True); thread.start()
     while not server.started: time.sleep(.05)
     yield f'http://127.0.0.1:{port}'
@@ -44,6 +45,7 @@ def url(tmp_path):
 
 @pytest.mark.skipif(not BROWSER, reason='no Chromium on this machine')
 def test_an_image_is_dropped_and_the_answer_is_drawn(url, tmp_path):
+    shots = Path(os.environ.get('CVLAB_SCREENSHOTS', tmp_path)); shots.mkdir(exist_ok=True); (tmp_path/'scene.png').write_bytes(scene())
     Image.new('L', (40, 30), 220).save(tmp_path/'bright.png'); (tmp_path/'broken.png').write_bytes(b'no image'); port = free_port()
     browser = subprocess.Popen([BROWSER, '--headless=new', '--no-sandbox', '--disable-gpu', '--disable-background-networking', f'--user-data-dir={tmp_path}/profile', f'--remote-debugging-port={port}', 'about:blank'], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     async def go():
@@ -58,9 +60,19 @@ def test_an_image_is_dropped_and_the_answer_is_drawn(url, tmp_path):
             await tab.call('DOM.setFileInputFiles', nodeId=node, files=[str(tmp_path/name)])
         await choose('bright.png'); answer = await tab.until("document.querySelector('.answer')?.textContent"); size = await tab.value("document.querySelector('canvas').width")
         bars = await tab.value("[...document.querySelectorAll('.bar i')].map(b => b.getBoundingClientRect().width)")
-        Path(os.environ.get('CVLAB_SCREENSHOT', tmp_path/'page.png')).write_bytes(base64.b64decode((await tab.call('Page.captureScreenshot'))['data']))
-        await choose('broken.png'); fault = await tab.until("document.querySelector('.fault')?.innerText"); return answer, size, bars, fault, tab.urls
-    try: answer, size, bars, fault, urls = asyncio.run(go())
+        (shots/'classification.png').write_bytes(base64.b64decode((await tab.call('Page.captureScreenshot'))['data']))
+        await choose('scene.png'); await tab.until("document.querySelector('.answer')?.textContent === 'dark'"); drawn = {} # another model is asked about the same image
+        for task in TASKS[1:]:
+            await tab.value(f"document.querySelector('#result').replaceChildren(); document.querySelector('#model').value = '{task}'; document.querySelector('#model').dispatchEvent(new Event('change'))")
+            await tab.until("document.querySelector('.found li') !== null")
+            drawn[task] = await tab.value("""[document.querySelectorAll('.found li').length, [...'0123'].map(k => [...document.querySelector('canvas').getContext('2d').getImageData([28, 17, 60, 3][k]*5, [24, 24, 47, 60][k]*5, 1, 1).data].slice(0, 3))]""")
+            Path(shots/f'{task}.png').write_bytes(base64.b64decode((await tab.call('Page.captureScreenshot'))['data']))
+        await choose('broken.png'); fault = await tab.until("document.querySelector('.fault')?.innerText"); return answer, size, bars, fault, drawn, tab.urls
+    try: answer, size, bars, fault, drawn, urls = asyncio.run(go())
     finally: browser.terminate(); browser.wait(10)
     assert answer == 'bright' and size >= 40 and bars[1] < bars[0]/20 and 'PNG or JPEG' in fault and 'unsupported_format' in fault
     assert urls and all(u.startswith((url, 'blob:', 'data:')) for u in urls)
+    wood, edge = [250, 240, 200], [200, 250, 240] # of the two things in the scene; see tests/toys.py
+    n, (inside, _, _, ground) = drawn['segmentation']; assert n == 1 and inside != wood and ground == [20, 30, 40] # painted over, and only there
+    n, (inside, left, _, ground) = drawn['detection']; assert n == 2 and inside == wood and ground == [20, 30, 40]
+    assert drawn['reading'][0] >= 1

@@ -145,38 +145,9 @@ class _Counted:
     def __enter__(self): self.service.inflight += 1
     def __exit__(self, *_): self.service.inflight -= 1; self.service.held -= self.call.held
 
-# %% ../../nbs/69_service.app.ipynb #152a6546
-class Service(_Door):
-    "The whole service, an ASGI app."
-    def __init__(self, source:Source, **settings):
-        self.source, self.metrics, self.inflight, self.held, self.ready, self.draining, self._watch = source, Metrics(), 0, 0, False, False, None
-        self.configure(**settings)
-
-    def configure(self, device:str='auto', max_batch:int|None=None, max_queue:int=256, # images that wait, per model
-                  max_inflight:int=128,     # requests; more are refused before their body is read
-                  max_held:int=512_000_000, # bytes of bodies that are being read
-                  poll:float=1.,            # seconds between looks at the sources; 0: never
-                  kept:PredictionLog|None=None, guard:Guard|None=None, jobs:str|Path|None=None,
-                  challengers:Source|None=None, plan:Plan|None=None):
-        "Settings; before the start."
-        of = lambda s: Models(s, self.metrics, device, max_batch, max_queue)
-        self.models, self.max_inflight, self.max_held, self.poll, self.kept, self.guard = of(self.source), max_inflight, max_held, poll, kept, guard
-        self.rollout = Rollout(self.models, of(challengers), plan or Plan(), kept) if challengers else None
-        self.jobs, table, paths = Jobs(jobs) if jobs else None, routes(bool(jobs)), {}
-        for method, path, _, _, told, _ in table:
-            if told: paths.setdefault(path, {})[method.lower()] = told
-        self.document = document(paths, cv_lab.__version__, bool(guard))
-        self.router = Router([Route(path, Endpoint(self, path, handler, scope=scope, **more), methods=[method]) for method, path, handler, scope, _, more in table], redirect_slashes=False)
-
-    def pick(self, call:Call, problem:str|None) -> Loaded:
-        "Who answers this call."
-        model = self.models.pick(problem)
-        return self.rollout.choose(model, call.header('x-request-key') or call.id) if self.rollout else model
-
-    def trials(self) -> Rollout:
-        if not self.rollout: raise Fault('not_found', 'no challengers are tried here', 'a service with a source of challengers', 'set CVLAB_CHALLENGER')
-        return self.rollout
-
+# %% ../../nbs/69_service.app.ipynb #72fd5326
+class _Life:
+    "How a service begins and ends."
     async def start(self):
         "Load, warm, open the door."
         await self.models.start()
@@ -214,6 +185,47 @@ class Service(_Door):
         await self.models.stop()
         if self.kept: await asyncio.to_thread(self.kept.close)
 
+    async def _lifespan(self, receive, send):
+        await receive()
+        try: await self.start()
+        except Exception as e: event('start failed', 50, exc_info=e); return await send(dict(type='lifespan.startup.failed', message=str(e)))
+        await send(dict(type='lifespan.startup.complete')); await receive()
+        await self.stop(); await send(dict(type='lifespan.shutdown.complete'))
+
+async def _nowhere(message): "A send for answers that nobody reads."
+
+# %% ../../nbs/69_service.app.ipynb #152a6546
+class Service(_Door, _Life):
+    "The whole service, an ASGI app."
+    def __init__(self, source:Source, **settings):
+        self.source, self.metrics, self.inflight, self.held, self.ready, self.draining, self._watch = source, Metrics(), 0, 0, False, False, None
+        self.configure(**settings)
+
+    def configure(self, device:str='auto', max_batch:int|None=None, max_queue:int=256, # images that wait, per model
+                  max_inflight:int=128,     # requests; more are refused before their body is read
+                  max_held:int=512_000_000, # bytes of bodies that are being read
+                  poll:float=1.,            # seconds between looks at the sources; 0: never
+                  kept:PredictionLog|None=None, guard:Guard|None=None, jobs:str|Path|None=None,
+                  challengers:Source|None=None, plan:Plan|None=None):
+        "Settings; before the start."
+        of = lambda s: Models(s, self.metrics, device, max_batch, max_queue)
+        self.models, self.max_inflight, self.max_held, self.poll, self.kept, self.guard = of(self.source), max_inflight, max_held, poll, kept, guard
+        self.rollout = Rollout(self.models, of(challengers), plan or Plan(), kept) if challengers else None
+        self.jobs, table, paths = Jobs(jobs) if jobs else None, routes(bool(jobs)), {}
+        for method, path, _, _, told, _ in table:
+            if told: paths.setdefault(path, {})[method.lower()] = told
+        self.document = document(paths, cv_lab.__version__, bool(guard))
+        self.router = Router([Route(path, Endpoint(self, path, handler, scope=scope, **more), methods=[method]) for method, path, handler, scope, _, more in table], redirect_slashes=False)
+
+    def pick(self, call:Call, problem:str|None) -> Loaded:
+        "Who answers this call."
+        model = self.models.pick(problem)
+        return self.rollout.choose(model, call.header('x-request-key') or call.id) if self.rollout else model
+
+    def trials(self) -> Rollout:
+        if not self.rollout: raise Fault('not_found', 'no challengers are tried here', 'a service with a source of challengers', 'set CVLAB_CHALLENGER')
+        return self.rollout
+
     async def answer(self, image:bytes, problem:str|None=None) -> dict:
         "The answer for one image, without HTTP."
         model = self.models.pick(problem)
@@ -228,15 +240,6 @@ class Service(_Door):
         if scope['type'] != 'http': raise RuntimeError(f'no {scope["type"]} here')
         try: await self.router(dict(scope, app=self), receive, send)
         except HTTPException as e: await Endpoint(self, 'unknown', _refusal(e))(scope, receive, send)
-
-    async def _lifespan(self, receive, send):
-        await receive()
-        try: await self.start()
-        except Exception as e: event('start failed', 50, exc_info=e); return await send(dict(type='lifespan.startup.failed', message=str(e)))
-        await send(dict(type='lifespan.startup.complete')); await receive()
-        await self.stop(); await send(dict(type='lifespan.shutdown.complete'))
-
-async def _nowhere(message): "A send for answers that nobody reads."
 
 def _refusal(e:HTTPException):
     "A handler for what the router does not know."

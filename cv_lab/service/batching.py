@@ -95,8 +95,7 @@ class Batcher:
             else: w.done.set_result(a)
         if self.observe: self.observe(batch)
 
-    async def close(self):
-        "Wait until everything that was queued is answered."
+    async def close(self): # when everything that was queued is answered
         while self._task is not None: await asyncio.wait([self._task])
 
 # %% ../../nbs/64_service.batching.ipynb #51a2a9df

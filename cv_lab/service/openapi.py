@@ -51,6 +51,7 @@ class Answer(Item):
     "The answer for one image."
     model: ModelRef
 
+# %% ../../nbs/67_service.openapi.ipynb #ec10e659
 class Wrong(Said):
     "What went wrong."
     code: Literal[tuple(FAULTS)] # type: ignore
@@ -79,6 +80,7 @@ class BatchAnswer(Said):
     predictions: list[ItemOf|Failed]
     failed: int
 
+# %% ../../nbs/67_service.openapi.ipynb #aa01b76b
 class ModelInfo(Said):
     "A loaded model."
     problem: str; task: str; classes: list[str]; version: str; digest: str; device: str; multilabel: bool

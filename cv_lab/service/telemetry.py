@@ -123,10 +123,10 @@ class PredictionLog:
 
 # %% ../../nbs/65_service.telemetry.ipynb #9603a883
 def image_summary(x:np.ndarray) -> dict: # (3, H, W) uint8
-    "Brightness, contrast and sharpness of an input."
+    "Brightness, contrast, sharpness and warmth (red less blue) of an input."
     s = max(1, x.shape[1]//32); g = x[1, ::s].astype(np.int32); n = g.size # every s-th row is enough
-    mean, across = int(g.sum())/n, np.abs(g[:, 1:] - g[:, :-1])
-    return dict(brightness=round(mean, 2), contrast=round(math.sqrt(max(0., float(np.vdot(g, g))/n - mean*mean)), 2), sharpness=round(int(across.sum())/max(across.size, 1), 2))
+    mean, across = int(g.sum())/n, np.abs(g[:, 1:] - g[:, :-1]); red, blue = (int(x[c, ::s].sum(dtype=np.int64))/n for c in (0, 2))
+    return dict(brightness=round(mean, 2), contrast=round(math.sqrt(max(0., float(np.vdot(g, g))/n - mean*mean)), 2), sharpness=round(int(across.sum())/max(across.size, 1), 2), warmth=round(red - blue, 2))
 
 def prediction_row(id:str, problem:str, digest:str, said:dict, seen:dict, size:int, entropy:float|None=None, **more) -> dict:
     "The line of one prediction."
