@@ -74,5 +74,5 @@ def test_an_image_is_dropped_and_the_answer_is_drawn(url, tmp_path):
     assert urls and all(u.startswith((url, 'blob:', 'data:')) for u in urls)
     wood, edge = [250, 240, 200], [200, 250, 240] # of the two things in the scene; see tests/toys.py
     n, (inside, _, _, ground) = drawn['segmentation']; assert n == 1 and inside != wood and ground == [20, 30, 40] # painted over, and only there
-    n, (inside, left, _, ground) = drawn['detection']; assert n == 2 and inside == wood and ground == [20, 30, 40]
+    n, (inside, _, other, ground) = drawn['detection']; assert n == 2 and inside == wood and other == edge and ground == [20, 30, 40]
     assert drawn['reading'][0] >= 1
