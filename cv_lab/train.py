@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Fit', 'settings', 'Images', 'contact_sheet', 'Shuffled', 'systematic', 'repeat_factors', 'Fitter', 'History',
-           'RunningMean', 'code_digest', 'run_config', 'lineage', 'Run', 'make_trainer', 'make_loaders', 'fit',
-           'StepTimer', 'bare_loop']
+           'RunningMean', 'code_digest', 'run_config', 'run_name', 'lineage', 'Run', 'make_trainer', 'make_loaders',
+           'fit', 'StepTimer', 'bare_loop']
 
 # %% ../nbs/30_train.ipynb #edd61610
 import functools, logging, os, platform, re, shutil, subprocess, time, warnings
@@ -235,10 +235,12 @@ def run_config(problem:Problem, dataset:Dataset, fit:Fit) -> dict:
                 fit=fit.model_copy(update=dict(precision=precision, accelerator='gpu' if on_gpu else 'cpu')).model_dump(mode='json'),
                 code=code_digest(problem.task), torch=str(torch.__version__))
 
+def run_name(config:dict) -> str: return f'{config["problem"]}-{digest(config)[:8]}'
+
 def lineage(config:dict, root:Path) -> dict:
     "Where a run comes from: data, code, settings, machine."
     git = lambda *a: subprocess.run(['git', '-C', str(root), *a], capture_output=True, text=True).stdout.strip() if shutil.which('git') else ''
-    lock = root/'requirements.lock'
+    lock = next((f for p in (root, *root.parents) if (f := p/'requirements.lock').exists()), root/'requirements.lock')
     return dict(dataset=config['dataset'], config=digest(config), code=config['code'], commit=git('rev-parse', 'HEAD') or None,
                 dirty=bool(git('status', '--porcelain')), lock=file_digest(lock) if lock.exists() else None, seed=config['fit']['seed'],
                 python=platform.python_version(), torch=str(torch.__version__), machine=platform.machine(), cores=os.cpu_count(), threads=torch.get_num_threads(),
@@ -308,7 +310,7 @@ def fit(problem:Problem, dataset:Dataset, runs:str|Path|None=None, # the folder 
     refuse_terms(problem.data, dataset.table)
     if (leaks := shared_groups(dataset.table)) and not problem.data.allow_leaks:
         raise BadInput(f'{len(leaks)} groups or contents lie in more than one split: {", ".join(leaks[:3])}', 'no group in two splits', 'split the dataset again, or set data: {allow_leaks: true}')
-    config = run_config(problem, dataset, how); run = Run(root/f'{problem.name}-{digest(config)[:8]}'); run.path.mkdir(parents=True, exist_ok=True)
+    config = run_config(problem, dataset, how); run = Run(root/run_name(config)); run.path.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(run.path/'.lock', timeout=0):
             if force:
