@@ -56,7 +56,7 @@ def finish(folder:str|Path) -> dict|None: # the line of the version log; None: n
     plan = read_json(folder/PLAN); d = load_dataset(folder); log = log_of(folder); new = _rewritten(d, plan) if d.version == plan['version'] else d
     if d.version not in (plan['version'], plan['becomes']): raise Damaged(f'{folder} was changed while it was rewritten', f'version {plan["version"]}', f'restore it, or remove {folder/PLAN} if you know why')
     if not any(e.get('rewrite') == plan['id'] for e in log.read()):
-        record(log, plan['event'], plan['by'], rewrite=plan['id'], dataset=d.name, version=plan['version'], becomes=plan['becomes'], items=len(plan['items']), **plan['what'])
+        record(log, plan['event'], plan['by'], rewrite=plan['id'], dataset=d.name, folder=str(folder), version=plan['version'], becomes=plan['becomes'], items=len(plan['items']), **plan['what'])
     root = Path(plan['root'])
     for i in plan['items'].values():
         if (made := folder/'.rewrite'/i['file']).exists(): to = inside(root, i['uri']); to.parent.mkdir(parents=True, exist_ok=True); os.replace(made, to)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['units', 'split_dataset', 'prove_split', 'versions', 'open_version', 'ever_held', 'freeze_golden', 'golden_changes',
-           'commit', 'version_log', 'diff']
+           'commit', 'version_log', 'diff', 'drop_everywhere', 'became']
 
 # %% ../../nbs/10b_data.versions.ipynb #fe3f606b
 import hashlib, json
@@ -98,6 +98,7 @@ def open_version(folder:str|Path, version:str='') -> Dataset: # the present one 
     now = load_dataset(folder)
     if not version: return now
     known = [p.stem.removeprefix('manifest-') for p in Path(folder).glob('manifest-*.parquet')]; found = [v for v in known if v.startswith(version)]
+    if not found and (is_now := {v: n for v, n in became(folder).items() if v.startswith(version)}): raise NotFound(f'version {version} is no more: items were taken out of it', f'what is left of it: {", ".join(is_now.values())}', 'see: cvlab data log')
     if len(found) != 1: raise NotFound(f'{"no" if not found else "more than one"} version {version!r} in {folder}', f'one of: {", ".join(sorted(known))}', 'see: cvlab data log')
     t = check_table(pq.read_table(inside(folder, f'manifest-{found[0]}.parquet'))); d = Dataset(t, now.name, now.root, now.classes, now.about)
     if d.version != found[0]: raise Damaged(f'the manifest of version {found[0]} holds version {d.version}', 'the manifest that was written', 'restore it from a copy')
@@ -184,3 +185,31 @@ def version_log(folder:str|Path) -> pd.DataFrame:
 def diff(folder:str|Path, old:str, new:str='') -> dict[str, list[str]]: # ids: added, removed, relabelled, moved
     "What changed between two versions of a folder."
     return diff_versions(open_version(folder, old).table, open_version(folder, new).table)
+
+# %% ../../nbs/10b_data.versions.ipynb #gone0001
+def drop_everywhere(folder:str|Path, gone, # a function: table -> (N,) bool
+                    why:str, mark:str,     # what this dropping is called; done twice under one name, it is logged once
+                    by:str|None=None) -> dict[str, str]: # old version -> what it became
+    "Take items out of all versions of a dataset, its golden set and its proof of splits."
+    folder, became = Path(folder), {}
+    with FileLock(folder/'.versions.lock'):
+        now, log = load_dataset(folder, verify=False), versions(folder); lost = set()
+        for p in sorted(folder.glob('manifest-*.parquet')):
+            t = check_table(pq.read_table(p)); out = pa.array(np.asarray(gone(t), bool)); kept = t.filter(pc.invert(out))
+            if len(kept) < len(t): lost |= set(t['sha256'].filter(out).to_pylist()); became[p.stem.removeprefix('manifest-')] = save_dataset(Dataset(kept, now.name, now.root, now.classes, now.about), folder).version
+        if not became: return {}
+        left = check_table(pq.read_table(folder/f'manifest-{became.get(now.version, now.version)}.parquet')); about = dict(now.about)
+        if 'split' in about: about['split'] = about['split'] | prove_split(left) | dict(withdrawn=about['split'].get('withdrawn', 0) + len(now) - len(left))
+        d = save_dataset(Dataset(left, now.name, now.root, now.classes, about), folder)
+        if not any(x.get('mark') == mark for x in log):
+            log.append(dict(version=d.version, parent=now.version, at=datetime.now(UTC).isoformat(timespec='seconds'), by=by, why=why, items=len(d), added=0, removed=len(now) - len(d), relabelled=0, moved=0, mark=mark, became=became)); _write_log(folder, log)
+        if (folder/'golden.json').exists() and set(want := read_json(folder/'golden.json')['items']) & lost: _freeze(folder, d, set(want) - lost, by, why)
+        for old in became: (folder/f'manifest-{old}.parquet').unlink()
+    return became
+
+def became(folder:str|Path) -> dict[str, str]: # version that is no more -> the one that is left of it
+    "What the versions became from which items were dropped."
+    out = {}
+    for line in versions(folder):
+        new = line.get('became', {}); out = {k: new.get(v, v) for k, v in out.items()} | new
+    return out
