@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'Json', 'Folder', 'Who', 'Options', 'say', 'options_of', 'import_', 'export', 'formats_', 'check', 'split',
-           'version', 'log', 'diff', 'golden', 'datasheet', 'terms', 'strip', 'audit', 'mine']
+           'version', 'log', 'diff', 'golden', 'datasheet', 'terms', 'strip', 'audit', 'withdraw', 'mine']
 
 # %% ../../nbs/95_cli.data.ipynb #87dbda74
 import json, sys
@@ -279,6 +279,42 @@ def audit(verify:Annotated[bool, typer.Option('--verify', help='Check that no li
         for e in overrides[-last:]: t.add_row('registry', str(e.get('at', ''))[:19], 'override', e.get('by', ''), f'{e["what"]}: {e.get("reason")}')
         Console().print(t); typer.echo(f'{len(events)} lines' + (f', all as they were written; the last is {(events or [{}])[-1].get("line", "none")}' if verify and not faults else ''))
     if faults: raise Damaged('\n'.join(faults), 'a log that nobody changed', 'find out who wrote there; put a copy of the log back')
+
+# %% ../../nbs/95_cli.data.ipynb #priv0003
+@app.command()
+def withdraw(items:Annotated[list[str]|None, typer.Argument(help='Ids, paths or content hashes of items.', metavar='[ITEM]...', show_default=False)]=None,
+             consent_id:Annotated[str|None, typer.Option(help='All items under this consent.')]=None,
+             dataset:Annotated[list[Path]|None, typer.Option(help='Look for the names only in this dataset; also names one that lies outside of the workspace.')]=None,
+             reason:Annotated[str|None, typer.Option(help='Why; it goes into the logs.')]=None,
+             dry_run:Annotated[bool, typer.Option('--dry-run', help='Only say what would happen.')]=False, yes:Annotated[bool, typer.Option('--yes', help='Do not ask.')]=False,
+             outside:Annotated[bool, typer.Option('--outside', help='Also delete pictures that lie outside of the workspace, in folders that were imported from.')]=False,
+             who:Who=None, as_json:Json=False) -> None:
+    """Remove items everywhere in the workspace, and list which dataset versions, runs and releases used them.
+
+    Pictures and their copies, rows of every version, predictions, labelling batches and exports, pictures in reports. What models
+    learned stays in them: the list is for the person who decides about that. Killed in the middle, the next call finishes.
+
+    **Examples**
+
+    - `cvlab data withdraw --consent-id form-4711 --reason "asked by letter" --dry-run`
+
+    - `cvlab data withdraw street/0042.jpg --dataset data/street --yes`
+    """
+    import sys
+    from cv_lab.core import workspace
+    from cv_lab.data.withdraw import pending, plan_withdrawal, told, withdraw as remove
+    root = workspace().root; begun = pending(root)
+    if not (items or consent_id) and not begun: raise BadInput('nothing was named', 'items, or --consent-id', 'see: cvlab data withdraw --help')
+    if begun: typer.echo(f'{len(begun)} withdrawal(s) were begun and not finished' + ('' if dry_run else '; finished first'), err=True)
+    asked = [*(items or []), *([f'consent {consent_id}'] if consent_id else [])]; same = begun and set(asked) <= set(begun[-1].asked)
+    plan = begun[-1] if same else plan_withdrawal(root, items or [], consent_id, dataset or [], reason, who) if asked else None
+    if not as_json: typer.echo('\n\n'.join(told(p) for p in ([plan] if plan else begun)))
+    if dry_run:
+        if as_json: say(plan or begun, True, '')
+        return
+    if not yes and not (sys.stdin.isatty() and typer.confirm('Remove all of this? It cannot be undone')): raise BadInput('nothing was removed', 'a yes', 'look at the list, then give --yes')
+    done = remove(root, outside=outside, plan=None if same else plan)
+    say([p for p in done], as_json, f'removed; in the audit log as {", ".join(p.id for p in done)}')
 
 # %% ../../nbs/95_cli.data.ipynb #72a707a4
 @app.command()
