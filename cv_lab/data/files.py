@@ -124,10 +124,22 @@ def _walk(root:Path, q:Quarantine) -> Iterator[str]: # relative, with forward sl
             if e.is_dir(): seen.add(os.path.realpath(e.path)); todo.append((name + '/', Path(e.path)))
             elif e.is_file(): yield name
 
-# %% ../../nbs/11_data.files.ipynb #02a0a2be
+# %% ../../nbs/11_data.files.ipynb #c943a8c7
 def _plain(name:str) -> str:
     return unicodedata.normalize('NFC', name.replace('\\', '/')).casefold()
 
+def _closest(found:list[str], want:list[str], near:Iterable[str], name:str) -> str|None:
+    "Of several images of that name the one that is meant: in a folder that is near, or sharing most of the path."
+    stem = lambda n: [*_plain(n).split('/')[:-1], want[-1]]
+    for home in near:
+        at = [n for n in found if stem(n) == [p for p in _plain(home).split('/') if p not in ('', '.')] + want]
+        if len(at) == 1: return at[0]
+    shared = lambda n: next((i for i, (a, b) in enumerate(zip(reversed(stem(n)), reversed(want))) if a != b), min(len(stem(n)), len(want)))
+    best = max(map(shared, found)); top = [n for n in found if shared(n) == best]
+    exact = [n for n in top if n.replace('\\', '/').endswith(name.replace('\\', '/'))]
+    return top[0] if len(top) == 1 else exact[0] if len(exact) == 1 else None
+
+# %% ../../nbs/11_data.files.ipynb #02a0a2be
 @dataclass
 class Source:
     "The folder or file that is imported."
@@ -183,14 +195,7 @@ class Source:
         if suffix: found = self._tails.get(want[-1], [])
         else: found = [n for s in SUFFIXES for n in self._tails.get(want[-1] + s, [])]
         if len(found) < 2: return found[0] if found else None
-        stem = lambda n: [*_plain(n).split('/')[:-1], want[-1]]
-        for home in near:
-            at = [n for n in found if stem(n) == [p for p in _plain(home).split('/') if p not in ('', '.')] + want]
-            if len(at) == 1: return at[0]
-        shared = lambda n: next((i for i, (a, b) in enumerate(zip(reversed(stem(n)), reversed(want))) if a != b), min(len(stem(n)), len(want)))
-        best = max(map(shared, found)); top = [n for n in found if shared(n) == best]
-        exact = [n for n in top if n.replace('\\', '/').endswith(str(name).replace('\\', '/'))]
-        return top[0] if len(top) == 1 else exact[0] if len(exact) == 1 else None
+        return _closest(found, want, near, str(name))
 
 # %% ../../nbs/11_data.files.ipynb #2e7bea47
 UNPACKED = 1 << 30 # bytes that any archive may unpack to; beyond that, 200 times its own size

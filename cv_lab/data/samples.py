@@ -45,7 +45,7 @@ def digit_scans() -> tuple[np.ndarray, np.ndarray]: # (1797, 8, 8) uint8 in 0..1
 _ABOUT_DIGITS = dict(
     what='1,797 scans of handwritten digits, 8x8 pixels, from 13 people, as scikit-learn ships them',
     creators='E. Alpaydin, C. Kaynak (1998), Optical Recognition of Handwritten Digits, test part',
-    license='CC BY 4.0 as published by the UCI Machine Learning Repository; scikit-learn states none of its own for the data',
+    license='CC BY 4.0 according to the UCI Machine Learning Repository (dataset 80); scikit-learn states none of its own for the data',
     session='thirteenths of the file in its order: close to a writer; the writers themselves are not recorded')
 
 def _digit_rows(scans:np.ndarray, labels:np.ndarray) -> list[dict]:

@@ -119,6 +119,7 @@ def _packed(source:Source, boxes:str, text:str) -> Iterator[Found]:
 
 def _suffix(data:bytes) -> str: from cv_lab.data.files import look; return look(data).suffix or '.bin'
 
+# %% ../../../nbs/11p_data.format.huggingface.ipynb #fb882b45
 def read(source:Source,
          boxes:str='xywh',   # or xyxy
          text:str='caption', # what a column `text` is: caption or line

@@ -102,6 +102,7 @@ def read(source:Source,
     unlisted(source, known)
     return Reading(items, total=len(items))
 
+# %% ../../../nbs/11g_data.format.labelstudio.ipynb #bc27af5b
 def _packed(url:str) -> Found|None:
     try: data = base64.b64decode(url.partition(',')[2], validate=True)
     except ValueError: return None
