@@ -2,7 +2,7 @@
 import numpy as np, pytest, torch
 
 from cv_lab.core import Annotation, BadInput, digest
-from cv_lab.data.manifest import Dataset, make_table
+from cv_lab.data.manifest import PREDICTIONS, Dataset, make_table
 from cv_lab.image import Preprocess, decode as pixels, placement
 from cv_lab.lines import hat, line_logits, merged_lines, reading_columns
 from cv_lab.reader import columns_at, columns_of, core_places, reader_loss
@@ -156,6 +156,18 @@ def test_the_bound_of_confidence_reaches_its_target():
     t = reading.calibrate(truth, said, problem(decision=dict(target_precision=.9))); kept = sure >= t['min_confidence']; assert right[kept].mean() >= .9 and .05 < kept.mean() < .6
     worse = np.sort(sure[sure < t['min_confidence']])[::-1]; assert all(right[sure >= s].mean() < .9 for s in worse)     # no lower bound would do
     assert reading.calibrate(truth, said, problem())['min_confidence'] == 0
+
+
+def test_lines_that_nobody_wrote_are_cut_where_the_edits_are_fewest():
+    "Against every cut tried by hand."
+    rng = np.random.default_rng(3); there, said = [], []
+    for i in range(60):
+        there.append([Annotation(text='123', bbox=[0, 0, 30, 10])]); said.append([Annotation(text='123', bbox=[0, 0, 30, 10], score=float(rng.uniform(.2, 1)))])
+        if i % 4 == 0: said[-1].append(Annotation(text='77', bbox=[0, 50, 20, 60], score=float(rng.uniform(0, .25))))
+    truth = make_table([dict(id=f'{i:02}', sha256=f'{i:064x}', annotations=a) for i, a in enumerate(there)]); preds = make_table([dict(id=f'{i:02}', annotations=a) for i, a in enumerate(said)], PREDICTIONS)
+    cut = reading.line_score(truth, preds, cuts=1000)
+    edits = lambda c: sum(3*(s[0].score < c) + 2*sum(a.score >= c for a in s[1:]) for s in said)
+    assert edits(cut) == min(edits(c) for c in sorted(a.score for s in said for a in s)) and 0 < edits(cut) <= edits(reading.calibrate(truth, preds, problem())['line_score']) < edits(0)
 
 
 # ---- from file to text, through the exported graph

@@ -11,7 +11,7 @@ __all__ = ['SHARES', 'GROUNDS', 'LIGHTS', 'BLURS', 'CHANGE', 'FRAMES', 'GREY', '
 import io, math, os
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Callable, Sequence
 import numpy as np
@@ -365,7 +365,7 @@ def digit_scenes(folder:str|Path,                      # made when it is not the
     return save_dataset(Dataset(make_table(rows), 'digit_scenes', folder, [str(c) for c in range(10)], about), folder)
 
 # %% ../../nbs/14_data.samples.ipynb #a480632a
-SAMPLES:dict[str, Callable[..., Dataset]] = dict(digits=digits, digit_scenes=digit_scenes)
+SAMPLES:dict[str, Callable[..., Dataset]] = dict(digits=digits, digit_scenes=digit_scenes, digit_scenes_3000=partial(digit_scenes, scenes=3000))
 
 def make_sample(name:str,        # one of `SAMPLES`
                 folder:str|Path, # made when it is not there

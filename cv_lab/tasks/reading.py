@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GEOMETRY', 'STRIDES', 'METRICS', 'TAXONOMY', 'Config', 'network', 'whole', 'spans', 'targets', 'collate', 'loss',
-           'decode', 'aligned', 'matched', 'score', 'mistakes', 'calibrate', 'draw', 'figures', 'example']
+           'decode', 'aligned', 'matched', 'score', 'mistakes', 'line_score', 'calibrate', 'draw', 'figures', 'example']
 
 # %% ../../nbs/24_tasks.reading.ipynb #fcd7cf32
 from pathlib import Path
@@ -20,7 +20,7 @@ from ..image import Preprocess
 from ..lines import line_logits, merged_lines
 from ..spec import Problem, Strict
 from ..task import Prediction
-from ..text import EDITS, TEXT_METRICS, confusable, edits, page_text, text_metrics
+from ..text import EDITS, TEXT_METRICS, confusable, edits, page_text, text_counts, text_metrics
 
 # %% ../../nbs/24_tasks.reading.ipynb #600f9bda
 GEOMETRY = ('bbox',)
@@ -90,8 +90,8 @@ def decode(outputs:dict, cfg:Config, classes:list[str], thresholds:dict) -> list
         boxes, found = merged_lines(1/(1 + np.exp(-lines[0].astype(np.float64))), lines[1:], STRIDES[1], thresholds.get('threshold', cfg.line)); said = []
         for box, sure, logits in zip(boxes, found, line_logits(chars, boxes, STRIDES[0])):
             text, p = read_line(logits, classes, cfg.beam, cfg.lexicon); box = box.clip(0, page)
-            if text and (box[2:] > box[:2]).all(): said.append(Annotation(text=text, bbox=box, score=float(sure*p)))
-        out.append(Prediction(said, accepted=all(a.score >= thresholds.get('min_confidence', 0.) for a in said)))
+            if text and (box[2:] > box[:2]).all(): said.append(Annotation(text=text, bbox=box, score=float(sure*p), accepted=bool(sure*p >= thresholds.get('line_score', 0.))))
+        out.append(Prediction(said, accepted=all(a.score >= thresholds.get('min_confidence', 0.) for a in said if a.accepted)))
     return out
 
 # %% ../../nbs/24_tasks.reading.ipynb #946dfcb9
@@ -141,14 +141,22 @@ def mistakes(truth:pa.Table, predictions:pa.Table, problem:Problem) -> pd.DataFr
     return pd.DataFrame(rows, columns=['id', 'kind', 'what', 'severity', 'true', 'said', 'bbox']).sort_values('severity', ascending=False, kind='stable', ignore_index=True)
 
 # %% ../../nbs/24_tasks.reading.ipynb #d3eb297c
-def calibrate(truth:pa.Table, predictions:pa.Table, problem:Problem) -> dict: # threshold, min_confidence, ...
-    "The least confidence that reaches the target precision on held-out items."
-    both = aligned(truth, predictions); right = np.array([page_text(t) == page_text(s) for t, s in both]); goal, least = problem.decision.target_precision, 0.
+def line_score(truth:pa.Table, predictions:pa.Table, cuts:int=40) -> float:
+    "The score from which a line is said: that with the fewest edits."
+    both = [(page_text(t), s) for t, s in aligned(truth, predictions)]; low = np.unique([a['score'] or 0. for _, s in both for a in s if (a['score'] or 0.) < .5])
+    tried = np.r_[0., np.unique(np.quantile((low[1:] + low[:-1])/2, np.linspace(0, 1, cuts)))] if len(low) > 1 else np.zeros(1)
+    cost = lambda cut: text_counts([(t, page_text([a for a in s if (a['score'] or 0.) >= cut])) for t, s in both])[:, 0].sum()
+    return float(tried[np.argmin([cost(c) for c in tried])])
+
+def calibrate(truth:pa.Table, predictions:pa.Table, problem:Problem) -> dict: # threshold, line_score, min_confidence, ...
+    "The least score of a line, and the least confidence that reaches the target precision, on held-out items."
+    least_line = line_score(truth, predictions); keep = lambda s: [a for a in s if (a['score'] or 0.) >= least_line]
+    both = [(t, keep(s)) for t, s in aligned(truth, predictions)]; right = np.array([page_text(t) == page_text(s) for t, s in both]); goal, least = problem.decision.target_precision, 0.
     sure = np.array([min((a['score'] or 0. for a in s), default=1.) for _, s in both])
     if goal and len(both):
         order = np.argsort(-sure, kind='stable'); p = np.r_[sure[order], 0.]; last = p[1:] < p[:-1]; ok = last & (np.cumsum(right[order])/np.arange(1, len(p)) >= goal)
         k = np.flatnonzero(ok).max(initial=-1); least = 1. if k < 0 else float((p[k] + p[k + 1])/2) if k + 1 < len(sure) else 0.
-    return dict(threshold=problem.decision.threshold, min_confidence=least, target_precision=goal, fitted_on=len(both))
+    return dict(threshold=problem.decision.threshold, line_score=least_line, min_confidence=least, target_precision=goal, fitted_on=len(both))
 
 # %% ../../nbs/24_tasks.reading.ipynb #a9cb606d
 def draw(image:np.ndarray, annotations:list) -> np.ndarray:
