@@ -15,6 +15,9 @@ from ..core import BadInput, NotAccepted
 
 app = typer.Typer(name='service', no_args_is_help=True, rich_markup_mode='markdown', help='The service: its promises, measured; its API keys.')
 
+@app.callback()
+def _service() -> None: "The service: its promises, measured; its API keys."
+
 # %% ../../nbs/97_cli.service.ipynb #1c50ef10
 @app.command()
 def promise(name:Annotated[str|None, typer.Argument(help='Which one; without it they are listed.', metavar='NAME')]=None,
