@@ -132,3 +132,15 @@ def test_pretrained_weights_of_a_local_file(tmp_path):
     kw = dict(channels=(8, 8, 16, 16)); donor = timm.create_model('resnet10t', num_classes=7, **kw); save_file(donor.state_dict(), tmp_path/'w.safetensors')
     net = image_network('resnet10t', 3, pretrained=str(tmp_path/'w.safetensors'), **kw)
     assert torch.equal(net.body.conv1[0].weight, donor.conv1[0].weight) and net.body.get_classifier().out_features == 3
+
+
+def test_loader_processes_begin_each_epoch_anew(tmp_path):
+    "What a loader's processes make of an epoch depends on the seed and the epoch, not on how many epochs they have seen."
+    from cv_lab.train import make_loaders
+    data = classification.example(tmp_path/'stripes'); how, cfg = settings(problem(), epochs=3, batch_size=12, workers=2, memory_gb=0, image=dict(height=16, width=16), augment=[{'RandomAffine': dict(degrees=30)}])
+    def epochs(*which):
+        loader, _ = make_loaders(problem(), data, how, cfg); out = []
+        for e in which: loader.sampler.set_epoch(e); out.append(torch.cat([images for images, _ in loader]))
+        return out
+    first, second = epochs(0, 1); again, = epochs(1); assert torch.equal(second, again) and not torch.equal(first, second)
+    every = [p.sort(0).values for p in (first, second)]; assert not torch.equal(*every)       # not only in another order
