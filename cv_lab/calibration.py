@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['temper', 'fit_temperature', 'least_confidence', 'reliability', 'plot_reliability', 'label_matrix', 'probabilities_of',
-           'right_and_sure', 'fit_thresholds']
+           'right_and_sure', 'fit_thresholds', 'calibration_error']
 
 # %% ../nbs/41_calibration.ipynb #2f489005
 import numpy as np, pandas as pd, pyarrow as pa
 from scipy.optimize import minimize_scalar
 from .core import BadInput
+from .decide import cheapest, class_stairs, fit_stairs
+from .evaluate import interval, known, resample_weights
 from .spec import Problem
 
 # %% ../nbs/41_calibration.ipynb #f0f6f8cd
@@ -92,9 +94,25 @@ def right_and_sure(true:np.ndarray,  # (N, C) bool
 
 def fit_thresholds(truth:pa.Table, predictions:pa.Table, # of held-out items, at temperature 1
                    problem:Problem) -> dict: # what thresholds.json holds
-    "Temperature, and the least confidence that reaches the problem's target precision."
-    true, probs = label_matrix(truth, problem.classes), probabilities_of(truth, predictions)
-    t = fit_temperature(true, probs, problem.multilabel); p = temper(probs, t, problem.multilabel)
-    goal, least = problem.decision.target_precision, 0.
-    if goal and not problem.multilabel: least = least_confidence(true[np.arange(len(p)), p.argmax(1)], p.max(1), goal)
-    return dict(temperature=t, threshold=problem.decision.threshold, min_confidence=least, target_precision=goal, fitted_on=len(true))
+    "What corrects the probabilities, and the confidence from which an answer is believed: by target precision or by costs."
+    true, probs, d, C = label_matrix(truth, problem.classes), probabilities_of(truth, predictions), problem.decision, problem.classes; n = len(true)
+    out = dict(temperature=1., threshold=d.threshold, min_confidence=0., target_precision=d.target_precision, costs=d.costs and d.costs.model_dump(), fitted_on=n)
+    if d.curve == 'isotonic': out['stairs'] = dict(zip(C, s := [fit_stairs(probs[:, i], true[:, i]) for i in range(len(C))])); p = class_stairs(probs, s, problem.multilabel)
+    else: out['temperature'] = t = fit_temperature(true, probs, problem.multilabel); p = temper(probs, t, problem.multilabel)
+    if not (d.target_precision or d.costs): return out
+    line = lambda right, conf, there=None: cheapest(conf, right, d.costs.wrong, d.costs.missing, there) if d.costs else least_confidence(right, conf, d.target_precision)
+    if problem.multilabel: return out | dict(scores={c: line(true[:, i], p[:, i], int(true[:, i].sum())) for i, c in enumerate(C)}) if d.per_class or d.costs else out
+    said, conf = p.argmax(1), p.max(1); right = true[np.arange(n), said]; out['min_confidence'] = line(right, conf)
+    if d.per_class: out['min_confidences'] = {c: line(right[k], conf[k]) for i, c in enumerate(C) if (k := said == i).sum() >= 20}   # fewer show nothing: the common line
+    return out
+
+# %% ../nbs/41_calibration.ipynb #59f2c3f2
+def calibration_error(right:np.ndarray, confidence:np.ndarray, # (n,) of answers
+                      groups:np.ndarray|None=None,             # (n,) what belongs together: the item of each answer
+                      bins:int=15, resamples:int=1000, sure:float=.95, seed:int=0) -> dict: # value, low, high, support
+    "ECE over bins of equal width, with a bootstrap interval over groups."
+    n = len(right); _, g = np.unique(np.arange(n) if groups is None else groups, return_inverse=True)
+    b = np.clip((np.asarray(confidence)*bins).astype(int), 0, bins - 1); gap, count = np.zeros((2, g.max(initial=-1) + 1, bins))
+    np.add.at(gap, (g, b), np.asarray(confidence) - right); np.add.at(count, (g, b), 1); w = resample_weights(range(len(gap)), resamples, seed)
+    ece = lambda w: np.abs(w @ gap).sum(1)/np.maximum((w @ count).sum(1), 1); low, high = interval(ece(w), sure) if n else (np.nan, np.nan)
+    return dict(value=float(ece(np.ones((1, len(gap))))[0]) if n else None, low=known(low), high=known(high), support=n)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'AT_HALF', 'DetectorConfig', 'candidates', 'said_objects', 'object_rows', 'matched', 'object_figures',
-           'operating_point', 'object_mistakes', 'operating_points', 'platt', 'best_threshold', 'object_curves']
+           'operating_point', 'object_mistakes', 'operating_points', 'object_answers', 'platt', 'best_threshold',
+           'object_curves']
 
 # %% ../nbs/18d_objects.ipynb #e358f85f
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from pydantic import Field
 from scipy import sparse
 from .coco import IOUS, Matches, Objects, average_precision, average_recall, columns, match, pairs, prediction_rows
 from .core import BadInput
+from .decide import cheapest, fit_stairs, on_stairs
 from .drawing import COLOURS
 from .geometry import nms
 from .image import Preprocess
@@ -69,7 +71,9 @@ def said_objects(outputs:dict, cfg, classes:list[str], thresholds:dict): # yield
         if 'keep' in outputs: place, label = np.divmod(outputs['top'][i][outputs['keep'][i] > 0], len(classes))     # suppressed in the graph
         else: place, label = candidates(logits, boxes, cfg.candidates, cfg.overlap, cfg.floor)
         z, box = logits[place, label], boxes[place].astype(np.float64)
-        score = 1/(1 + np.exp(-(curve[label, 0]*z.astype(np.float64) + curve[label, 1]))); order = np.argsort(-score, kind='stable')[:cfg.detections]
+        score = 1/(1 + np.exp(-(curve[label, 0]*z.astype(np.float64) + curve[label, 1])))
+        for c, stairs in thresholds.get('stairs', {}).items(): k = label == classes.index(c); score[k] = on_stairs(score[k], stairs)
+        order = np.argsort(-score, kind='stable')[:cfg.detections]
         order = order[((box[:, 2:] > box[:, :2]).all(1) & (1/(1 + np.exp(-z)) >= cfg.floor))[order]]; label, score = label[order], score[order]
         yield place[order], label, box[order], score, score >= least[label]
 
@@ -144,12 +148,17 @@ def _nearest(truth:Objects, said:Objects) -> np.ndarray: # (n,) per object, the 
 # %% ../nbs/18d_objects.ipynb #06ed9ec6
 def operating_points(m:Matches, problem:Problem) -> dict: # calibration, scores: per class
     "A logistic curve and an operating point for every class, from uncalibrated predictions of held-out items."
-    curves, least = {}, {}
+    curves, least, stairs, d = {}, {}, {}, problem.decision
     for i, c in enumerate(problem.classes):
         k = (m.said.label == i) & ~m.out[0, 0]; s, right, there = m.said.score[k], m.right[0, 0, k], int((~m.ignored[0] & (m.truth.label == i)).sum())
-        a, b = curves[c] = platt(s, right); p = 1/(1 + np.exp(-(a*np.log(s/(1 - s)) + b))) if len(s) else s
-        least[c] = best_threshold(p, right, there, problem.decision.target_precision)
-    return dict(calibration=curves, scores=least, threshold=problem.decision.threshold, target_precision=problem.decision.target_precision, fitted_on=m.truth.items)
+        if d.curve == 'isotonic': stairs[c] = fit_stairs(s, right); p = on_stairs(s, stairs[c])
+        else: a, b = curves[c] = platt(s, right); p = 1/(1 + np.exp(-(a*np.log(s/(1 - s)) + b))) if len(s) else s
+        least[c] = min(1., cheapest(p, right, d.costs.wrong, d.costs.missing, there)) if d.costs else best_threshold(p, right, there, d.target_precision)
+    return dict(calibration=curves, stairs=stairs, scores=least, threshold=d.threshold, target_precision=d.target_precision, costs=d.costs and d.costs.model_dump(), fitted_on=m.truth.items)
+
+def object_answers(m:Matches) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]: # (n,) right, score, class, item
+    "The accepted objects, and which of them are right."
+    k = m.said.said & ~m.out[0, 0]; return m.right[0, 0, k], m.said.score[k], m.said.label[k], m.said.image[k]
 
 def platt(score:np.ndarray, right:np.ndarray) -> tuple[float, float]: # slope > 0, offset, of the score's log-odds
     "The logistic curve from scores to the share that is right; stays the identity where there is nothing to fit."

@@ -35,6 +35,7 @@ OPTIONAL = dict(
     whole=   '(annotations, width, height) -> annotations, with a place for those that have none and speak of the whole image',
     collate= '(targets) -> a batch of them, where they are no arrays of one shape',
     calibrate='(truth, predictions, problem) -> thresholds, fitted on held-out data',
+    answers= '(truth, predictions, problem) -> of every answer given: is it right, its confidence, index of its class, index of its item',
     figures= '(truth, predictions, problem) -> {title: matplotlib figure}, for the report of its errors')
 
 # %% ../nbs/20_task.ipynb #20a563bf

@@ -13,6 +13,7 @@ import numpy as np, pandas as pd, pyarrow as pa
 from PIL import Image, ImageDraw
 from pydantic import Field
 from ..core import Annotation, BadInput, digest
+from ..decide import class_stairs
 from ..image import Preprocess
 from ..spec import Problem, Strict
 from ..data.manifest import Dataset, assign_splits, make_table
@@ -60,11 +61,12 @@ def probabilities(logits:np.ndarray, # (N, C)
 
 def decode(outputs:dict, cfg:Config, classes:list[str], thresholds:dict) -> list[Prediction]:
     "Predictions from the network's outputs."
-    out = []
-    for p in probabilities(outputs['logits'], thresholds.get('temperature', 1.), cfg.multilabel):
-        k = [i for i in np.argsort(-p, kind='stable') if p[i] >= thresholds.get('threshold', .5)] if cfg.multilabel else [int(p.argmax())]
+    out, lines, least = [], thresholds.get('scores', {}), thresholds.get('min_confidences', {}); probs = probabilities(outputs['logits'], thresholds.get('temperature', 1.), cfg.multilabel)
+    if stairs := thresholds.get('stairs'): probs = class_stairs(probs, [stairs[c] for c in classes], cfg.multilabel)
+    for p in probs:
+        k = [i for i in np.argsort(-p, kind='stable') if p[i] >= lines.get(classes[i], thresholds.get('threshold', .5))] if cfg.multilabel else [int(p.argmax())]
         said = [Annotation(classes[i], score=float(p[i])) for i in k]
-        out.append(Prediction(said, p, accepted=all(a.score >= thresholds.get('min_confidence', 0.) for a in said)))
+        out.append(Prediction(said, p, accepted=all(a.score >= least.get(a.label, thresholds.get('min_confidence', 0.)) for a in said)))
     return out
 
 # %% ../../nbs/21_tasks.classification.ipynb #ca660d1e

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GEOMETRY', 'METRICS', 'TAXONOMY', 'GAIN', 'Config', 'network', 'targets', 'loss', 'decode', 'score', 'mistakes',
-           'calibrate', 'figures', 'draw', 'example']
+           'calibrate', 'answers', 'figures', 'draw', 'example']
 
 # %% ../../nbs/22_tasks.detection.ipynb #1ef15d96
 from pathlib import Path
@@ -13,7 +13,7 @@ from PIL import Image
 from ..core import Annotation, digest
 from ..data.manifest import Dataset, assign_splits, make_table
 from ..drawing import draw_annotations
-from ..objects import AT_HALF, DetectorConfig, matched, object_curves, object_figures, object_mistakes, object_rows, operating_points, said_objects
+from ..objects import AT_HALF, DetectorConfig, matched, object_answers, object_curves, object_figures, object_mistakes, object_rows, operating_points, said_objects
 from ..spec import Problem
 from ..task import Prediction
 from ..tide import KINDS
@@ -66,6 +66,10 @@ def mistakes(truth:pa.Table, predictions:pa.Table, problem:Problem) -> pd.DataFr
 def calibrate(truth:pa.Table, predictions:pa.Table, problem:Problem) -> dict: # calibration, scores: per class
     "A logistic curve and an operating point for every class, from uncalibrated predictions of held-out items."
     return operating_points(matched(truth, predictions, problem, **AT_HALF), problem)
+
+def answers(truth:pa.Table, predictions:pa.Table, problem:Problem) -> tuple: # (n,) right, confidence, class, item
+    "Which of the boxes that are said are right."
+    return object_answers(matched(truth, predictions, problem, **AT_HALF))
 
 def figures(truth:pa.Table, predictions:pa.Table, problem:Problem) -> dict: # title -> matplotlib figure
     "Precision-recall, F1 over confidence, TIDE's gains."
