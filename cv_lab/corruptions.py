@@ -129,7 +129,7 @@ def robustness(predictor:Predictor, rows:pa.Table, read, problem:Problem, kinds=
     clean, out = measure(read), []
     for kind in kinds:
         for severity in severities:
-            got = measure(lambda uri: corrupted_file(read(uri), kind, severity, f'{seed}/{uri}'))
+            got = measure(lambda uri, kind=kind, severity=severity: corrupted_file(read(uri), kind, severity, f'{seed}/{uri}'))
             out += [dict(kind=kind, family=KINDS[kind][0], severity=severity, slice=n, items=int(m.sum()), clean=c, value=v, relative=one(v)/one(c) if one(c) > 0 else np.nan) for (n, m), c, v in zip(masks.items(), clean, got)]
     return pd.DataFrame(out)
 

@@ -20,7 +20,7 @@ def test_stairs_are_those_of_scikit_learn():
 def test_the_cheapest_line_is_that_of_trying_all(seed):
     rng = np.random.default_rng(seed); s = rng.random(60).round(1 + seed % 2); right = rng.random(60) < s; wrong, missing = rng.uniform(.2, 5, 2)
     for there in (None, int(right.sum()) + 7):
-        cost = lambda t: wrong*((s >= t) & ~right).sum() + missing*((s < t).sum() if there is None else there - ((s >= t) & right).sum())
+        cost = lambda t, there=there: wrong*((s >= t) & ~right).sum() + missing*((s < t).sum() if there is None else there - ((s >= t) & right).sum())
         best = min(cost(t) for t in [*np.unique(s), 2.]); assert cost(cheapest(s, right, wrong, missing, there)) == pytest.approx(best)
     assert cheapest(s, np.zeros(60, bool), 1e9, 1.) == NEVER and cheapest(s, np.ones(60, bool)) <= s.min() and cheapest(s[:0], right[:0]) == NEVER
 
