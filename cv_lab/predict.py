@@ -44,13 +44,20 @@ def verify_files(folder:str|Path) -> None:
             raise Damaged(f'{folder.name}/{name} is not the file that was released', f'sha256 {want[:16]}…', 'fetch the bundle again, or roll back')
 
 # %% ../nbs/45_predict.ipynb #d3d49544
-def _onnx_network(path:Path, device:str, threads:int) -> Callable:
+def _provider(device:str, runtime:dict) -> str:
+    "Which of ONNX Runtime's execution providers answers."
+    name = runtime.get('provider') or ('CUDAExecutionProvider' if device == 'cuda' else 'CPUExecutionProvider')
+    if name not in (there := ort.get_available_providers()):
+        raise NotFound(f'{name} is not installed here', f'one of: {", ".join(there)}', 'install the build of ONNX Runtime that has it, or release another variant')
+    return name
+
+def _onnx_network(path:Path, device:str, threads:int, runtime:dict={}) -> Callable:
     "The graph in ONNX Runtime. External data is not read from outside the folder: the graph must be one file."
-    o = ort.SessionOptions(); o.intra_op_num_threads = threads; o.log_severity_level = 3
+    o, name = ort.SessionOptions(), _provider(device, runtime); o.intra_op_num_threads = threads; o.log_severity_level = 3
     o.add_session_config_entry('session.intra_op.allow_spinning', '0')       # spinning threads starve their neighbours
-    use = ['CUDAExecutionProvider'] if device == 'cuda' else ['CPUExecutionProvider']
-    try: session = ort.InferenceSession(path.read_bytes(), o, providers=use)
+    try: session = ort.InferenceSession(path.read_bytes(), o, providers=[(name, runtime.get('options', {}))])
     except Exception as e: raise Damaged(f'{path} cannot be loaded: {str(e)[:200]}', 'an ONNX graph in one file', 'export the run again') from None
+    if session.get_providers()[0] != name: raise NotFound(f'{name} does not start here', 'its libraries', 'install them, or choose another device')
     names, feed = [x.name for x in session.get_outputs()], session.get_inputs()[0].name
     return lambda batch: dict(zip(names, session.run(names, {feed: batch})))
 
@@ -92,18 +99,28 @@ class Predictor:
         self.problem_name, self.classes = self.info['problem'], self.info['classes']
         self.task = get_task(self.info['task']); self.cfg = self.task.Config.model_validate(self.info['config'])
         self.image = Preprocess(**read_json(folder/'preprocess.json'))
+        self.runtime = self.info.get('runtime', {})       # precision, provider, options; of a variant, see 50_optimize.ipynb
         onnx_cuda = 'CUDAExecutionProvider' in ort.get_available_providers()
         self.device = device if device != 'auto' else 'cuda' if onnx_cuda or _torch_has_cuda() else 'cpu'
-        if self.device == 'cuda' and not onnx_cuda: self.infer = _torch_network(folder, self.info)
-        else: self.infer = _onnx_network(folder/'model.onnx', self.device, threads)
+        if device == 'auto' and not onnx_cuda and not (folder/'model.safetensors').is_file(): self.device = 'cpu' # a quantised graph has no other form
+        if self.device == 'cuda' and not onnx_cuda and not self.runtime: self.infer = _torch_network(folder, self.info)
+        else: self.infer = _onnx_network(folder/'model.onnx', self.device, threads, self.runtime)
         self.digest = digest({f: file_digest(folder/f) for f in MODEL_FILES if (folder/f).is_file()})
 
     @classmethod
     def load(cls, folder:str|Path, device:str='auto', **kwargs) -> 'Predictor': return cls(folder, device, **kwargs)
 
+    def decode(self, data:bytes, max_pixels:int=MAX_PIXELS) -> np.ndarray: # (H, W, 3) uint8, RGB, upright
+        "The pixels of an image file."
+        return decode(data, max_pixels)
+
     def prepare(self, data:bytes, max_pixels:int=MAX_PIXELS) -> Prepared:
         "The network's input for the bytes of an image file."
-        rgb = decode(data, max_pixels); height, width = rgb.shape[:2]; parts = windows(width, height, self.image) if hasattr(self.task, 'GEOMETRY') else []
+        return self.resize(self.decode(data, max_pixels))
+
+    def resize(self, rgb:np.ndarray) -> Prepared:
+        "The network's input for the pixels of an image."
+        height, width = rgb.shape[:2]; parts = windows(width, height, self.image) if hasattr(self.task, 'GEOMETRY') else []
         cut = lambda v: (v, preprocess(rgb[v.y:v.y + v.h, v.x:v.x + v.w], self.image), placement(v.w, v.h, self.image))
         return Prepared(preprocess(rgb, self.image), placement(width, height, self.image), [cut(v) for v in parts] if len(parts) > 1 else ())
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Choices', 'Where', 'Name', 'DRAFT', 'names_in', 'select', 'Strict', 'Rule', 'Metrics', 'DataRules', 'Costs',
-           'Decision', 'Serving', 'Range', 'Sweep', 'Problem', 'parse_problem', 'load_problem', 'judge', 'rule_end',
-           'draft_problem']
+           'Decision', 'Budget', 'Serving', 'Range', 'Sweep', 'Problem', 'parse_problem', 'load_problem', 'judge',
+           'rule_end', 'draft_problem']
 
 # %% ../nbs/01_spec.ipynb #17789569
 import ast, re
@@ -139,6 +139,12 @@ class Decision(Strict):
         if self.target_precision and self.costs: raise ValueError('target_precision and costs are two ways to draw one line: give one')
         return self
 
+class Budget(Strict):
+    "What a smaller or faster form of the model may lose of the primary metric, against the checkpoint on the same items."
+    lose_at_most: float = Field(.01, ge=0)       # on all items: one point
+    slice_lose_at_most: float = Field(.03, ge=0) # on a slice with `min_support` items or more
+    min_support: int = Field(30, ge=1)
+
 class Serving(Strict):
     "Limits of the service."
     max_image_mb: float = Field(10, gt=0, le=100)
@@ -186,6 +192,7 @@ class Problem(Strict):
     data: DataRules = DataRules()
     decision: Decision = Decision()
     serving: Serving = Serving()
+    optimize: Budget = Budget()
     train: dict[str, Any] = {}   # defaults of the task's own configuration; the task checks them
     sweep: Sweep = Sweep()       # where `cvlab run sweep` looks for better ones
 
@@ -301,6 +308,8 @@ data:              # what a dataset must be before anything is trained on it
   no_gps: false          # true: no file may say where it was taken; cvlab data strip
 
 serving: {{max_image_mb: 10, max_pixels: 20000000, max_batch: 64}}
+
+optimize: {{lose_at_most: 0.01, slice_lose_at_most: 0.03}} # what a quantised or pruned form may lose of {primary}
 
 train:             # any setting of the trainer or of the task; an unknown name is refused
   epochs: {epochs}
