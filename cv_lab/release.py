@@ -98,9 +98,12 @@ def _judge_gap(rule:Rule, gaps:list) -> dict:
     return row | dict(said=f'{row["said"]}: {g["best"]} {g["best_value"]:.4g}, {g["worst"]} {g["worst_value"]:.4g}') if g.get('worst') else row
 
 # %% ../nbs/60_release.ipynb #cc256dc8
-def _judge_parity(performance:dict) -> dict:
+def _judge_parity(performance:dict, model:Path) -> dict:
     p = performance.get('parity'); row = dict(rule='parity with the checkpoint', why='what was judged is what answers')
     if not isinstance(p, dict): return row | dict(verdict='fail', measured=None, said='was not measured')
+    here, about = {n: h for n in _MODEL if (h := _hash(model/n))}, p.get('artifact') if isinstance(p.get('artifact'), dict) else {}
+    if other := sorted(n for n in {*here, *about} if here.get(n) != about.get(n)):
+        return row | dict(verdict='fail', measured=None, said=f'was measured with another {", ".join(other)}')
     worst = _figure(p, 'max_abs_diff'); worst = f'{worst["value"]:.2g}' if worst else 'unknown'
     said = p.get('said') or (f'{p.get("items", 0)} items, largest difference {worst}, '
                              f'{len(p.get("differ") or [])} answers differ')
@@ -135,7 +138,7 @@ def judge_rules(problem:Problem, evidence:str|Path, # `evaluation/` of a run or 
     where = lambda r: [r.slice] if r.slice != 'each' else list(problem.slices)
     rows = [_judge_rule(r, s, found, standing, same) for r in problem.acceptance for s in where(r)]
     judged = any(r['verdict'] != 'not judged' for r in rows)
-    rows += [_judge_parity(found.get('performance', {})), *_judge_data(found.get('data'))]
+    rows += [_judge_parity(found.get('performance', {}), model_folder(folder)), *_judge_data(found.get('data'))]
     if not judged: rows.append(dict(rule='something was judged', why='silence is no consent', verdict='fail',
                                     measured=None, said='no acceptance rule could be judged'))
     tables = sorted(p for p in folder.iterdir() if p.suffix in _JUDGED)
@@ -220,7 +223,7 @@ def _bundle_files(run:Path, problem_text:str, documents:dict[str, str]) -> dict[
 def _label(run:Path, problem:Problem) -> dict[str, str]:
     "What one wants to know of a bundle at a glance."
     lineage, gate = (read_json(run/n) if (run/n).is_file() else {} for n in ('lineage.json', 'gate.json'))
-    return dict(problem=problem.name, run=run.name, dataset=str(lineage.get('dataset') or ''),
+    return dict(problem=problem.name, run=lineage.get('run') or run.name, dataset=str(lineage.get('dataset') or ''),
                 verdict=gate.get('verdict', 'not judged'))
 
 def make_bundle(run_path:str|Path, problem:Problem,

@@ -40,8 +40,11 @@ def make_run(root, name='a', accuracy=.95, night=.9, fog_items=5, **performance)
     (run/'config.yaml').write_text('epochs: 1\n'); write_json(run/'lineage.json', dict(dataset='shapes@1')); (run/'golden.parquet').write_bytes(b'golden')
     put_metrics(run, accuracy, night, fog_items)
     write_json(ev/'performance.json', dict(latency_ms_p95=10., model_size_mb=1., model=file_digest(run/'export/model.onnx'),
-                                           parity=dict(ok=True, items=2, max_abs_diff=1e-6, differ=[])) | performance)
+                                           parity=dict(ok=True, items=2, max_abs_diff=1e-6, differ=[], artifact=model_files(run))) | performance)
     return run
+
+
+def model_files(run): return {p.name: file_digest(p) for p in (run/'export').iterdir()}
 
 
 def put_metrics(run, accuracy=.95, night=.9, fog_items=5):
