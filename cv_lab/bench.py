@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRICES', 'RAPL', 'processor', 'hardware', 'sample_files', 'percentiles', 'latency', 'crowded', 'race', 'best',
-           'alone', 'read_prices', 'cost_per_1000', 'energy', 'bench', 'pareto', 'plot_pareto']
+           'alone', 'read_prices', 'cost_per_1000', 'energy', 'bench_targets', 'beside', 'bench', 'pareto',
+           'plot_pareto']
 
 # %% ../nbs/46_bench.ipynb #840ea366
 import json, os, platform, subprocess, sys, time
@@ -13,7 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import Callable, Sequence
 import numpy as np, pyarrow.parquet as pq, yaml
-from .core import BadInput, NotFound, RunFailed, read_json
+from .core import BadInput, NotFound, RunFailed, inside, read_json
 from .predict import Predictor
 
 # %% ../nbs/46_bench.ipynb #2a78199a
@@ -162,6 +163,28 @@ def energy(predictor:Predictor, files:Sequence[bytes], seconds:float=1.) -> dict
     used = _read_joules(predictor.device)[0] - before
     return dict(joules_per_answer=used/n if used > 0 else None, energy_source=source if used > 0 else 'not measured: the counter started again')
 
+# %% ../nbs/46_bench.ipynb #aaaca6e2
+def bench_targets(name:str, ws,
+                  released:Callable|None=None, # (problem, alias) -> folder, such as `Registry.path`
+                  ) -> dict[str, Path]: # what to call it -> model folder; several for a run with variants
+    "The models meant by a run, RUN/VARIANT, PROBLEM/ALIAS, or a folder; the last run when nothing is named."
+    if name and (Path(name)/'model.onnx').is_file(): return {Path(name).name: Path(name)}
+    if not name:
+        done = sorted(ws.runs.glob('*/done.json'), key=lambda p: p.stat().st_mtime)
+        if not done: raise NotFound('no model was named, and there is no run', 'a run, PROBLEM/ALIAS, or a model folder', 'train one with: cvlab run train')
+        name = done[-1].parent.name
+    run, _, variant = name.partition('/'); at = inside(ws.runs, run)
+    if variant and (at/'variants'/variant/'export/model.onnx').is_file(): return {name: at/'variants'/variant/'export'}
+    if not variant and (at/'export/model.onnx').is_file(): return {'onnx': at/'export'} | {p.parent.name: p.parent/'export' for p in sorted(at.glob('variants/*/variant.json')) if read_json(p).get('device') == 'cpu'}
+    if released is None: raise NotFound(f'there is no model {name}', 'a run, RUN/VARIANT, or a model folder', 'see cvlab runs')
+    return {name: released(run, variant or 'production')}
+
+def beside(folder:Path) -> dict: # metric, value; empty: none
+    "The leading figure of the evaluation that lies beside a model."
+    at = next((p for p in (folder/'evaluation/metrics.json', folder.parent/'evaluation/metrics.json') if p.is_file()), None)
+    figures = read_json(at)['metrics'] if at else {}; first = next(iter(figures), None)
+    return dict(metric=first, value=figures[first]['value']) if first else {}
+
 # %% ../nbs/46_bench.ipynb #8cace392
 def bench(folder:str|Path,      # a run's `export/`, or a bundle
           device:str='auto', threads:int=0, sizes:Sequence[int]=(1, 8, 32), clients:Sequence[int]=(1, 2, 4, 8),
@@ -177,7 +200,7 @@ def bench(folder:str|Path,      # a run's `export/`, or a bundle
     say('a process of its own'); out |= alone(folder, p.device, threads, max(sizes))
     say('energy'); out |= energy(p, files, seconds); top = max(c['per_second'] for c in out['concurrency'])
     out |= dict(per_second=top, cost_per_1000=cost_per_1000(top, prices, p.device, out['joules_per_answer']), currency=prices['currency'],
-                prices='the example of cv_lab.bench' if prices['example'] else 'given')
+                prices='the example of cv_lab.bench' if prices['example'] else 'given') | beside(folder)
     return out
 
 # %% ../nbs/46_bench.ipynb #dfd4ffc0

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'AsJson', 'print_json', 'print_table', 'run', 'not_accepted', 'run_rows', 'runs', 'evaluate', 'problem_of',
-           'compare', 'release_run', 'release', 'model_folder', 'predict', 'init', 'serve', 'walk_problem', 'walk',
-           'tour_problems', 'tour', 'main']
+           'compare', 'release_run', 'release', 'optimize', 'bench', 'model_folder', 'predict', 'init', 'serve',
+           'walk_problem', 'walk', 'tour_problems', 'tour', 'main']
 
 # %% ../../nbs/99_cli.main.ipynb #83caf70e
 import getpass, importlib, json, os, pkgutil, sys
@@ -144,14 +144,66 @@ def release(run: Annotated[str, typer.Argument(help='A run’s name; see `cvlab 
             alias: Annotated[str, typer.Option(help='Where it goes when the gate passes; `none` only stores it.')] = 'production',
             reason: str = '', by: Annotated[str, typer.Option(help='Who releases.')] = '',
             override: Annotated[str|None, typer.Option(help='Promote in spite of a failing verdict, with this reason; needs --by, and is logged.')] = None,
+            variant: Annotated[str, typer.Option(help='A form of it that `cvlab optimize` made.')] = '',
             problem: Annotated[Path|None, typer.Option(help='The problem file; the run’s own otherwise.')] = None, as_json: AsJson = False):
     "Make a run the model that answers, if its gate passes."
     from cv_lab.experiment import find_run
-    from cv_lab.release import verdict_table
+    from cv_lab.release import Registry, verdict_table
     ws = workspace(); folder = find_run(run, ws=ws); spec, text = problem_of(folder, problem, ws)
+    if variant:
+        from cv_lab.optimize import compare_again, variant_folder
+        folder = variant_folder(folder, variant); compare_again(folder, spec, Registry(ws.registry))
     tag, verdict = release_run(folder, spec, text, ws, None if alias == 'none' else alias, reason, by, override)
     if as_json: return print_json(dict(tag=tag, verdict=verdict))
     print_table(verdict_table(verdict).to_dict('records'), f'{folder.name}: {verdict["verdict"]}'); print(f'{tag} is stored' + ('' if alias == 'none' else f' and is {alias} now'))
+
+# %% ../../nbs/99_cli.main.ipynb #7d327297
+@app.command()
+def optimize(run: Annotated[str, typer.Argument(help='A run’s name; the last one otherwise.')] = '',
+             target: Annotated[str, typer.Option(help='Where it shall answer: cpu, cuda, openvino or tensorrt.')] = 'cpu',
+             form: Annotated[list[str]|None, typer.Option(help='Only this form; may be given again.')] = None,
+             threads: Annotated[int, typer.Option(help='Of the CPU for one inference; 0: all cores.')] = 1,
+             compiled: Annotated[bool, typer.Option('--compile/--no-compile', help='Measure torch.compile too.')] = True,
+             force: Annotated[bool, typer.Option(help='Make again what is there.')] = False,
+             problem: Annotated[Path|None, typer.Option(help='The problem file; the run’s own otherwise.')] = None, as_json: AsJson = False):
+    "Make smaller and faster forms of a run, and prove that nothing changed."
+    from cv_lab.experiment import find_run, run_experiment
+    from cv_lab.optimize import forms_for
+    ws = workspace(); folder = find_run(run, ws=ws); forms_for(target, form or [])
+    report = run_experiment('optimize', dict(run=folder.name, target=target, forms=form or [], threads=threads, compiled=compiled, force=force, problem=str(problem or '')), ws=ws, loud=not as_json); found = report.metrics
+    if as_json: return print_json(found | dict(report=str(report.html)))
+    names = ('variant', 'precision', 'parity', 'value', 'loses', 'images_per_second', 'times_eager', 'latency_ms_p50', 'latency_ms_p95', 'model_size_mb', 'peak_memory_mb')
+    print_table([{k: {True: 'pass', False: 'fail'}.get(r.get(k)) if k == 'parity' else r.get(k) for k in names} for r in found['rows']], f'{folder.name}: {found["metric"]} on the test split, {found["hardware"]}')
+    for r in found['rows']: print(f'{r["variant"]}: {r["said"]}') if r.get('said') else None
+    for n, why in found['skipped'].items(): print(f'{n}: {why}')
+    print(f'report: {os.path.relpath(report.html)}')
+
+@app.command()
+def bench(model: Annotated[str, typer.Argument(help='A run (with all its forms), RUN/VARIANT, PROBLEM/ALIAS, or a model folder; the last run otherwise.')] = '',
+          device: Annotated[str, typer.Option(help='auto, cpu or cuda.')] = 'auto', threads: Annotated[int, typer.Option(help='Of the CPU for one inference; 0: all cores.')] = 1,
+          prices: Annotated[Path|None, typer.Option(help='What machines cost (YAML); `cv_lab.bench.PRICES` shows the form.')] = None,
+          seconds: Annotated[float, typer.Option(help='Of one measurement.')] = 1., report: Annotated[bool, typer.Option(help='Make the report page.')] = True,
+          every: Annotated[bool, typer.Option('--all', help='The promises of the house instead, into reports/benchmarks/: what `make bench` does.')] = False,
+          only: Annotated[list[str]|None, typer.Option(help='One of those promises; may be given again.')] = None, as_json: AsJson = False):
+    "What an answer costs: time, throughput, memory, start-up, money and energy."
+    from cv_lab.bench import bench as measure, bench_targets, read_prices
+    from cv_lab.experiment import run_experiment
+    from cv_lab.release import Registry
+    ws = workspace()
+    if every or only: return _promises(ws, only or [], as_json)
+    cost, targets = read_prices(prices), bench_targets(model, ws, Registry(ws.registry).path)
+    if report: page = run_experiment('bench', dict(model=model or next(iter(targets.values())).parent.name, device=device, threads=threads, prices=str(prices or ''), seconds=seconds), ws=ws, loud=not as_json); rows = page.metrics['models']
+    else: rows = {n: measure(f, device, threads, prices=cost, seconds=seconds, say=lambda text, n=n: print(f'{n}: {text}', file=sys.stderr)) for n, f in targets.items()}
+    if as_json: return print_json(rows)
+    names = ('precision', 'latency_ms_p50', 'latency_ms_p95', 'latency_ms_p99', 'per_second', 'peak_memory_mb', 'startup_seconds', 'model_size_mb', 'cost_per_1000')
+    first = next(iter(rows.values())); print_table([dict(model=n, **{k: r.get(k) for k in names}) for n, r in rows.items()], f'{first["hardware"]}, prices: {first["prices"]}, {first["currency"]}')
+    print(f'energy: {first["energy_source"]}'); print(f'report: {os.path.relpath(page.html)}') if report else None
+
+def _promises(ws, only:list[str], as_json:bool) -> None:
+    from cv_lab.benchmarks import measure_steps
+    rows = measure_steps(ws, only, say=(lambda text: None) if as_json else lambda text: print(text, flush=True))
+    if as_json: print_json(rows)
+    else: print(f'{os.path.relpath(ws.reports/"benchmarks/README.md")}: {sum(r["kept"] for r in rows if r["goal"])} of {sum(bool(r["goal"]) for r in rows)} goals were reached')
 
 # %% ../../nbs/99_cli.main.ipynb #c8eddab3
 def model_folder(name:str, ws) -> Path:
