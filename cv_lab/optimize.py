@@ -143,7 +143,7 @@ def _describe(shop:Workshop, name:str, out:Path) -> None:
         if (shop.run.path/n).is_file(): (out/n).parent.mkdir(exist_ok=True); shutil.copyfile(shop.run.path/n, out/n)
     write_json(out/'lineage.json', read_json(shop.run.path/'lineage.json') | dict(run=f'{shop.run.name}/{name}', variant=name))
 
-def make_variant(shop:Workshop, name:str, registry=None, force:bool=False, say:Callable=lambda text: None) -> Path: # its folder
+def make_variant(shop:Workshop, name:str, opponents:Callable|None=None, force:bool=False, say:Callable=lambda text: None) -> Path: # its folder; `opponents` as for compare_again
     "Make, judge and measure one form of a run. One that is there already is kept."
     form, out = FORMS[name], shop.run.path/'variants'/name
     key = digest(dict(weights=shop.run.done['weights'], form=form, problem=shop.problem.digest, data=shop.data.version, hardware=hardware(), ort=ort.__version__))
@@ -154,14 +154,14 @@ def make_variant(shop:Workshop, name:str, registry=None, force:bool=False, say:C
     write_golden(out/'golden.parquet', shop.test, shop.data.read, said); say(f'{shop.problem.metrics.primary} {figures["metrics"][shop.problem.metrics.primary]["value"]:.4g}')
     cost = performance(shop.run, model, shop.test, shop.data.read, shop.problem, said, shop.base) | alone(out/'export', form.device, shop.threads or 1)
     write_json(out/'evaluation/performance.json', cost | dict(precision=form.precision)); say(cost['parity'].get('said') or 'the same answers as the checkpoint')
-    if registry is not None: compare_again(out, shop.problem, registry)
+    if opponents: compare_again(out, shop.problem, opponents)
     write_json(out/'variant.json', dict(name=name, key=key, run=shop.run.name, what=form.what, precision=form.precision, provider=form.provider, device=form.device, notes=notes)); return out
 
-def compare_again(folder:Path, problem:Problem, registry) -> None:
+def compare_again(folder:Path, problem:Problem,
+                  opponents:Callable) -> None: # folder -> {alias: (tag, evaluation folder)}, as `release.opponents` finds them
     "Compare a run or a variant with the models that its problem's rules name, as they stand now."
-    from cv_lab.release import opponents
     for old in (folder/'evaluation').glob('comparison*.json'): old.unlink()
-    for alias, (tag, theirs) in opponents(folder, problem, registry).items(): write_comparison(folder/'evaluation', problem, theirs, alias, tag)
+    for alias, (tag, theirs) in opponents(folder).items(): write_comparison(folder/'evaluation', problem, theirs, alias, tag)
 
 # %% ../nbs/50_optimize.ipynb #dd3344bc
 def torch_forms(checkpoint:Checkpoint, device:str='cpu', compiled:bool=True) -> dict[str, Callable]: # name -> pixels -> named outputs
@@ -196,7 +196,7 @@ def _row(shop:Workshop, name:str, rates:dict, folder:Path|None) -> dict: # folde
     return row | dict(value=figure['value'], low=figure['low'], high=figure['high'], loses=((p.get('slices') or {}).get('all') or {}).get('loses'), parity=p.get('ok'), said=p.get('said'), stage=p.get('stage'),
                       **{k: cost.get(k) for k in ('latency_ms_p50', 'latency_ms_p95', 'latency_ms_p99', 'model_size_mb', 'peak_memory_mb', 'startup_seconds', 'hardware')}, precision=cost.get('precision', 'fp32'))
 
-def optimize_run(run:Run, problem:Problem, data:Dataset, target:str='cpu', forms:Sequence[str]=(), registry=None, threads:int=0, compiled:bool=True, force:bool=False,
+def optimize_run(run:Run, problem:Problem, data:Dataset, target:str='cpu', forms:Sequence[str]=(), opponents:Callable|None=None, threads:int=0, compiled:bool=True, force:bool=False,
                  say:Callable=print) -> dict: # rows, skipped; also written to `variants/summary.json`
     "Make the forms of a run for a target, judge and measure them, side by side with torch."
     names = forms_for(target, forms); skipped = {n: why for n in names if (why := missing(FORMS[n]))}
@@ -204,7 +204,7 @@ def optimize_run(run:Run, problem:Problem, data:Dataset, target:str='cpu', forms
     if len(skipped) == len(names): raise NotFound(f'nothing can be made here for {target}: {"; ".join(dict.fromkeys(skipped.values()))}', 'a machine that has what the target needs', 'choose another target')
     shop = Workshop(run, problem, data, threads); folders = {}
     for n in names:
-        if n not in skipped: folders[n] = make_variant(shop, n, registry, force, lambda text, n=n: say(f'{n}: {text}'))
+        if n not in skipped: folders[n] = make_variant(shop, n, opponents, force, lambda text, n=n: say(f'{n}: {text}'))
     say('side by side with torch'); rates = contest(shop, folders, compiled, say=say); judged = {'onnx': run.path} if (run.path/'evaluation/performance.json').is_file() else {}
     for n, f in folders.items(): c = f/'evaluation/performance.json'; write_json(c, read_json(c) | dict(images_per_second=best(rates[n])[1], batch=best(rates[n])[0])) if n in rates else None
     rows = [_row(shop, n, rates, (judged | folders).get(n)) for n in dict.fromkeys([*rates, *folders])]; _with_torch(shop, rows)

@@ -13,7 +13,7 @@ from cv_lab.bench import cost_per_1000, pareto, percentiles, race, read_prices
 from cv_lab.core import BadInput, NotAccepted, NotFound, file_digest, read_json, write_json
 from cv_lab.parity import parity, within
 from cv_lab.predict import Predictor, predict_table
-from cv_lab.release import Registry, judge_rules, make_bundle, write_gate
+from cv_lab.release import Registry, judge_rules, make_bundle, opponents, write_gate
 from cv_lab.spec import Problem, parse_problem
 from cv_lab.tasks import classification
 
@@ -156,14 +156,14 @@ def test_no_parity_no_promotion(copied, tmp_path):
 
 def test_a_variant_goes_through_the_same_gate(copied, tmp_path):
     from cv_lab.optimize import Workshop, compare_again, make_variant, variant_folder
-    run, data = copied; judged(run, data); shop = Workshop(run, PROBLEM, data, 1); registry = Registry(tmp_path/'registry')
+    run, data = copied; judged(run, data); shop = Workshop(run, PROBLEM, data, 1); registry = Registry(tmp_path/'registry'); others = lambda at: opponents(at, PROBLEM, registry)
     with pytest.raises(NotFound, match='no variant'): variant_folder(run.path, 'int8')
-    out = make_variant(shop, 'int8', registry); assert variant_folder(run.path, 'int8') == out and not (out/'export/model.safetensors').exists()
+    out = make_variant(shop, 'int8', others); assert variant_folder(run.path, 'int8') == out and not (out/'export/model.safetensors').exists()
     cost = read_json(out/'evaluation/performance.json'); assert cost['precision'] == 'int8' and cost['peak_memory_mb'] > 0 and cost['model'] == file_digest(out/'export/model.onnx')
     assert 'QuantizeLinear' in {n.op_type for n in onnx.load(out/'export/model.onnx').graph.node} and cost['model_size_mb'] < .7*(run.path/'export/model.onnx').stat().st_size/1e6
-    compare_again(out, PROBLEM, registry); verdict = write_gate(out, PROBLEM, registry); tag = registry.add(make_bundle(out, PROBLEM, TEXT)); assert verdict['verdict'] == 'pass', verdict
+    compare_again(out, PROBLEM, others); verdict = write_gate(out, PROBLEM, registry); tag = registry.add(make_bundle(out, PROBLEM, TEXT)); assert verdict['verdict'] == 'pass', verdict
     registry.promote(tag, reason='faster', by='b'); assert registry.models()[0]['run'] == 'stripes-1/int8'
-    stamp = (out/'variant.json').stat().st_mtime_ns; make_variant(shop, 'int8', registry); assert (out/'variant.json').stat().st_mtime_ns == stamp
+    stamp = (out/'variant.json').stat().st_mtime_ns; make_variant(shop, 'int8', others); assert (out/'variant.json').stat().st_mtime_ns == stamp
 
 
 def test_ranges_from_each_batch_are_refused(copied):

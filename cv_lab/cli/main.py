@@ -148,11 +148,11 @@ def release(run: Annotated[str, typer.Argument(help='A run’s name; see `cvlab 
             problem: Annotated[Path|None, typer.Option(help='The problem file; the run’s own otherwise.')] = None, as_json: AsJson = False):
     "Make a run the model that answers, if its gate passes."
     from cv_lab.experiment import find_run
-    from cv_lab.release import Registry, verdict_table
+    from cv_lab.release import Registry, opponents, verdict_table
     ws = workspace(); folder = find_run(run, ws=ws); spec, text = problem_of(folder, problem, ws)
     if variant:
         from cv_lab.optimize import compare_again, variant_folder
-        folder = variant_folder(folder, variant); compare_again(folder, spec, Registry(ws.registry))
+        folder = variant_folder(folder, variant); compare_again(folder, spec, lambda at: opponents(at, spec, Registry(ws.registry)))
     tag, verdict = release_run(folder, spec, text, ws, None if alias == 'none' else alias, reason, by, override)
     if as_json: return print_json(dict(tag=tag, verdict=verdict))
     print_table(verdict_table(verdict).to_dict('records'), f'{folder.name}: {verdict["verdict"]}'); print(f'{tag} is stored' + ('' if alias == 'none' else f' and is {alias} now'))
