@@ -152,6 +152,7 @@ def parity(run,                          # the checkpoint: a run, or a bundle th
         for some, of in zip(walk([read(u) for u in uris[i:i + batch]]), (found, ours, theirs)): of += some
     precision = predictor.runtime.get('precision', 'fp32'); stages = _stages(found, ids, precision, tolerance); tables = predictions_table(ids, ours), predictions_table(ids, theirs)
     figures = side_by_side(rows, tables[0], tables[1] if base is None else base, problem) if problem else None
+    if predictor.classes != checkpoint.classes: stages.setdefault('post-processing', dict(allowed=0., largest=1.)).update(ok=False, item=ids[0], said=f'the classes are {predictor.classes}, and were {checkpoint.classes} in training')
     _judge_network(stages, precision, figures, problem); _judge_judged(stages, ids, ours, judged, tolerance, len(predictor.classes))
     _judge_neighbours(stages, predictor, [read(u) for u in uris[:8]], ids, tolerance)
     return _verdict(stages, ids, ours, theirs, figures, precision, tolerance) | dict(outputs={k: _finite(v) for k, v in getattr(walk, 'outputs', {}).items()}, artifact=artifact_files(predictor.folder))
