@@ -67,9 +67,9 @@ MODEL_CARD = '''\
 The network is `{{ config.fit.task.get('network', config.fit.task.get('backbone', problem.task)) }}`, trained for {{ done.epochs }} epochs \
 (best: {{ done.best_epoch }}) with seed {{ lineage.seed }} on {{ lineage.gpu or 'CPU' }}. An image is decoded upright as RGB, made \
 {{ image.width }} x {{ image.height }} pixels ({{ image.fit }}, {{ image.interpolation }}), and normalised inside the graph. \
-{% if thresholds.temperature is defined %}
-Its confidence is calibrated with the temperature {{ '%.3g' % thresholds.temperature }}, fitted on {{ thresholds.fitted_on | default('no') }} held-out items\
-{% if thresholds.min_confidence %}; answers below a confidence of {{ '%.3g' % thresholds.min_confidence }} are marked as not accepted\
+{% if thresholds.temperature is defined and thresholds.fitted_on is defined %}
+Its confidence is calibrated with the temperature {{ '%.3g' % thresholds.temperature }}, fitted on {{ thresholds.fitted_on }} held-out items\
+{% if thresholds.min_confidence is defined and thresholds.min_confidence %}; answers below a confidence of {{ '%.3g' % thresholds.min_confidence }} are marked as not accepted\
 {% endif %}.
 {% endif %}
 
@@ -117,7 +117,7 @@ The exported graph and the checkpoint agree on {{ performance.parity['items'] }}
 
 - The figures hold for images like those of the dataset version named above, and for no others.
 {% if data and data.findings %}
-- The data check found: {% for f in data.findings %}{{ f.kind }} ({{ f.count }}){{ ', ' if not loop.last }}{% endfor %}.
+- The data check found: {% for f in data.findings %}{{ f.kind }} ({{ f['items'] }}){{ ', ' if not loop.last }}{% endfor %}.
 {% endif %}
 {% for k, s in metrics.slices.items() if s.support < 30 %}
 - The slice “{{ k }}” has {{ s.support }} items: too few to say anything about it.
