@@ -16,13 +16,13 @@ from .data.manifest import tags_of
 from .image import decode
 from .predict import MODEL_FILES, Predictor, differences
 from .spec import Problem, select
-from .task import Prediction, get_task, predictions_table
+from .task import Prediction, get_task, predictions_table, trained_config
 
 # %% ../nbs/47_parity.ipynb #80dbb2b8
 def checkpoint_network(run): # a run, or anything with its `path` and `config`; torch.nn.Module in evaluation mode, the task's settings
     "The network of a run with its best weights."
     from safetensors.torch import load_file
-    c = run.config; task = get_task(c['task']); cfg = task.Config.model_validate(c['fit']['task'] | {'pretrained': False})
+    c = run.config; task = get_task(c['task']); cfg = trained_config(task, c['fit']['task'])
     found = [p for p in (run.path/'export/model.safetensors', run.path/'model.safetensors') if p.is_file()]
     if not found: raise NotFound(f'{run.path.name} has no checkpoint', 'model.safetensors', 'name the run that it was made from')
     net = task.network(cfg, c['classes']); net.load_state_dict(load_file(found[0]))

@@ -20,7 +20,7 @@ from .geometry import box_iou, mask_iou
 from .image import MAX_PIXELS, Placement, Preprocess, decode, placement, preprocess
 from .data.manifest import PREDICTIONS
 from .spec import Problem
-from .task import Prediction, get_task, in_image, predictions_table
+from .task import Prediction, get_task, in_image, predictions_table, trained_config
 from .windows import Window, joined, windows
 
 # %% ../nbs/45_predict.ipynb #ae0d0c88
@@ -66,7 +66,7 @@ def _torch_network(folder:Path, info:dict) -> Callable:
     import torch
     from safetensors.torch import load_file
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    task = get_task(info['task']); cfg = task.Config.model_validate(info['config'] | {'pretrained': False})
+    task = get_task(info['task']); cfg = trained_config(task, info['config'])
     net = task.network(cfg, info['classes']); net.load_state_dict(load_file(folder/'model.safetensors'))
     net = net.eval().to('cuda', memory_format=torch.channels_last)
     def run(batch):
