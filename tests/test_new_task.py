@@ -1,11 +1,23 @@
-"A task is one notebook: in a copy of the repository a page is added, and the contract tests find it, with no other edit."
-import hashlib, os, shutil, subprocess, sys
+"A task is one notebook: in a copy of the repository a page is added, and everything else finds it, with no other edit."
+import hashlib, json, os, shutil, subprocess, sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = '26_tasks.keypoints.ipynb'
+PROBLEM = '''
+name: arrows
+task: keypoints
+dataset: data/arrows
+owner: the tests
+intended_use: Where the head and the tail of an arrow are.
+classes: [head, tail]
+metrics: {primary: within, report: [within, error], resamples: 200}
+acceptance: [{metric: within, at_least: 0.3, judge: point, min_support: 5, why: found now and then}]
+decision: {threshold: 0.05}
+train: {epochs: 30, batch_size: 14, lr: 0.02, val_every: 10}
+'''
 
 
 def tracked():
@@ -34,3 +46,12 @@ def copy(tmp_path_factory):
 def test_the_contract_tests_find_it(copy):
     root, run = copy; done = run('-m', 'pytest', '-q', '-rA', '-p', 'no:cacheprovider', 'tests/test_tasks.py', '-k', 'keypoints'); assert done.returncode == 0, done.stdout[-3000:]
     assert 'PASSED tests/test_tasks.py::test_the_network_learns[keypoints]' in done.stdout
+
+
+def test_training_report_gate_release_and_service_find_it(copy):
+    root, run = copy; (root/'problems/arrows.yaml').write_text(PROBLEM)
+    made = run('-c', "from cv_lab.data.manifest import save_dataset; from cv_lab.tasks.keypoints import example; save_dataset(example('data/arrows'), 'data/arrows')"); assert made.returncode == 0, made.stderr[-2000:]
+    done = run('-c', "from cv_lab.cli.main import main; main(['walk', '--problem', 'problems/arrows.yaml'])"); assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    assert 'is production' in done.stdout and '/v1/models/arrows/predict' in done.stdout and '"label": "head"' in done.stdout
+    for kind in ('train', 'error_analysis'): report, = (root/'reports'/kind).glob('*/report.html'); assert 'arrows' in report.read_text()
+    run_folder, = (root/'runs').glob('arrows-*'); found = json.loads((run_folder/'evaluation/performance.json').read_text())['parity']; assert found['ok'] and found['box_iou'] >= .999
