@@ -651,7 +651,7 @@ def _facts(folder:Path) -> dict[str, str]:
     out |= {f'figure: {k} on {s}': say(f) for s, x in m['slices'].items() for k, f in x['metrics'].items()}
     for n in ('bundle', 'lineage', 'thresholds', 'preprocess', 'model', 'evaluation/performance'):
         if (folder/f'{n}.json').is_file():
-            out |= {f'{Path(n).stem}: {k}': v for k, v in _flat(read_json(folder/f'{n}.json'), '')}
+            out |= {f'{Path(n).stem}: {k}': v for k, v in _flat(read_json(folder/f'{n}.json'), '') if not k.startswith('parity artifact')} # files are listed below
     if (folder/'config.yaml').is_file():
         out |= {f'settings: {k}': v for k, v in _flat(yaml.safe_load((folder/'config.yaml').read_text()), '')}
     return out | {f'file: {n}': h[:16] for n, h in read_json(folder/'checksums.json').items()}

@@ -10,7 +10,7 @@ from cv_lab.core import file_digest, read_json, write_json
 from cv_lab.release import Registry
 from cv_lab.serve import free_port
 from cv_lab.service.models import toy_model
-from tests.test_release import PROBLEM, TEXT, make_run, release
+from tests.test_release import PROBLEM, TEXT, make_run, model_files, release
 
 STEP = re.compile(r'```sh\n(.*?)\n```\n(?:You see `([^`]+)`|You see the new `([^`]+)`)?', re.S)
 
@@ -26,7 +26,7 @@ def steps(): return [(m[1], m[2] or m[3]) for m in STEP.finditer(text())]
 def released(at, name, gain):
     "A bundle that passed its gate and can be served."
     run = make_run(at/'runs', name); toy_model(run/'export', gain=gain, problem='shapes'); p = run/'evaluation/performance.json'
-    write_json(p, read_json(p) | dict(model=file_digest(run/'export/model.onnx'))); (run/'golden.parquet').unlink()
+    about = read_json(p); write_json(p, about | dict(model=file_digest(run/'export/model.onnx'), parity=about['parity'] | dict(artifact=model_files(run)))); (run/'golden.parquet').unlink()
     return release(run, Registry(at/'registry'))
 
 

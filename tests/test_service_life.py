@@ -159,7 +159,7 @@ def test_canary_and_its_withdrawal(tmp_path):
             again = (await http.post('/v1/predict', content=grey(200), headers={'x-request-key': 'user 7'})).json()
             about = await http.get('/v1/admin/rollout/brightness'); changed = await http.put('/v1/admin/rollout/brightness', json=dict(mode='canary', share=1.)); wrong = await http.put('/v1/admin/rollout/brightness', json=dict(share=2))
             after = (await http.post('/v1/predict', content=grey(200))).json(); return said, again, about.json(), changed, wrong, after, service.models.pick(None).digest
-    said, again, about, changed, wrong, after, champion = run(go(twin, mode='canary', share=.3)); Trying.model_validate(about)
+    said, again, about, changed, wrong, after, champion = run(go(twin, mode='canary', share=.3, max_slowdown=1000)); Trying.model_validate(about) # its time is not the point, and the machine may be busy
     who = {k: v['model']['digest'] != champion for k, v in said.items()}
     assert who == {k: chosen(k, .3) for k in said} and (again['model']['digest'] != champion) == who['user 7'] and about['withdrawn'] is None
     assert changed.status_code == 200 and wrong.status_code == 422 and after['model']['digest'] != champion
