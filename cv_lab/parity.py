@@ -191,10 +191,11 @@ def _judge_judged(stages:dict, ids:list[str], ours:list[Prediction], judged:pa.T
 
 def _judge_neighbours(stages:dict, predictor:Predictor, files:list[bytes], ids:list[str], tolerance:float) -> None:
     "No answer depends on its neighbours in the batch."
-    together, n = predictor.answers(ready := [predictor.prepare(f) for f in files]), stages.get('network')
-    apart = [(_finite(_apart(differences(predictor.answers([p])[0], t))), i) for p, t, i in zip(ready, together, ids)]
-    if n and apart and (worst := max(apart))[0] > tolerance: n.update(ok=False, largest=worst[0], item=worst[1], said=f'the answer changes by {worst[0]:.3g} with its neighbours in the batch')
-    if n and apart: n['alone'] = max(apart)[0]
+    if (n := stages.get('network')) is None or not files: return
+    x = np.stack([predictor.prepare(f).pixels for f in files]); together = predictor.infer(x)
+    moved = lambda i, alone: max(_floats(alone[k][0], v[i])/max(float(np.abs(v).max()), 1e-9) for k, v in together.items())
+    worst, item = max((_finite(moved(i, predictor.infer(x[i:i + 1]))), ids[i]) for i in range(len(x))); n['alone'] = worst
+    if worst > (1e-2 if predictor.runtime.get('precision') == 'fp16' else tolerance): n.update(ok=False, largest=worst, item=item, said=f'the outputs change by {worst:.3g} of their size with the neighbours in the batch')
 
 def _verdict(stages, ids, ours, theirs, figures, precision, tolerance) -> dict:
     d = [differences(a, b) for a, b in zip(ours, theirs)]; differ = [i for i, x in zip(ids, d) if x['labels']]; worst = {k: _finite(max(x.get(k, 0.) for x in d)) for k in {k for x in d for k in x}}
