@@ -80,6 +80,7 @@ class _Asks:
         headers = kw.get('headers', {}) | {'x-deadline-ms': str(max(1, min(int(left*1e3), 600_000)))}
         return self.http.build_request(method, path, timeout=left, **kw | dict(headers=headers))
 
+# %% ../nbs/71_client.ipynb #2eff8da3
 class Client(_Asks):
     "A client that waits."
     _kind = httpx.Client
@@ -109,6 +110,7 @@ class Client(_Asks):
     def __enter__(self): return self
     def __exit__(self, *_): self.http.close()
 
+# %% ../nbs/71_client.ipynb #7498d53b
 class AsyncClient(_Asks):
     "The same, to be awaited."
     _kind = httpx.AsyncClient

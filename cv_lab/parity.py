@@ -163,6 +163,7 @@ def artifact_files(folder:str|Path) -> dict[str, str]: # file -> sha256
 
 def _finite(v:float) -> float: return float(v) if math.isfinite(v) else 1e30 # JSON knows no infinity
 
+# %% ../nbs/47_parity.ipynb #671f11fd
 def _stages(found:list[dict], ids:list[str], precision:str, tolerance:float) -> dict:
     "Of every stage the largest difference, where it is, and what is allowed."
     most, out = dict(zip(STAGES, (0., 0., 1e-4 if precision == 'fp32' else .02, tolerance, min(tolerance, 1e-6)))), {}
@@ -189,6 +190,7 @@ def _judge_judged(stages:dict, ids:list[str], ours:list[Prediction], judged:pa.T
     apart = [(_finite(_apart(differences(p, was[i]))) if i in was else 1., i) for i, p in zip(ids, ours)]; v, item = max(apart, key=lambda t: t[0])
     if v > tolerance: s = stages.setdefault('post-processing', dict(allowed=tolerance)); s.update(ok=False, largest=v, item=item, said=f'{v:.3g} {UNITS["post-processing"]} away from the answer that was judged')
 
+# %% ../nbs/47_parity.ipynb #8912d643
 def _judge_neighbours(stages:dict, predictor:Predictor, files:list[bytes], ids:list[str], tolerance:float) -> None:
     "No answer depends on its neighbours in the batch."
     if (n := stages.get('network')) is None or not files: return

@@ -379,6 +379,7 @@ class Store:
         write_atomic(to.parent/'latest', to.name)  # BentoML's own alias, for who asks BentoML
         os.rename(made, to)
 
+# %% ../nbs/60_release.ipynb #bcf31513
 def _about(bundle:Path) -> dict[str, str]:
     "The label of a bundle."
     said = read_json(bundle/'bundle.json')

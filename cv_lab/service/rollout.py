@@ -54,6 +54,7 @@ def _lowest_priority():
     try: os.setpriority(os.PRIO_PROCESS, 0, 19)
     except (AttributeError, OSError): pass
 
+# %% ../../nbs/68_service.rollout.ipynb #39f96466
 class Rollout:
     "Challengers beside their champions."
     def __init__(self, champions:Models, challengers:Models, plan:Plan, kept=None):
