@@ -62,8 +62,11 @@ class Sealed(Log):
             with FileLock(self.path.with_suffix('.lock'), timeout=30):
                 e = super().append(**event); write_json(self.seal, dict(n=e['n'], line=e['line']))
         except (Timeout, OSError) as bad:
-            raise Refusal(f'{self.path} cannot be written: {bad or "another process holds it"}', 'a log that can be added to',
-                          'nothing is done that cannot be logged; free the file, then try again') from None
+            raise Refusal(
+                f'{self.path} cannot be written: {bad or "another process holds it"}',
+                'a log that can be added to',
+                'nothing is done that cannot be logged; free the file, then try again',
+            ) from None
         return e
 
     def faults(self, head:str='') -> list[str]: # `head`: the first digits of a digest that was noted elsewhere
@@ -73,9 +76,12 @@ class Sealed(Log):
         if self.seal.is_file(): s = read_json(self.seal)
         elif lines: return [*out, f'the seal of the log, {self.seal.name}, is gone']
         else: return out
-        if s['n'] > len(lines): out.append(f'lines {len(lines) + 1} to {s["n"]} of the log are gone')
-        elif lines[s['n'] - 1]['line'] != s['line']: out.append(f'line {s["n"]} of the log is not the one that was written')
-        if head and not any(e['line'].startswith(head) for e in lines): out.append(f'the line {head[:16]} is not in the log: it was written anew')
+        if s['n'] > len(lines):
+            out.append(f'lines {len(lines) + 1} to {s["n"]} of the log are gone')
+        elif lines[s['n'] - 1]['line'] != s['line']:
+            out.append(f'line {s["n"]} of the log is not the one that was written')
+        if head and not any(e['line'].startswith(head) for e in lines):
+            out.append(f'the line {head[:16]} is not in the log: it was written anew')
         return out
 
 # %% ../nbs/00b_audit.ipynb #10812929

@@ -21,7 +21,10 @@ GREY = 114 # of margins, as `Preprocess.pad`
 def _window(x, size:tuple[int, int], top:int, left:int, height:int, width:int):
     "`x` resized to `size`, then the window that begins at `top`, `left`; what lies outside is grey (no mask)."
     h, w = size; pad = [max(0, -left), max(0, -top), max(0, left + width - w), max(0, top + height - h)]
-    if isinstance(x, tv_tensors.Mask): x = tv_tensors.wrap((F.resize(x.as_subclass(torch.Tensor)*255, list(size), antialias=True) > 127).byte(), like=x)
+    if isinstance(x, tv_tensors.Mask):
+        x = tv_tensors.wrap(
+            (F.resize(x.as_subclass(torch.Tensor) * 255, list(size), antialias=True) > 127).byte(), like=x
+        )
     else: x = F.resize(x, list(size), antialias=True)
     if any(pad): x = F.pad(x, pad, fill=GREY if isinstance(x, tv_tensors.Image) else 0)
     return F.crop(x, max(0, top), max(0, left), height, width)
@@ -30,7 +33,9 @@ class RandomScale(v2.Transform):
     "Resize by a random factor, then cut or pad to the old size at a random place."
     def __init__(self, scale:Sequence[float]=(.5, 1.5)): super().__init__(); self.scale = scale
     def make_params(self, flat_inputs):
-        h, w = v2.query_size(flat_inputs); s = float(torch.empty(1).uniform_(*self.scale)); size = round(h*s), round(w*s)
+        h, w = v2.query_size(flat_inputs)
+        s = float(torch.empty(1).uniform_(*self.scale))
+        size = round(h * s), round(w * s)
         at = [int(torch.randint(min(0, b - a), max(0, b - a) + 1, (1,))) for a, b in zip((h, w), size)]
         return dict(size=size, top=at[0], left=at[1], height=h, width=w)
     def transform(self, inpt, params): return _window(inpt, **params)
@@ -49,16 +54,28 @@ class Mosaic:
         return _joined([self.quarter(s, *q) for s, q in zip(samples, quarters)], quarters, H, W)
 
     def quarter(self, sample, top, left, height, width):
-        H, W = sample['image'].shape[-2:]; s = float(torch.empty(1).uniform_(*self.scale)); size = round(H*s), round(W*s)
+        H, W = sample['image'].shape[-2:]
+        s = float(torch.empty(1).uniform_(*self.scale))
+        size = round(H * s), round(W * s)
         at = [int(torch.randint(min(0, b - a), max(0, b - a) + 1, (1,))) for a, b in zip((height, width), size)]
-        return clean({k: _window(v, size, *at, height, width) if isinstance(v, tv_tensors.TVTensor) else v for k, v in sample.items()})
+        return clean(
+            {
+                k: _window(v, size, *at, height, width) if isinstance(v, tv_tensors.TVTensor) else v
+                for k, v in sample.items()
+            }
+        )
+
 
 def _joined(parts:list[dict], quarters:list[tuple], H:int, W:int) -> dict:
     image = torch.empty((3, H, W), dtype=torch.uint8); boxes, masks, points, said = [], [], [], []
     for s, (top, left, h, w) in zip(parts, quarters):
         image[:, top:top+h, left:left+w] = s['image']; move = torch.tensor([left, top], dtype=torch.float32)
-        boxes.append(s['boxes'].as_subclass(torch.Tensor) + move.repeat(2)); points.append(s['points'].as_subclass(torch.Tensor) + move); said += s['said']
-        page = torch.zeros((len(s['masks']), H, W), dtype=torch.uint8); page[:, top:top+h, left:left+w] = s['masks']; masks.append(page)
+        boxes.append(s['boxes'].as_subclass(torch.Tensor) + move.repeat(2))
+        points.append(s['points'].as_subclass(torch.Tensor) + move)
+        said += s['said']
+        page = torch.zeros((len(s['masks']), H, W), dtype=torch.uint8)
+        page[:, top : top + h, left : left + w] = s['masks']
+        masks.append(page)
     return _sample(image, torch.cat(boxes), torch.cat(masks), torch.cat(points), said)
 
 # %% ../nbs/29_augment.ipynb #96fc1a9f
@@ -71,7 +88,10 @@ def _sample(image, boxes, masks, points, said) -> dict:
 def _box(a:dict) -> list[float]|None: # the box of an annotation, or the one around its mask or polygon
     if a.get('bbox'): return a['bbox']
     if a.get('mask'): return mask_box(rle_decode(a['mask']))
-    if a.get('polygon'): p = np.concatenate([np.reshape(r, (-1, 2)) for r in a['polygon']]); return [*p.min(0), *p.max(0)]
+    if a.get('polygon'):
+        p = np.concatenate([np.reshape(r, (-1, 2)) for r in a['polygon']])
+        return [*p.min(0), *p.max(0)]
+
 
 def to_sample(image:torch.Tensor,   # (3, H, W) uint8
               said:list[dict],      # annotations in pixels of this image
@@ -80,21 +100,47 @@ def to_sample(image:torch.Tensor,   # (3, H, W) uint8
     "An image and its annotations as torchvision moves them."
     said = [a for a in said if any(a.get(p) for p in parts) and _box(a)]; size = tuple(image.shape[-2:])
     masks = [rle_decode(a['mask']) if a.get('mask') else np.zeros(size, bool) for a in said] if 'mask' in parts else []
-    points = [p for a in said for r in a.get('polygon') or [] for p in np.reshape(r, (-1, 2))] if 'polygon' in parts else []
-    return _sample(image, torch.tensor([_box(a) for a in said], dtype=torch.float32).reshape(-1, 4), torch.from_numpy(np.stack(masks).astype(np.uint8)) if masks else torch.zeros((0, *size), dtype=torch.uint8),
-                   torch.tensor(np.array(points), dtype=torch.float32).reshape(-1, 2) - .5, said)
+    points = (
+        [p for a in said for r in a.get('polygon') or [] for p in np.reshape(r, (-1, 2))] if 'polygon' in parts else []
+    )
+    return _sample(
+        image,
+        torch.tensor([_box(a) for a in said], dtype=torch.float32).reshape(-1, 4),
+        torch.from_numpy(np.stack(masks).astype(np.uint8)) if masks else torch.zeros((0, *size), dtype=torch.uint8),
+        torch.tensor(np.array(points), dtype=torch.float32).reshape(-1, 2) - 0.5,
+        said,
+    )
 
 # %% ../nbs/29_augment.ipynb #93d15f7e
 def clean(s:dict, visible:float=.2, pixels:float=1.) -> dict:
     "A sample without the objects that have left the image."
-    H, W = s['image'].shape[-2:]; b = s['boxes'].as_subclass(torch.Tensor); c = b.clamp(min=0).minimum(torch.tensor([W, H, W, H]))
+    H, W = s['image'].shape[-2:]
+    b = s['boxes'].as_subclass(torch.Tensor)
+    c = b.clamp(min=0).minimum(torch.tensor([W, H, W, H]))
     side = c[:, 2:] - c[:, :2]; whole = (b[:, 2:] - b[:, :2]).prod(1)
     left = side.prod(1)/whole.clamp(min=1e-9); keep = (side >= pixels).all(1) & (left >= visible)
-    if len(s['masks']): keep &= s['masks'].flatten(1).any(1).bool() | torch.tensor([not a.get('mask') for a in s['said']])
-    count = [sum(len(r)//2 for r in a.get('polygon') or []) for a in s['said']] if len(s['points']) else [0]*len(s['said'])
-    rows = torch.repeat_interleave(keep, torch.tensor(count, dtype=torch.long)) if len(count) else torch.zeros(0, dtype=torch.bool)
-    masks = s['masks'][keep] if len(s['masks']) else s['masks']; points = s['points'][rows].as_subclass(torch.Tensor).clamp(min=-.5).minimum(torch.tensor([W - .5, H - .5]))
-    return _sample(s['image'], c[keep], masks, points, [a | dict(visible=v*a.get('visible', 1.)) for a, k, v in zip(s['said'], keep.tolist(), left.tolist()) if k])
+    if len(s['masks']):
+        keep &= s['masks'].flatten(1).any(1).bool() | torch.tensor([not a.get('mask') for a in s['said']])
+    count = (
+        [sum(len(r) // 2 for r in a.get('polygon') or []) for a in s['said']]
+        if len(s['points'])
+        else [0] * len(s['said'])
+    )
+    rows = (
+        torch.repeat_interleave(keep, torch.tensor(count, dtype=torch.long))
+        if len(count)
+        else torch.zeros(0, dtype=torch.bool)
+    )
+    masks = s['masks'][keep] if len(s['masks']) else s['masks']
+    points = s['points'][rows].as_subclass(torch.Tensor).clamp(min=-0.5).minimum(torch.tensor([W - 0.5, H - 0.5]))
+    return _sample(
+        s['image'],
+        c[keep],
+        masks,
+        points,
+        [a | dict(visible=v * a.get('visible', 1.0)) for a, k, v in zip(s['said'], keep.tolist(), left.tolist()) if k],
+    )
+
 
 def from_sample(s:dict, parts:Sequence[str]) -> tuple[torch.Tensor, list[dict]]:
     "The image, and the annotations that are left, where they are now."
@@ -103,7 +149,8 @@ def from_sample(s:dict, parts:Sequence[str]) -> tuple[torch.Tensor, list[dict]]:
         a = dict(a); mask = s['masks'][i].numpy() if 'mask' in parts and a.get('mask') else None
         if mask is not None: a['mask'] = rle_encode(mask); box = mask_box(mask)
         if a.get('bbox'): a['bbox'] = box
-        if 'polygon' in parts and a.get('polygon'): a['polygon'] = [[v for _ in range(len(r)//2) for v in points.pop(0)] for r in a['polygon']]
+        if 'polygon' in parts and a.get('polygon'):
+            a['polygon'] = [[v for _ in range(len(r) // 2) for v in points.pop(0)] for r in a['polygon']]
         out.append(a)
     return s['image'].as_subclass(torch.Tensor), out
 
@@ -111,17 +158,33 @@ def from_sample(s:dict, parts:Sequence[str]) -> tuple[torch.Tensor, list[dict]]:
 def _steps(steps:list[dict], masks:bool=False) -> list:
     def one(name, args):
         cls = dict(RandomScale=RandomScale, Mosaic=Mosaic).get(name) or getattr(v2, name, None)
-        if cls is not Mosaic and not (inspect.isclass(cls) and issubclass(cls, v2.Transform)): raise BadInput(f'there is no transform {name!r}', 'a class of torchvision.transforms.v2, RandomScale or Mosaic', 'correct `augment`')
+        if cls is not Mosaic and not (inspect.isclass(cls) and issubclass(cls, v2.Transform)):
+            raise BadInput(
+                f'there is no transform {name!r}',
+                'a class of torchvision.transforms.v2, RandomScale or Mosaic',
+                'correct `augment`',
+            )
         if 'interpolation' in args: args = args | dict(interpolation=v2.InterpolationMode(args['interpolation']))
-        if masks and 'fill' in args: args = args | dict(fill={tv_tensors.Image: args['fill'], 'others': 0})  # grey margins are no object
-        try: return cls(**args)
-        except (TypeError, ValueError) as e: raise BadInput(f'{name} does not take {args}: {e}', 'arguments of that class', 'correct `augment`') from None
+        if masks and 'fill' in args:
+            args = args | dict(fill={tv_tensors.Image: args['fill'], 'others': 0})  # grey margins are no object
+        try:
+            return cls(**args)
+        except (TypeError, ValueError) as e:
+            raise BadInput(
+                f'{name} does not take {args}: {e}', 'arguments of that class', 'correct `augment`'
+            ) from None
+
     return [one(n, a) for step in steps for n, a in step.items()]
 
 def augmentation(steps:list[dict]) -> Callable|None:
     "torchvision v2 transforms from data, [{name: arguments}, ...], for images alone."
     made = _steps(steps)
-    if any(isinstance(s, Mosaic) for s in made): raise BadInput('a mosaic of images with one label each', 'a task whose annotations have places', 'take Mosaic out of `augment`')
+    if any(isinstance(s, Mosaic) for s in made):
+        raise BadInput(
+            'a mosaic of images with one label each',
+            'a task whose annotations have places',
+            'take Mosaic out of `augment`',
+        )
     return v2.Compose(made) if made else None
 
 class Augment:
@@ -135,6 +198,7 @@ class Augment:
                 ) -> tuple[torch.Tensor, list[dict]]:
         get = lambda j: to_sample(*item(j), self.parts); s = get(i)
         for m in self.mosaics:
-            if progress < m.until and float(torch.rand(1)) < m.p: s = m([s, *(get(int(j)) for j in torch.randint(n, (m.others,)))])
+            if progress < m.until and float(torch.rand(1)) < m.p:
+                s = m([s, *(get(int(j)) for j in torch.randint(n, (m.others,)))])
         if self.each: s = self.each(s)
         return from_sample(s, self.parts)

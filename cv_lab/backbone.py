@@ -35,15 +35,33 @@ def timm_network(name:str, pretrained:bool|str=False, # True: timm's weights; a 
     "A network of timm; an unknown name, missing weights or unknown arguments are refused in words."
     if not timm.is_model(name):
         near = timm.list_models(f'*{name.split("_")[0]}*')[:8]
-        raise BadInput(f'timm has no model {name!r}', f'for example {", ".join(near) or "resnet18"}', 'see timm.list_models()')
+        raise BadInput(
+            f'timm has no model {name!r}', f'for example {", ".join(near) or "resnet18"}', 'see timm.list_models()'
+        )
     extra = {}
     if isinstance(pretrained, str):
-        if not pretrained.endswith('.safetensors'): raise BadInput(f'{pretrained} is no .safetensors file', 'a .safetensors file', 'convert it: pickled weights can run code')
-        if not Path(pretrained).is_file(): raise NotFound(f'there are no weights at {pretrained}', 'a .safetensors file', 'check the path')
+        if not pretrained.endswith('.safetensors'):
+            raise BadInput(
+                f'{pretrained} is no .safetensors file',
+                'a .safetensors file',
+                'convert it: pickled weights can run code',
+            )
+        if not Path(pretrained).is_file():
+            raise NotFound(f'there are no weights at {pretrained}', 'a .safetensors file', 'check the path')
         extra = dict(pretrained_cfg_overlay=dict(file=pretrained))
-    try: return timm.create_model(name, pretrained=bool(pretrained), **extra, **kwargs)
-    except OSError as e: raise NotFound(f'the weights of {name} cannot be fetched: {e}', 'a reachable hub or weights in the cache', 'give a local .safetensors file as `pretrained`') from None
-    except TypeError as e: raise BadInput(f'{name} does not take these arguments: {e}', 'arguments of that timm model', 'correct `network_args`') from None
+    try:
+        return timm.create_model(name, pretrained=bool(pretrained), **extra, **kwargs)
+    except OSError as e:
+        raise NotFound(
+            f'the weights of {name} cannot be fetched: {e}',
+            'a reachable hub or weights in the cache',
+            'give a local .safetensors file as `pretrained`',
+        ) from None
+    except TypeError as e:
+        raise BadInput(
+            f'{name} does not take these arguments: {e}', 'arguments of that timm model', 'correct `network_args`'
+        ) from None
+
 
 def image_network(name:str,                      # a timm name, such as `resnet10t`
                   outputs:int,                   # length of the output vector

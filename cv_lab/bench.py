@@ -20,8 +20,14 @@ from .predict import Predictor
 # %% ../nbs/46_bench.ipynb #2a78199a
 def processor() -> str:
     "The CPU's name, where the system tells it."
-    try: said = [line.split(':', 1)[1].strip() for line in Path('/proc/cpuinfo').read_text().splitlines() if line.startswith('model name')]
-    except OSError: said = []
+    try:
+        said = [
+            line.split(':', 1)[1].strip()
+            for line in Path('/proc/cpuinfo').read_text().splitlines()
+            if line.startswith('model name')
+        ]
+    except OSError:
+        said = []
     return ' '.join(said[0].split()) if said else platform.processor() or 'unknown'
 
 def hardware(predictor:Predictor|None=None) -> str:
@@ -39,7 +45,11 @@ def sample_files(folder:str|Path, items:int=32) -> list[bytes]:
         if f.is_file(): return pq.read_table(f, columns=['image'])['image'].to_pylist()[:items]
     size, out = read_json(folder/'preprocess.json'), []
     for i in range(4):
-        b = io.BytesIO(); Image.fromarray(np.random.default_rng(i).integers(0, 256, (size['height'], size['width'], 3), np.uint8)).save(b, 'PNG'); out.append(b.getvalue())
+        b = io.BytesIO()
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (size['height'], size['width'], 3), np.uint8)).save(
+            b, 'PNG'
+        )
+        out.append(b.getvalue())
     return out
 
 # %% ../nbs/46_bench.ipynb #20a6bc4f
@@ -51,7 +61,9 @@ def latency(predictor:Predictor, files:Sequence[bytes], repeats:int=200, warm_up
     "Milliseconds from file to answer, one at a time."
     took = []
     for i in range(warm_up + repeats):
-        start = time.perf_counter(); predictor.predict([files[i % len(files)]]); took.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        predictor.predict([files[i % len(files)]])
+        took.append(time.perf_counter() - start)
     return percentiles(took[warm_up:]) | dict(repeats=repeats, device=predictor.device, hardware=hardware(predictor))
 
 def crowded(predictor:Predictor, files:Sequence[bytes], clients:int, seconds:float=1.) -> dict:
@@ -59,11 +71,19 @@ def crowded(predictor:Predictor, files:Sequence[bytes], clients:int, seconds:flo
     end = time.perf_counter() + seconds
     def client(k):
         took, i = [], k
-        while (start := time.perf_counter()) < end: predictor.predict([files[i % len(files)]]); took.append(time.perf_counter() - start); i += clients
+        while (start := time.perf_counter()) < end:
+            predictor.predict([files[i % len(files)]])
+            took.append(time.perf_counter() - start)
+            i += clients
         return took
     start = time.perf_counter()
     with ThreadPoolExecutor(clients) as pool: took = [t for some in pool.map(client, range(clients)) for t in some]
-    return dict(clients=clients, answers=len(took), per_second=round(len(took)/(time.perf_counter() - start), 1), **percentiles(took))
+    return dict(
+        clients=clients,
+        answers=len(took),
+        per_second=round(len(took) / (time.perf_counter() - start), 1),
+        **percentiles(took),
+    )
 
 # %% ../nbs/46_bench.ipynb #0f59f13e
 def race(networks:dict[str, Callable], # name -> (N, 3, H, W) uint8 -> anything
@@ -105,9 +125,24 @@ print(json.dumps(dict(ready=ready, load_seconds=round(load, 3), memory_mb_before
 
 def alone(folder:str|Path, device:str='cpu', threads:int=1, size:int=32) -> dict:
     "Start-up time and peak memory, of a process that does nothing else."
-    env = os.environ | dict(PYTHONPATH=os.pathsep.join([str(Path(__file__).parents[1]) if '__file__' in globals() else '', os.environ.get('PYTHONPATH', '')]))
-    start = time.time(); done = subprocess.run([sys.executable, '-c', _ALONE, str(folder), device, str(threads), str(size)], capture_output=True, text=True, env=env)
-    if done.returncode: raise RunFailed(f'{Path(folder).name} does not answer in a process of its own: {done.stderr.strip().splitlines()[-1][:300]}', 'a model folder', 'see cvlab predict')
+    env = os.environ | dict(
+        PYTHONPATH=os.pathsep.join(
+            [str(Path(__file__).parents[1]) if '__file__' in globals() else '', os.environ.get('PYTHONPATH', '')]
+        )
+    )
+    start = time.time()
+    done = subprocess.run(
+        [sys.executable, '-c', _ALONE, str(folder), device, str(threads), str(size)],
+        capture_output=True,
+        text=True,
+        env=env,
+    )
+    if done.returncode:
+        raise RunFailed(
+            f'{Path(folder).name} does not answer in a process of its own: {done.stderr.strip().splitlines()[-1][:300]}',
+            'a model folder',
+            'see cvlab predict',
+        )
     said = json.loads(done.stdout.splitlines()[-1])
     return dict(startup_seconds=round(said.pop('ready') - start, 3), **said)
 
@@ -123,7 +158,10 @@ per_kwh: 0.30        # added where energy was measured and is paid apart; 0: it 
 
 def read_prices(path:str|Path|None=None) -> dict: # the example above when None
     "A price file, checked."
-    if path is not None and not Path(path).is_file(): raise NotFound(f'there is no price file {path}', 'YAML as cv_lab.bench.PRICES', 'write one, or leave --prices away')
+    if path is not None and not Path(path).is_file():
+        raise NotFound(
+            f'there is no price file {path}', 'YAML as cv_lab.bench.PRICES', 'write one, or leave --prices away'
+        )
     expected, mend = 'currency; machines: {cpu: {per_hour, utilization}}; per_kwh', 'see cv_lab.bench.PRICES'
     try: p = yaml.safe_load(PRICES if path is None else Path(path).read_text(encoding='utf8'))
     except yaml.YAMLError as e: raise BadInput(f'{path} is not YAML: {e}', expected, mend) from None
@@ -132,26 +170,47 @@ def read_prices(path:str|Path|None=None) -> dict: # the example above when None
     if not isinstance(machines, dict) or not machines: raise BadInput(f'{path} names no machines', expected, mend)
     for name, m in machines.items():
         if not isinstance(m, dict) or not positive(m.get('per_hour')) or not positive(m.get('utilization', 1), 1):
-            raise BadInput(f'{path}: the machine {name}: {m}', 'per_hour above 0, utilization above 0 and at most 1', mend)
-    return dict(currency=str(p.get('currency', '')), machines=machines, per_kwh=float(p.get('per_kwh') or 0), example=path is None)
+            raise BadInput(
+                f'{path}: the machine {name}: {m}', 'per_hour above 0, utilization above 0 and at most 1', mend
+            )
+    return dict(
+        currency=str(p.get('currency', '')),
+        machines=machines,
+        per_kwh=float(p.get('per_kwh') or 0),
+        example=path is None,
+    )
 
-def cost_per_1000(per_second:float, prices:dict, machine:str='cpu', joules:float|None=None) -> float|None: # joules per answer
+
+def cost_per_1000(
+    per_second: float, prices: dict, machine: str = 'cpu', joules: float | None = None
+) -> float | None:  # joules per answer
     "What a thousand answers cost; None for a machine that has no price."
     m = prices['machines'].get(machine)
     if m is None or not per_second: return None
-    return m['per_hour']/3600*1000/per_second/m.get('utilization', 1) + (0 if joules is None else 1000*joules/3.6e6*prices['per_kwh'])
+    return m['per_hour'] / 3600 * 1000 / per_second / m.get('utilization', 1) + (
+        0 if joules is None else 1000 * joules / 3.6e6 * prices['per_kwh']
+    )
 
 # %% ../nbs/46_bench.ipynb #f9f08fdf
 RAPL = Path('/sys/class/powercap')
 
-def _rapl() -> list[Path]: return [p for p in sorted(RAPL.glob('*-rapl:*/energy_uj')) if p.parent.name.count(':') == 1 and os.access(p, os.R_OK)] # whole packages
+def _rapl() -> list[Path]:
+    return [
+        p for p in sorted(RAPL.glob('*-rapl:*/energy_uj')) if p.parent.name.count(':') == 1 and os.access(p, os.R_OK)
+    ]  # whole packages
+
 
 def _read_joules(device:str) -> tuple[float|None, str]: # so far, and from where
     if device == 'cuda':
         try:
             import pynvml
-            pynvml.nvmlInit(); return pynvml.nvmlDeviceGetTotalEnergyConsumption(pynvml.nvmlDeviceGetHandleByIndex(0))/1e3, 'NVML, the whole GPU'
-        except Exception as e: return None, f'not measured: NVML says {type(e).__name__}'
+
+            pynvml.nvmlInit()
+            return pynvml.nvmlDeviceGetTotalEnergyConsumption(
+                pynvml.nvmlDeviceGetHandleByIndex(0)
+            ) / 1e3, 'NVML, the whole GPU'
+        except Exception as e:
+            return None, f'not measured: NVML says {type(e).__name__}'
     if not (counters := _rapl()): return None, 'not measured: this machine shows no energy counter (RAPL)'
     return sum(int(p.read_text()) for p in counters)/1e6, 'RAPL, the whole processor'
 
@@ -161,7 +220,10 @@ def energy(predictor:Predictor, files:Sequence[bytes], seconds:float=1.) -> dict
     if before is None: return dict(joules_per_answer=None, energy_source=source)
     while time.perf_counter() < end: predictor.predict([files[n % len(files)]]); n += 1
     used = _read_joules(predictor.device)[0] - before
-    return dict(joules_per_answer=used/n if used > 0 else None, energy_source=source if used > 0 else 'not measured: the counter started again')
+    return dict(
+        joules_per_answer=used / n if used > 0 else None,
+        energy_source=source if used > 0 else 'not measured: the counter started again',
+    )
 
 # %% ../nbs/46_bench.ipynb #aaaca6e2
 def bench_targets(name:str, ws,
@@ -171,17 +233,31 @@ def bench_targets(name:str, ws,
     if name and (Path(name)/'model.onnx').is_file(): return {Path(name).name: Path(name)}
     if not name:
         done = sorted(ws.runs.glob('*/done.json'), key=lambda p: p.stat().st_mtime)
-        if not done: raise NotFound('no model was named, and there is no run', 'a run, PROBLEM/ALIAS, or a model folder', 'train one with: cvlab run train')
+        if not done:
+            raise NotFound(
+                'no model was named, and there is no run',
+                'a run, PROBLEM/ALIAS, or a model folder',
+                'train one with: cvlab run train',
+            )
         name = done[-1].parent.name
     run, _, variant = name.partition('/'); at = inside(ws.runs, run)
     if variant and (at/'variants'/variant/'export/model.onnx').is_file(): return {name: at/'variants'/variant/'export'}
-    if not variant and (at/'export/model.onnx').is_file(): return {'onnx': at/'export'} | {p.parent.name: p.parent/'export' for p in sorted(at.glob('variants/*/variant.json')) if read_json(p).get('device') == 'cpu'}
-    if released is None: raise NotFound(f'there is no model {name}', 'a run, RUN/VARIANT, or a model folder', 'see cvlab runs')
+    if not variant and (at / 'export/model.onnx').is_file():
+        return {'onnx': at / 'export'} | {
+            p.parent.name: p.parent / 'export'
+            for p in sorted(at.glob('variants/*/variant.json'))
+            if read_json(p).get('device') == 'cpu'
+        }
+    if released is None:
+        raise NotFound(f'there is no model {name}', 'a run, RUN/VARIANT, or a model folder', 'see cvlab runs')
     return {name: released(run, variant or 'production')}
 
 def beside(folder:Path) -> dict: # metric, value; empty: none
     "The leading figure of the evaluation that lies beside a model."
-    at = next((p for p in (folder/'evaluation/metrics.json', folder.parent/'evaluation/metrics.json') if p.is_file()), None)
+    at = next(
+        (p for p in (folder / 'evaluation/metrics.json', folder.parent / 'evaluation/metrics.json') if p.is_file()),
+        None,
+    )
     figures = read_json(at)['metrics'] if at else {}; first = next(iter(figures), None)
     return dict(metric=first, value=figures[first]['value']) if first else {}
 
@@ -190,17 +266,36 @@ def bench(folder:str|Path,      # a run's `export/`, or a bundle
           device:str='auto', threads:int=0, sizes:Sequence[int]=(1, 8, 32), clients:Sequence[int]=(1, 2, 4, 8),
           prices:dict|None=None, seconds:float=1., say:Callable=lambda text: None) -> dict:
     "Everything that an answer of this model costs, here."
-    folder, prices = Path(folder), prices or read_prices(); p = Predictor(folder, device, threads); files = sample_files(folder)
-    out = dict(model=folder.name if folder.name != 'export' else folder.parent.name, problem=p.problem_name, digest=p.digest, device=p.device, threads=threads,
-               precision=p.runtime.get('precision', 'fp32'), provider=p.runtime.get('provider', 'CUDAExecutionProvider' if p.device == 'cuda' else 'CPUExecutionProvider'), hardware=hardware(p),
-               model_size_mb=round((folder/'model.onnx').stat().st_size/1e6, 3), load_before=round(os.getloadavg()[0], 2))
-    say('one client'); out |= {k: v for k, v in latency(p, files, max(20, int(200*seconds))).items() if k not in ('device', 'hardware')}
-    say('batches'); out['images_per_second'] = race({'it': p.infer}, np.stack([p.prepare(f).pixels for f in files]), sizes, .1*seconds)['it']
+    folder, prices = Path(folder), prices or read_prices()
+    p = Predictor(folder, device, threads)
+    files = sample_files(folder)
+    out = dict(
+        model=folder.name if folder.name != 'export' else folder.parent.name,
+        problem=p.problem_name,
+        digest=p.digest,
+        device=p.device,
+        threads=threads,
+        precision=p.runtime.get('precision', 'fp32'),
+        provider=p.runtime.get('provider', 'CUDAExecutionProvider' if p.device == 'cuda' else 'CPUExecutionProvider'),
+        hardware=hardware(p),
+        model_size_mb=round((folder / 'model.onnx').stat().st_size / 1e6, 3),
+        load_before=round(os.getloadavg()[0], 2),
+    )
+    say('one client')
+    out |= {k: v for k, v in latency(p, files, max(20, int(200 * seconds))).items() if k not in ('device', 'hardware')}
+    say('batches')
+    out['images_per_second'] = race(
+        {'it': p.infer}, np.stack([p.prepare(f).pixels for f in files]), sizes, 0.1 * seconds
+    )['it']
     say('several clients'); out['concurrency'] = [crowded(p, files, n, seconds) for n in clients]
     say('a process of its own'); out |= alone(folder, p.device, threads, max(sizes))
     say('energy'); out |= energy(p, files, seconds); top = max(c['per_second'] for c in out['concurrency'])
-    out |= dict(per_second=top, cost_per_1000=cost_per_1000(top, prices, p.device, out['joules_per_answer']), currency=prices['currency'],
-                prices='the example of cv_lab.bench' if prices['example'] else 'given') | beside(folder)
+    out |= dict(
+        per_second=top,
+        cost_per_1000=cost_per_1000(top, prices, p.device, out['joules_per_answer']),
+        currency=prices['currency'],
+        prices='the example of cv_lab.bench' if prices['example'] else 'given',
+    ) | beside(folder)
     return out
 
 # %% ../nbs/46_bench.ipynb #dfd4ffc0
@@ -209,14 +304,23 @@ def pareto(rows:Sequence[dict], cost:str, gain:str) -> list[bool]: # True: on th
     at = np.array([[r[cost], -r[gain]] for r in rows], float).reshape(-1, 2)
     return [not any((b <= a).all() and (b < a).any() for b in at) for a in at]
 
-def plot_pareto(rows:Sequence[dict], cost:str, gain:str, name:str='variant', least:float|None=None): # a matplotlib figure
+def plot_pareto(
+    rows: Sequence[dict], cost: str, gain: str, name: str = 'variant', least: float | None = None
+):  # a matplotlib figure
     "Every row as a point, the front as a line; `least`: a bound on the gain."
     import matplotlib.pyplot as plt
-    front = pareto(rows, cost, gain); fig, ax = plt.subplots(figsize=(7, 4)); on = sorted((r[cost], r[gain]) for r, f in zip(rows, front) if f)
+
+    front = pareto(rows, cost, gain)
+    fig, ax = plt.subplots(figsize=(7, 4))
+    on = sorted((r[cost], r[gain]) for r, f in zip(rows, front) if f)
     ax.step(*zip(*on), where='post', color='#0072B2', lw=1.2, zorder=1, label='Pareto front')
     for r, f in zip(rows, front):
         ax.plot(r[cost], r[gain], 'o' if f else 's', color='#0072B2' if f else '#999999', ms=7, zorder=2)
         ax.annotate(r[name], (r[cost], r[gain]), textcoords='offset points', xytext=(6, 6), fontsize=9)
     if least is not None: ax.axhline(least, color='#D55E00', ls=':', label='what may be lost')
-    ax.set_xscale('log'); ax.set(xlabel=cost.replace('_', ' '), ylabel=gain.replace('_', ' ')); ax.margins(.15); ax.legend(loc='lower right'); fig.tight_layout()
+    ax.set_xscale('log')
+    ax.set(xlabel=cost.replace('_', ' '), ylabel=gain.replace('_', ' '))
+    ax.margins(0.15)
+    ax.legend(loc='lower right')
+    fig.tight_layout()
     return fig

@@ -31,15 +31,30 @@ NAMED_ONLY = ('litserve', 'bento') # need a download, or minutes
 
 def service_steps() -> dict[str, Step]: # name -> step
     "What can be measured of the service."
-    step = lambda name: Step(lambda ws: promises.measure(name, name in SHORTER), (promises.STEPS[name].__doc__ or name).split(':')[0], name not in NAMED_ONLY)
+    step = lambda name: Step(
+        lambda ws: promises.measure(name, name in SHORTER),
+        (promises.STEPS[name].__doc__ or name).split(':')[0],
+        name not in NAMED_ONLY,
+    )
     return {name: step(name) for name in promises.STEPS}
 
 # %% ../nbs/94_benchmarks.ipynb #7736a8bb
 def _goal(what:str, rows:dict[str, float], eager:float, goal:float=3.) -> list[dict]: # name -> images a second
     "A row for the best form, and one for each other."
     top = max(rows, key=rows.get)
-    line = lambda n, g, kept: promises.row(0, f'{what}: {n}, {rows[n]:.0f} images/s against {eager:.0f}/s of eager PyTorch', rows[n]/eager, g, kept, 'times')
-    return [line(top, f'the best form: at least {goal:g}', rows[top]/eager >= goal), *(line(n, '', True) for n in sorted(rows, key=rows.get, reverse=True) if n != top)]
+    line = lambda n, g, kept: promises.row(
+        0,
+        f'{what}: {n}, {rows[n]:.0f} images/s against {eager:.0f}/s of eager PyTorch',
+        rows[n] / eager,
+        g,
+        kept,
+        'times',
+    )
+    return [
+        line(top, f'the best form: at least {goal:g}', rows[top] / eager >= goal),
+        *(line(n, '', True) for n in sorted(rows, key=rows.get, reverse=True) if n != top),
+    ]
+
 
 def digits_run(ws:Workspace) -> Path:
     "The last finished run of the digits; one is trained when there is none."
@@ -53,12 +68,35 @@ def optimized_digits(ws:Workspace, say:Callable=lambda text: None) -> list[dict]
     from cv_lab.optimize import optimize_run
     from cv_lab.spec import load_problem
     from cv_lab.train import Run
-    spec = load_problem(ws.problems/'digits.yaml'); found = optimize_run(Run(digits_run(ws)), spec, open_dataset(spec.dataset, ws), threads=1, compiled=False, say=say)
-    eager = next(r for r in found['rows'] if r['variant'] == 'eager'); forms = [r for r in found['rows'] if r.get('parity') is not None]; most = spec.optimize.lose_at_most
-    good = {r['variant']: r['images_per_second'] for r in forms if r['parity'] and (r['loses'] or 0) <= most and r['images_per_second']}
-    out = _goal('digits', good, eager['images_per_second']) if good else []; lost = [r for r in forms if r['variant'] in good and r['loses'] is not None]
-    out += [promises.row(0, f'digits: {r["variant"]}, {found["metric"]} {r["value"]:.4f}, loses', r['loses'], f'at most {most:g}', r['loses'] <= most) for r in lost]
-    return out + [promises.row(0, f'digits: {r["variant"]} is refused: {r["said"]}', r['times_eager'] or 0, '', True, 'times') for r in forms if not r['parity']]
+
+    spec = load_problem(ws.problems / 'digits.yaml')
+    found = optimize_run(Run(digits_run(ws)), spec, open_dataset(spec.dataset, ws), threads=1, compiled=False, say=say)
+    eager = next(r for r in found['rows'] if r['variant'] == 'eager')
+    forms = [r for r in found['rows'] if r.get('parity') is not None]
+    most = spec.optimize.lose_at_most
+    good = {
+        r['variant']: r['images_per_second']
+        for r in forms
+        if r['parity'] and (r['loses'] or 0) <= most and r['images_per_second']
+    }
+    out = _goal('digits', good, eager['images_per_second']) if good else []
+    lost = [r for r in forms if r['variant'] in good and r['loses'] is not None]
+    out += [
+        promises.row(
+            0,
+            f'digits: {r["variant"]}, {found["metric"]} {r["value"]:.4f}, loses',
+            r['loses'],
+            f'at most {most:g}',
+            r['loses'] <= most,
+        )
+        for r in lost
+    ]
+    return out + [
+        promises.row(0, f'digits: {r["variant"]} is refused: {r["said"]}', r['times_eager'] or 0, '', True, 'times')
+        for r in forms
+        if not r['parity']
+    ]
+
 
 def optimized_mobilenet(ws:Workspace) -> list[dict]:
     "MobileNetV3-small in every form for the CPU: throughput only."
@@ -66,60 +104,179 @@ def optimized_mobilenet(ws:Workspace) -> list[dict]:
     from cv_lab.compress import fewer_bits, folded, for_int8
     from cv_lab.predict import Predictor
     from cv_lab.tasks import classification
-    x = np.random.default_rng(0).integers(0, 256, (32, 3, 224, 224), np.uint8); before = torch.get_num_threads(); torch.set_num_threads(1)
+
+    x = np.random.default_rng(0).integers(0, 256, (32, 3, 224, 224), np.uint8)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as d:
-        d = Path(d); at = promises.mobilenet(d/'onnx'); p = Predictor(at, 'cpu', 1); net = classification.network(p.cfg, p.classes).eval().to(memory_format=torch.channels_last)
+        d = Path(d)
+        at = promises.mobilenet(d / 'onnx')
+        p = Predictor(at, 'cpu', 1)
+        net = classification.network(p.cfg, p.classes).eval().to(memory_format=torch.channels_last)
+
         def eager(pixels):
             with torch.inference_mode(): return {k: v.numpy() for k, v in net(torch.from_numpy(pixels)).items()}
         forms = {'eager': eager, 'onnx': p.infer}
-        for name, make in dict(graph=lambda to: folded(at/'model.onnx', to), int8=lambda to: fewer_bits(for_int8(at/'model.onnx', d/'ready.onnx'), to, x)).items():
-            to = d/name; to.mkdir(); [(to/n).write_bytes((at/n).read_bytes()) for n in ('model.json', 'preprocess.json', 'thresholds.json')]; make(to/'model.onnx'); forms[name] = Predictor(to, 'cpu', 1).infer
+        for name, make in dict(
+            graph=lambda to: folded(at / 'model.onnx', to),
+            int8=lambda to: fewer_bits(for_int8(at / 'model.onnx', d / 'ready.onnx'), to, x),
+        ).items():
+            to = d / name
+            to.mkdir()
+            [(to / n).write_bytes((at / n).read_bytes()) for n in ('model.json', 'preprocess.json', 'thresholds.json')]
+            make(to / 'model.onnx')
+            forms[name] = Predictor(to, 'cpu', 1).infer
         try: rates = {n: best(r)[1] for n, r in race(forms, x, (1, 4, 16), .3, 5).items()}
         finally: torch.set_num_threads(before)
-    return _goal('MobileNetV3-small, 224 pixels, random weights', {n: r for n, r in rates.items() if n != 'eager'}, rates['eager'])
+    return _goal(
+        'MobileNetV3-small, 224 pixels, random weights',
+        {n: r for n, r in rates.items() if n != 'eager'},
+        rates['eager'],
+    )
+
 
 def every_step() -> dict[str, Step]:
     "All that can be measured."
-    return service_steps() | {'optimize-digits': Step(optimized_digits, 'forms of the digits against eager PyTorch'), 'optimize-mobilenet': Step(optimized_mobilenet, 'forms of MobileNetV3-small against eager PyTorch')}
+    return service_steps() | {
+        'optimize-digits': Step(optimized_digits, 'forms of the digits against eager PyTorch'),
+        'optimize-mobilenet': Step(optimized_mobilenet, 'forms of MobileNetV3-small against eager PyTorch'),
+    }
 
 # %% ../nbs/94_benchmarks.ipynb #3094b1bc
-def _about(ws_root:Path) -> dict: # under what a line was measured
-    git = subprocess.run(['git', '-C', str(ws_root), 'describe', '--always', '--dirty', '--abbrev=12'], capture_output=True, text=True).stdout.strip() if (ws_root/'.git').exists() else ''
-    return dict(measured=str(date.today()), commit=git or 'no commit', hardware=hardware(), load=round(os.getloadavg()[0], 2))
+def _about(ws_root:Path) -> dict:  # under what a line was measured
+    git = (
+        subprocess.run(
+            ['git', '-C', str(ws_root), 'describe', '--always', '--dirty', '--abbrev=12'],
+            capture_output=True,
+            text=True,
+        ).stdout.strip()
+        if (ws_root / '.git').exists()
+        else ''
+    )
+    return dict(
+        measured=str(date.today()), commit=git or 'no commit', hardware=hardware(), load=round(os.getloadavg()[0], 2)
+    )
+
 
 def measure(name:str, step:Step, ws:Workspace) -> list[dict]:
     "The rows of one step; a failure is a row."
     about, start = _about(ws.root), time.perf_counter()
-    try: rows = _finish(step.run(ws))
-    except Exception as e: rows = [promises.row(99, f'{step.what}: could not be measured ({type(e).__name__}: {str(e).splitlines()[0][:160] if str(e) else ""})', 0, 'a figure', False)]
-    return [dict(command=f'cvlab bench --only {name}') | r | dict(step=name, seconds=round(time.perf_counter() - start, 1), **about) for r in rows]
+    try:
+        rows = _finish(step.run(ws))
+    except Exception as e:
+        rows = [
+            promises.row(
+                99,
+                f'{step.what}: could not be measured ({type(e).__name__}: {str(e).splitlines()[0][:160] if str(e) else ""})',
+                0,
+                'a figure',
+                False,
+            )
+        ]
+    return [
+        dict(command=f'cvlab bench --only {name}')
+        | r
+        | dict(step=name, seconds=round(time.perf_counter() - start, 1), **about)
+        for r in rows
+    ]
 
-def measure_steps(ws:Workspace, only:Sequence[str]=(), out:str|Path|None=None, steps:dict[str, Step]|None=None, say:Callable=print) -> list[dict]: # all rows on the page
+
+def measure_steps(
+    ws: Workspace,
+    only: Sequence[str] = (),
+    out: str | Path | None = None,
+    steps: dict[str, Step] | None = None,
+    say: Callable = print,
+) -> list[dict]:  # all rows on the page
     "Measure steps, and write `benchmarks.json` and the page `README.md`."
-    steps, out = steps or every_step(), Path(out or ws.reports/'benchmarks'); file = out/'benchmarks.json'; rows = read_json(file) if file.is_file() else []
-    if unknown := [n for n in only if n not in steps]: raise BadInput(f'there is no benchmark {unknown[0]!r}', f'one of: {", ".join(steps)}', 'correct the name')
+    steps, out = steps or every_step(), Path(out or ws.reports / 'benchmarks')
+    file = out / 'benchmarks.json'
+    rows = read_json(file) if file.is_file() else []
+    if unknown := [n for n in only if n not in steps]:
+        raise BadInput(f'there is no benchmark {unknown[0]!r}', f'one of: {", ".join(steps)}', 'correct the name')
     for name in only or [n for n, s in steps.items() if s.in_all]:
-        found = measure(name, steps[name], ws); rows = [r for r in rows if r['step'] != name] + found; order = list(steps)
-        rows.sort(key=lambda r: order.index(r['step']) if r['step'] in order else len(order)); write_json(file, rows); write_atomic(out/'README.md', benchmarks_page(rows))
-        for r in found: say(f'{"kept" if r["kept"] else "NOT KEPT":9} {r["figure"]:>10g} {r["unit"]:6} {r["what"]}' + (f' ({r["goal"]})' if r['goal'] else ''))
+        found = measure(name, steps[name], ws)
+        rows = [r for r in rows if r['step'] != name] + found
+        order = list(steps)
+        rows.sort(key=lambda r: order.index(r['step']) if r['step'] in order else len(order))
+        write_json(file, rows)
+        write_atomic(out / 'README.md', benchmarks_page(rows))
+        for r in found:
+            say(
+                f'{"kept" if r["kept"] else "NOT KEPT":9} {r["figure"]:>10g} {r["unit"]:6} {r["what"]}'
+                + (f' ({r["goal"]})' if r['goal'] else '')
+            )
     return rows
 
 # %% ../nbs/94_benchmarks.ipynb #505fcfcb
-TITLES = {1: 'No client fault is ours', 2: 'Memory, bombs, soak', 3: 'Served pixels are training pixels', 4: 'Four times capacity', 5: 'Abandoned work', 6: 'Neighbours', 7: 'Batching', 8: 'Against a bare app', 9: 'Hot swaps',
-          10: 'Starts, restarts, ends', 11: 'Ready means warmed', 12: 'Shadow and canary', 13: 'Metrics', 14: 'Attacks', 0: 'Optimisation: forms of a model against eager PyTorch', 99: 'Could not be measured'}
+TITLES = {
+    1: 'No client fault is ours',
+    2: 'Memory, bombs, soak',
+    3: 'Served pixels are training pixels',
+    4: 'Four times capacity',
+    5: 'Abandoned work',
+    6: 'Neighbours',
+    7: 'Batching',
+    8: 'Against a bare app',
+    9: 'Hot swaps',
+    10: 'Starts, restarts, ends',
+    11: 'Ready means warmed',
+    12: 'Shadow and canary',
+    13: 'Metrics',
+    14: 'Attacks',
+    0: 'Optimisation: forms of a model against eager PyTorch',
+    99: 'Could not be measured',
+}
+
 
 def benchmarks_page(rows:list[dict]) -> str: # Markdown
     "The figures as a page."
-    kept, judged = sum(r['kept'] for r in rows if r['goal']), sum(bool(r['goal']) for r in rows); under = lambda r: (r['measured'], r['commit'], r['hardware'])
-    where = [f'- {day}, commit `{commit}`, {machine}; load average when a step began: {min(loads):g} to {max(loads):g}' for day, commit, machine in dict.fromkeys(map(under, rows))
-             for loads in [[r['load'] for r in rows if under(r) == (day, commit, machine)]]]
+    kept, judged = sum(r['kept'] for r in rows if r['goal']), sum(bool(r['goal']) for r in rows)
+    under = lambda r: (r['measured'], r['commit'], r['hardware'])
+    where = [
+        f'- {day}, commit `{commit}`, {machine}; load average when a step began: {min(loads):g} to {max(loads):g}'
+        for day, commit, machine in dict.fromkeys(map(under, rows))
+        for loads in [[r['load'] for r in rows if under(r) == (day, commit, machine)]]
+    ]
     took = sum({r['step']: r['seconds'] for r in rows}.values()); cores = os.cpu_count() or 1
-    busy = ['', 'The load was above the number of cores at times: others worked on the machine, and figures of time are then pessimistic.'] if any(r['load'] > cores for r in rows) else []
-    text = ['# Benchmarks', '', f'**{kept} of {judged} goals were reached.** `make bench` measures all of this again ({took/60:.0f} minutes here); `cvlab bench --only NAME` one step. Each figure links to nothing but the command that made it: run it.', '', *where, *busy]
+    busy = (
+        [
+            '',
+            'The load was above the number of cores at times: others worked on the machine, and figures of time are then pessimistic.',
+        ]
+        if any(r['load'] > cores for r in rows)
+        else []
+    )
+    text = [
+        '# Benchmarks',
+        '',
+        f'**{kept} of {judged} goals were reached.** `make bench` measures all of this again ({took / 60:.0f} minutes here); `cvlab bench --only NAME` one step. Each figure links to nothing but the command that made it: run it.',
+        '',
+        *where,
+        *busy,
+    ]
     for n in sorted({r['promise'] for r in rows}, key=lambda n: (n in (0, 99), n)):
-        text += ['', f'## {f"{n}. " if n not in (0, 99) else ""}{TITLES.get(n, "")}', '', '| measured | figure | goal | reached | command |', '|---|---:|---|---|---|']
-        text += [f'| {_cell(r["what"])} | {r["figure"]:g} {r["unit"]} | {_cell(r["goal"]) or "–"} | {("yes" if r["kept"] else "**no**") if r["goal"] else "–"} | `{r["command"]}` |' for r in rows if r['promise'] == n]
-    return '\n'.join([*text, '', 'Kept by tests rather than by a clock: hostile requests, pixels, neighbours, abandoned work, keys, jobs, metrics and attacks, in `tests/test_serve.py`, `tests/test_service_life.py`, '
-                      '`tests/test_bento.py` and `tests/test_release*.py`. The soak is one minute here and ten by itself: `cvlab service promise soak`.', ''])
+        text += [
+            '',
+            f'## {f"{n}. " if n not in (0, 99) else ""}{TITLES.get(n, "")}',
+            '',
+            '| measured | figure | goal | reached | command |',
+            '|---|---:|---|---|---|',
+        ]
+        text += [
+            f'| {_cell(r["what"])} | {r["figure"]:g} {r["unit"]} | {_cell(r["goal"]) or "–"} | {("yes" if r["kept"] else "**no**") if r["goal"] else "–"} | `{r["command"]}` |'
+            for r in rows
+            if r['promise'] == n
+        ]
+    return '\n'.join(
+        [
+            *text,
+            '',
+            'Kept by tests rather than by a clock: hostile requests, pixels, neighbours, abandoned work, keys, jobs, metrics and attacks, in `tests/test_serve.py`, `tests/test_service_life.py`, '
+            '`tests/test_bento.py` and `tests/test_release*.py`. The soak is one minute here and ten by itself: `cvlab service promise soak`.',
+            '',
+        ]
+    )
+
 
 def _cell(text:str) -> str: return str(text).replace('|', '/').replace('\n', ' ')

@@ -29,13 +29,19 @@ def fit_temperature(true:np.ndarray,  # (N, C) bool
                     probs:np.ndarray, # (N, C) at temperature 1
                     multilabel:bool=False) -> float: # in [0.05, 20]
     "The temperature at which the truth is likeliest."
-    if not len(true): raise BadInput('there are no held-out items to calibrate on', 'items in the split `val`', 'split the dataset again')
+    if not len(true):
+        raise BadInput(
+            'there are no held-out items to calibrate on', 'items in the split `val`', 'split the dataset again'
+        )
     n, C = true.shape; e = 1/(n + 2); others = 1 if multilabel else max(C - 1, 1)
     want = np.where(true, 1 - e, e/others)
     def nll(log_t):
         p = np.clip(temper(probs, np.exp(log_t), multilabel), 1e-12, 1 - 1e-12)
         return -(want*np.log(p) + (1 - want)*np.log1p(-p) if multilabel else want*np.log(p)).sum(1).mean()
-    return float(np.exp(minimize_scalar(nll, bounds=(np.log(.05), np.log(20)), method='bounded', options=dict(xatol=1e-6)).x))
+
+    return float(
+        np.exp(minimize_scalar(nll, bounds=(np.log(0.05), np.log(20)), method='bounded', options=dict(xatol=1e-6)).x)
+    )
 
 # %% ../nbs/41_calibration.ipynb #acac0c96
 def least_confidence(right:np.ndarray,      # (N,) bool
@@ -58,7 +64,10 @@ def reliability(right:np.ndarray, confidence:np.ndarray, bins:int=15) -> pd.Data
         items=('right', 'size'), confidence=('confidence', 'mean'), right=('right', 'mean')).reset_index()
     n, p, z = t['items'], t['right'], 1.96
     middle, half = (p + z*z/(2*n))/(1 + z*z/n), z*np.sqrt(p*(1 - p)/n + z*z/(4*n*n))/(1 + z*z/n)
-    return t.assign(low=np.minimum(middle - half, p), high=np.maximum(middle + half, p), left=t['bin']/bins)   # rounding must not part them from p
+    return t.assign(
+        low=np.minimum(middle - half, p), high=np.maximum(middle + half, p), left=t['bin'] / bins
+    )  # rounding must not part them from p
+
 
 def plot_reliability(tables:dict[str, pd.DataFrame], # title -> `reliability`
                     ):
@@ -67,7 +76,14 @@ def plot_reliability(tables:dict[str, pd.DataFrame], # title -> `reliability`
     fig, axes = plt.subplots(1, len(tables), figsize=(4.2*len(tables), 3.8), squeeze=False, sharey=True)
     for ax, (title, t) in zip(axes[0], tables.items()):
         ax.plot([0, 1], [0, 1], '--', color='grey', lw=1)
-        ax.errorbar(t['confidence'], t['right'], yerr=[t['right'] - t['low'], t['high'] - t['right']], fmt='none', color='#0072B2', alpha=.4)
+        ax.errorbar(
+            t['confidence'],
+            t['right'],
+            yerr=[t['right'] - t['low'], t['high'] - t['right']],
+            fmt='none',
+            color='#0072B2',
+            alpha=0.4,
+        )
         ax.scatter(t['confidence'], t['right'], s=12 + 120*t['items']/t['items'].max(), color='#0072B2', alpha=.8)
         ece = (t['items']*(t['confidence'] - t['right']).abs()).sum()/t['items'].sum()
         ax.set(title=f'{title}: ECE {ece:.3f}', xlabel='confidence', xlim=(0, 1.02), ylim=(-.02, 1.05))
@@ -85,25 +101,56 @@ def probabilities_of(truth:pa.Table, predictions:pa.Table) -> np.ndarray: # (N, 
     probs = dict(zip(predictions['id'].to_pylist(), predictions['probs'].to_pylist()))
     return np.array([probs[i] for i in truth['id'].to_pylist()], np.float64)
 
-def right_and_sure(true:np.ndarray,  # (N, C) bool
-                   probs:np.ndarray, # (N, C)
-                   multilabel:bool=False) -> tuple[np.ndarray, np.ndarray]: # bool, float; (N,), or (N*C,) when multi-label
+def right_and_sure(
+    true: np.ndarray,  # (N, C) bool
+    probs: np.ndarray,  # (N, C)
+    multilabel: bool = False,
+) -> tuple[np.ndarray, np.ndarray]:  # bool, float; (N,), or (N*C,) when multi-label
     "Which answers are right, and how sure the model was of each: what a reliability diagram is made of."
     if multilabel: return (true == (probs >= .5)).ravel(), np.where(probs >= .5, probs, 1 - probs).ravel()
     return true[np.arange(len(probs)), probs.argmax(1)], probs.max(1)
 
 def fit_thresholds(truth:pa.Table, predictions:pa.Table, # of held-out items, at temperature 1
-                   problem:Problem) -> dict: # what thresholds.json holds
+                   problem:Problem) -> dict:  # what thresholds.json holds
     "What corrects the probabilities, and the confidence from which an answer is believed: by target precision or by costs."
-    true, probs, d, C = label_matrix(truth, problem.classes), probabilities_of(truth, predictions), problem.decision, problem.classes; n = len(true)
-    out = dict(temperature=1., threshold=d.threshold, min_confidence=0., target_precision=d.target_precision, costs=d.costs and d.costs.model_dump(), fitted_on=n)
-    if d.curve == 'isotonic': out['stairs'] = dict(zip(C, s := [fit_stairs(probs[:, i], true[:, i]) for i in range(len(C))])); p = class_stairs(probs, s, problem.multilabel)
-    else: out['temperature'] = t = fit_temperature(true, probs, problem.multilabel); p = temper(probs, t, problem.multilabel)
+    true, probs, d, C = (
+        label_matrix(truth, problem.classes),
+        probabilities_of(truth, predictions),
+        problem.decision,
+        problem.classes,
+    )
+    n = len(true)
+    out = dict(
+        temperature=1.0,
+        threshold=d.threshold,
+        min_confidence=0.0,
+        target_precision=d.target_precision,
+        costs=d.costs and d.costs.model_dump(),
+        fitted_on=n,
+    )
+    if d.curve == 'isotonic':
+        out['stairs'] = dict(zip(C, s := [fit_stairs(probs[:, i], true[:, i]) for i in range(len(C))]))
+        p = class_stairs(probs, s, problem.multilabel)
+    else:
+        out['temperature'] = t = fit_temperature(true, probs, problem.multilabel)
+        p = temper(probs, t, problem.multilabel)
     if not (d.target_precision or d.costs): return out
-    line = lambda right, conf, there=None: cheapest(conf, right, d.costs.wrong, d.costs.missing, there) if d.costs else least_confidence(right, conf, d.target_precision)
-    if problem.multilabel: return out | dict(scores={c: line(true[:, i], p[:, i], int(true[:, i].sum())) for i, c in enumerate(C)}) if d.per_class or d.costs else out
+    line = lambda right, conf, there=None: (
+        cheapest(conf, right, d.costs.wrong, d.costs.missing, there)
+        if d.costs
+        else least_confidence(right, conf, d.target_precision)
+    )
+    if problem.multilabel:
+        return (
+            out | dict(scores={c: line(true[:, i], p[:, i], int(true[:, i].sum())) for i, c in enumerate(C)})
+            if d.per_class or d.costs
+            else out
+        )
     said, conf = p.argmax(1), p.max(1); right = true[np.arange(n), said]; out['min_confidence'] = line(right, conf)
-    if d.per_class: out['min_confidences'] = {c: line(right[k], conf[k]) for i, c in enumerate(C) if (k := said == i).sum() >= 20}   # fewer show nothing: the common line
+    if d.per_class:
+        out['min_confidences'] = {
+            c: line(right[k], conf[k]) for i, c in enumerate(C) if (k := said == i).sum() >= 20
+        }  # fewer show nothing: the common line
     return out
 
 # %% ../nbs/41_calibration.ipynb #59f2c3f2
@@ -112,7 +159,11 @@ def calibration_error(right:np.ndarray, confidence:np.ndarray, # (n,) of answers
                       bins:int=15, resamples:int=1000, sure:float=.95, seed:int=0) -> dict: # value, low, high, support
     "ECE over bins of equal width, with a bootstrap interval over groups."
     n = len(right); _, g = np.unique(np.arange(n) if groups is None else groups, return_inverse=True)
-    b = np.clip((np.asarray(confidence)*bins).astype(int), 0, bins - 1); gap, count = np.zeros((2, g.max(initial=-1) + 1, bins))
-    np.add.at(gap, (g, b), np.asarray(confidence) - right); np.add.at(count, (g, b), 1); w = resample_weights(range(len(gap)), resamples, seed)
-    ece = lambda w: np.abs(w @ gap).sum(1)/np.maximum((w @ count).sum(1), 1); low, high = interval(ece(w), sure) if n else (np.nan, np.nan)
+    b = np.clip((np.asarray(confidence) * bins).astype(int), 0, bins - 1)
+    gap, count = np.zeros((2, g.max(initial=-1) + 1, bins))
+    np.add.at(gap, (g, b), np.asarray(confidence) - right)
+    np.add.at(count, (g, b), 1)
+    w = resample_weights(range(len(gap)), resamples, seed)
+    ece = lambda w: np.abs(w @ gap).sum(1) / np.maximum((w @ count).sum(1), 1)
+    low, high = interval(ece(w), sure) if n else (np.nan, np.nan)
     return dict(value=float(ece(np.ones((1, len(gap))))[0]) if n else None, low=known(low), high=known(high), support=n)

@@ -18,12 +18,26 @@ def facts(folder:str|Path,     # of a run or a bundle
     folder = Path(folder); read = lambda name: read_json(folder/name) if (folder/name).exists() else {}
     need = ['evaluation/metrics.json', 'evaluation/performance.json', 'lineage.json', 'config.yaml']
     if missing := [n for n in need if not (folder/n).exists()]:
-        raise NotFound(f'{folder.name} lacks {", ".join(missing)}', 'a run that was trained and evaluated', 'run it again: cvlab run train')
+        raise NotFound(
+            f'{folder.name} lacks {", ".join(missing)}',
+            'a run that was trained and evaluated',
+            'run it again: cvlab run train',
+        )
     where = folder/'export' if (folder/'export').is_dir() else folder
-    return dict(name=folder.name, problem=problem, metrics=read('evaluation/metrics.json'), performance=read('evaluation/performance.json'),
-                data=read('evaluation/data.json'), comparison=read('evaluation/comparison.json'), gate=read('gate.json'),
-                lineage=read('lineage.json'), done=read('done.json'), config=yaml.safe_load((folder/'config.yaml').read_text()),
-                thresholds=read_json(where/'thresholds.json'), image=read_json(where/'preprocess.json'))
+    return dict(
+        name=folder.name,
+        problem=problem,
+        metrics=read('evaluation/metrics.json'),
+        performance=read('evaluation/performance.json'),
+        data=read('evaluation/data.json'),
+        comparison=read('evaluation/comparison.json'),
+        gate=read('gate.json'),
+        lineage=read('lineage.json'),
+        done=read('done.json'),
+        config=yaml.safe_load((folder / 'config.yaml').read_text()),
+        thresholds=read_json(where / 'thresholds.json'),
+        image=read_json(where / 'preprocess.json'),
+    )
 
 # %% ../nbs/91_cards.ipynb #d82cd69c
 def _figure(f:dict) -> str:
@@ -32,7 +46,9 @@ def _figure(f:dict) -> str:
 
 def _write(template:str, known:dict) -> str:
     "A template filled in; a name that is not known is an error, not a gap."
-    env = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    env = jinja2.Environment(
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
     env.filters.update(figure=_figure, cell=lambda v: str(v).replace('|', '/').replace('\n', ' '))
     return env.from_string(template).render(**known)
 

@@ -20,7 +20,13 @@ class ServiceFault(Refusal):
     exit_code = 5
     def __init__(self, status:int, error:dict, retry_after:float|None=None):
         super().__init__(error.get('message', f'status {status}'), error.get('expected', ''), error.get('todo', ''))
-        self.status, self.code, self.request_id, self.retry_after = status, error.get('code', 'unknown'), error.get('request_id', ''), retry_after
+        self.status, self.code, self.request_id, self.retry_after = (
+            status,
+            error.get('code', 'unknown'),
+            error.get('request_id', ''),
+            retry_after,
+        )
+
 
 class Unreachable(Refusal):
     "No answer came: nobody listens, the line broke, or the time was up."
@@ -43,7 +49,12 @@ def attempts(deadline:float, # on the clock of time.monotonic
         if n == tries - 1 or time.monotonic() + wait >= deadline: break
         yield 'sleep', wait
     if isinstance(last, httpx.Response): return last
-    raise Unreachable(f'no answer: {type(last).__name__ if last else "the time was up"}{f": {last}" if last and str(last) else ""}', 'a service that answers', 'check the address, or allow more time')
+    raise Unreachable(
+        f'no answer: {type(last).__name__ if last else "the time was up"}{f": {last}" if last and str(last) else ""}',
+        'a service that answers',
+        'check the address, or allow more time',
+    )
+
 
 def _wait(r:httpx.Response) -> float|None:
     text = r.headers.get('retry-after', '')
@@ -52,8 +63,14 @@ def _wait(r:httpx.Response) -> float|None:
 def checked(r:httpx.Response, kind:type) -> Any:
     "The answer as its type, or the fault."
     if r.status_code == 200:
-        try: return kind.model_validate_json(r.content)
-        except ValidationError as e: raise Unreachable(f'the answer is not understood: {e.errors()[0]["msg"]}', kind.__name__, 'use a client and a service of the same version') from None
+        try:
+            return kind.model_validate_json(r.content)
+        except ValidationError as e:
+            raise Unreachable(
+                f'the answer is not understood: {e.errors()[0]["msg"]}',
+                kind.__name__,
+                'use a client and a service of the same version',
+            ) from None
     try: error = r.json()['error']
     except Exception: error = {}
     raise ServiceFault(r.status_code, error if isinstance(error, dict) else {}, _wait(r))
@@ -65,14 +82,27 @@ def _bytes(image:Image) -> bytes: return image if isinstance(image, bytes) else 
 
 class _Asks:
     "What both clients have in common: which request is sent."
-    def __init__(self, url:str, key:str|None=None, timeout:float=10., # seconds for a whole call, retries and waits included
-                 tries:int=4, **http):
+
+    def __init__(
+        self,
+        url: str,
+        key: str | None = None,
+        timeout: float = 10.0,  # seconds for a whole call, retries and waits included
+        tries: int = 4,
+        **http,
+    ):
         self.timeout, self.tries = timeout, tries
         self.http = self._kind(base_url=url, headers={'authorization': f'Bearer {key}'} if key else {}, **http)
 
-    def _one(self, image, problem, options): return self._path(problem, 'predict'), dict(content=_bytes(image), params=options, headers={'content-type': 'application/octet-stream'})
+    def _one(self, image, problem, options):
+        return self._path(problem, 'predict'), dict(
+            content=_bytes(image), params=options, headers={'content-type': 'application/octet-stream'}
+        )
 
-    def _many(self, images, problem, options): return self._path(problem, 'predict/batch'), dict(files=[('images', ('image', _bytes(i), 'application/octet-stream')) for i in images], params=options)
+    def _many(self, images, problem, options):
+        return self._path(problem, 'predict/batch'), dict(
+            files=[('images', ('image', _bytes(i), 'application/octet-stream')) for i in images], params=options
+        )
 
     def _path(self, problem, what): return f'/v1/models/{problem}/{what}' if problem else f'/v1/{what}'
 
@@ -84,7 +114,10 @@ class _Asks:
 class Client(_Asks):
     "A client that waits."
     _kind = httpx.Client
-    def predict(self, image:Image, problem:str|None=None, **options) -> Answer: # options: threshold, top_k, max_detections
+
+    def predict(
+        self, image: Image, problem: str | None = None, **options
+    ) -> Answer:  # options: threshold, top_k, max_detections
         "One image."
         return self._call('POST', *self._one(image, problem, options), Answer)
 

@@ -35,7 +35,26 @@ class Objects:
     said: np.ndarray      # (n,) bool: at or above the operating point
     mask: np.ndarray|None # (n,) run lengths, where they were asked for
     def __len__(self): return len(self.image)
-    def take(self, k): return Objects(self.items, *(None if v is None else v[k] for v in (self.image, self.at, self.label, self.box, self.score, self.area, self.crowd, self.said, self.mask)))
+
+    def take(self, k):
+        return Objects(
+            self.items,
+            *(
+                None if v is None else v[k]
+                for v in (
+                    self.image,
+                    self.at,
+                    self.label,
+                    self.box,
+                    self.score,
+                    self.area,
+                    self.crowd,
+                    self.said,
+                    self.mask,
+                )
+            ),
+        )
+
 
 def columns(t:pa.Table, classes:list[str],
             threshold:float=.5,  # the operating point of predictions that do not say `accepted`
@@ -45,32 +64,73 @@ def columns(t:pa.Table, classes:list[str],
     "The labelled annotations of a table. Those without a label are no objects."
     lists = t['annotations'].combine_chunks() if isinstance(t['annotations'], pa.ChunkedArray) else t['annotations']
     if isinstance(lists, pa.ChunkedArray): lists = lists.chunk(0) if lists.num_chunks else pa.array([], lists.type)
-    n = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False).astype(np.int64); flat = pc.list_flatten(lists)
-    image = np.repeat(np.arange(len(n)), n); at = np.arange(len(image)) - np.repeat(np.cumsum(n) - n, n); part = lambda name: pc.struct_field(flat, name)
-    named = part('label'); label = pc.fill_null(pc.index_in(named, value_set=pa.array(classes, pa.string())), -1).to_numpy(zero_copy_only=False)
+    n = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False).astype(np.int64)
+    flat = pc.list_flatten(lists)
+    image = np.repeat(np.arange(len(n)), n)
+    at = np.arange(len(image)) - np.repeat(np.cumsum(n) - n, n)
+    part = lambda name: pc.struct_field(flat, name)
+    named = part('label')
+    label = pc.fill_null(pc.index_in(named, value_set=pa.array(classes, pa.string())), -1).to_numpy(
+        zero_copy_only=False
+    )
     unknown = (label < 0) & named.is_valid().to_numpy(zero_copy_only=False)
-    if unknown.any(): raise BadInput(f'labels that are no class: {sorted(set(named.filter(pa.array(unknown)).to_pylist()))}', f'one of: {", ".join(classes)}', 'map them before evaluating')
-    has = part('bbox').is_valid().to_numpy(zero_copy_only=False); box = np.full((len(image), 4), np.nan); box[has] = pc.list_flatten(part('bbox')).to_numpy(zero_copy_only=False).reshape(-1, 4)
+    if unknown.any():
+        raise BadInput(
+            f'labels that are no class: {sorted(set(named.filter(pa.array(unknown)).to_pylist()))}',
+            f'one of: {", ".join(classes)}',
+            'map them before evaluating',
+        )
+    has = part('bbox').is_valid().to_numpy(zero_copy_only=False)
+    box = np.full((len(image), 4), np.nan)
+    box[has] = pc.list_flatten(part('bbox')).to_numpy(zero_copy_only=False).reshape(-1, 4)
     score = pc.fill_null(part('score'), 1.).to_numpy(zero_copy_only=False); accepted = part('accepted')
-    said = pc.if_else(accepted.is_valid(), accepted, pa.array(score >= threshold)).to_numpy(zero_copy_only=False).astype(bool)
+    said = (
+        pc.if_else(accepted.is_valid(), accepted, pa.array(score >= threshold))
+        .to_numpy(zero_copy_only=False)
+        .astype(bool)
+    )
     area = (box[:, 2] - box[:, 0])*(box[:, 3] - box[:, 1]); crowd, rle = np.zeros(len(image), bool), None
     if (more := part('attributes')).null_count < len(more):
-        for i, a in enumerate(more.to_pylist()): crowd[i] = bool(a) and any(dict(a).get(k) == '1' for k in ('iscrowd', 'difficult'))
+        for i, a in enumerate(more.to_pylist()):
+            crowd[i] = bool(a) and any(dict(a).get(k) == '1' for k in ('iscrowd', 'difficult'))
     if (m := part('mask')).null_count < len(m):
-        rle = np.array([None if r is None else dict(size=r['size'], counts=r['counts'].encode()) for r in m.to_pylist()], object); w = np.array([r is not None for r in rle])
-        area[w] = [coco_mask.area(r) for r in rle[w]] # pycocotools 2.0.11 counts a list of masks in a byte: it fails from 256 on
-        for i in np.flatnonzero(w & ~has): box[i] = mask_box(rle_decode(dict(size=rle[i]['size'], counts=rle[i]['counts'].decode()))) or np.nan
-    if masks and (o := part('polygon')).null_count < len(o): area, rle = _filled(o.to_pylist(), image, sizes or (t['width'].to_pylist(), t['height'].to_pylist()), area, rle)
-    keep = (label >= 0) & (np.array([r is not None for r in rle], bool) if masks and rle is not None else np.isfinite(box[:, 0]) & (not masks))
-    return Objects(len(n), image, at, label.astype(np.int64), box, score, area, crowd, said, rle if masks else None).take(keep)
+        rle = np.array(
+            [None if r is None else dict(size=r['size'], counts=r['counts'].encode()) for r in m.to_pylist()], object
+        )
+        w = np.array([r is not None for r in rle])
+        area[w] = [
+            coco_mask.area(r) for r in rle[w]
+        ]  # pycocotools 2.0.11 counts a list of masks in a byte: it fails from 256 on
+        for i in np.flatnonzero(w & ~has):
+            box[i] = mask_box(rle_decode(dict(size=rle[i]['size'], counts=rle[i]['counts'].decode()))) or np.nan
+    if masks and (o := part('polygon')).null_count < len(o):
+        area, rle = _filled(o.to_pylist(), image, sizes or (t['width'].to_pylist(), t['height'].to_pylist()), area, rle)
+    keep = (label >= 0) & (
+        np.array([r is not None for r in rle], bool)
+        if masks and rle is not None
+        else np.isfinite(box[:, 0]) & (not masks)
+    )
+    return Objects(
+        len(n), image, at, label.astype(np.int64), box, score, area, crowd, said, rle if masks else None
+    ).take(keep)
 
-def _filled(polygons:list, image:np.ndarray, sizes:tuple, area:np.ndarray, rle:np.ndarray|None) -> tuple[np.ndarray, np.ndarray]: # areas, run lengths
+
+def _filled(
+    polygons: list, image: np.ndarray, sizes: tuple, area: np.ndarray, rle: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:  # areas, run lengths
     "Where there is a polygon and no mask, the mask of the polygon."
     rle = np.full(len(image), None, object) if rle is None else rle
     for i in [i for i, p in enumerate(polygons) if p and rle[i] is None]:
         w, h = sizes[0][image[i]], sizes[1][image[i]]
-        if not (w and h): raise BadInput('polygons of an image whose size is not known', '`width` and `height` in the manifest', 'import the images again')
-        if rings := [r for r in polygons[i] if len(r) >= 6]: rle[i] = coco_mask.merge(coco_mask.frPyObjects(rings, h, w)); area[i] = coco_mask.area(rle[i])
+        if not (w and h):
+            raise BadInput(
+                'polygons of an image whose size is not known',
+                '`width` and `height` in the manifest',
+                'import the images again',
+            )
+        if rings := [r for r in polygons[i] if len(r) >= 6]:
+            rle[i] = coco_mask.merge(coco_mask.frPyObjects(rings, h, w))
+            area[i] = coco_mask.area(rle[i])
     return area, rle
 
 # %% ../nbs/18_coco.ipynb #f9ddc1a3
@@ -79,27 +139,41 @@ def prediction_rows(truth:pa.Table, predictions:pa.Table) -> pa.Table:
     at = pc.index_in(truth['id'].combine_chunks(), value_set=predictions['id'].combine_chunks())
     if at.null_count:
         missing = truth['id'].filter(at.is_null()).to_pylist()
-        raise BadInput(f'{len(missing)} items have no prediction: {", ".join(missing[:3])}', 'a prediction for every item of the split', 'predict them, or evaluate another split')
+        raise BadInput(
+            f'{len(missing)} items have no prediction: {", ".join(missing[:3])}',
+            'a prediction for every item of the split',
+            'predict them, or evaluate another split',
+        )
     return predictions.take(at)
 
 # %% ../nbs/18_coco.ipynb #7508c755
-def pairs(truth:Objects, said:Objects, same_label:bool=True) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # said, truth: indices; IoU
+def pairs(
+    truth: Objects, said: Objects, same_label: bool = True
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # said, truth: indices; IoU
     "Every pair in one image (and of one class), ordered by what was said, then by truth, and its overlap."
     C = 1 + max([0, *truth.label, *said.label]) if same_label else 1
     key = lambda o: o.image*C + (o.label if same_label else 0)
     order = np.argsort(key(truth), kind='stable'); keys = key(truth)[order]
     first, last = np.searchsorted(keys, key(said), 'left'), np.searchsorted(keys, key(said), 'right'); n = last - first
-    d = np.repeat(np.arange(len(said)), n); g = order[np.repeat(first, n) + np.arange(n.sum()) - np.repeat(np.cumsum(n) - n, n)] if len(order) else np.zeros(0, np.int64)
+    d = np.repeat(np.arange(len(said)), n)
+    g = (
+        order[np.repeat(first, n) + np.arange(n.sum()) - np.repeat(np.cumsum(n) - n, n)]
+        if len(order)
+        else np.zeros(0, np.int64)
+    )
     return d, g, _overlap(truth, said, d, g)
 
 def _overlap(truth:Objects, said:Objects, d, g) -> np.ndarray:
     if truth.mask is not None and len(d): return _mask_overlap(truth, said, d, g)
-    a, b = said.box[d], truth.box[g]; side = lambda i: (np.minimum(a[:, i + 2], b[:, i + 2]) - np.maximum(a[:, i], b[:, i])).clip(0)
+    a, b = said.box[d], truth.box[g]
+    side = lambda i: (np.minimum(a[:, i + 2], b[:, i + 2]) - np.maximum(a[:, i], b[:, i])).clip(0)
     inter = side(0)*side(1); area = lambda v: (v[:, 2] - v[:, 0])*(v[:, 3] - v[:, 1])
     return inter/np.where(truth.crowd[g], area(a), area(a) + area(b) - inter)
 
 def _mask_overlap(truth, said, d, g) -> np.ndarray:
-    out = np.empty(len(d)); group = said.image[d]*(1 + int(truth.label.max())) + truth.label[g]; order = np.argsort(group, kind='stable')
+    out = np.empty(len(d))
+    group = said.image[d] * (1 + int(truth.label.max())) + truth.label[g]
+    order = np.argsort(group, kind='stable')
     for k in np.split(order, np.flatnonzero(np.diff(group[order])) + 1):
         ds, i = np.unique(d[k], return_inverse=True); gs, j = np.unique(g[k], return_inverse=True)
         out[k] = coco_mask.iou(list(said.mask[ds]), list(truth.mask[gs]), truth.crowd[gs].astype(np.uint8))[i, j]
@@ -123,26 +197,40 @@ def match(truth:Objects, said:Objects, ious:np.ndarray=IOUS, areas:dict=AREAS, l
     new = np.r_[True, (np.diff(said.label) != 0) | (np.diff(said.image) != 0)] if len(said) else np.zeros(0, bool)
     rank = np.arange(len(said)) - np.flatnonzero(new)[np.cumsum(new) - 1] if len(said) else np.zeros(0, np.int64)
     said, rank = said.take(rank < limit), rank[rank < limit]
-    low, high = np.array(list(areas.values()), float).T; outside = lambda a: (a[None] < low[:, None]) | (a[None] > high[:, None])
+    low, high = np.array(list(areas.values()), float).T
+    outside = lambda a: (a[None] < low[:, None]) | (a[None] > high[:, None])
     ignored = truth.crowd[None] | outside(truth.area)
-    d, g, iou = pairs(truth, said); near = iou >= ious.min(); right, matched_out, which = _greedy(truth, ignored, len(said), rank, d[near], g[near], iou[near], ious)
+    d, g, iou = pairs(truth, said)
+    near = iou >= ious.min()
+    right, matched_out, which = _greedy(truth, ignored, len(said), rank, d[near], g[near], iou[near], ious)
     out = matched_out | (~right & outside(said.area)[:, None] & ~matched_out)
-    order = np.lexsort((rank, said.image, -said.score, said.label))                # per class, most confident first
-    return Matches(truth, said.take(order), rank[order], right[..., order], out[..., order], ignored, which[:, order], ious, areas)
+    order = np.lexsort((rank, said.image, -said.score, said.label))  # per class, most confident first
+    return Matches(
+        truth, said.take(order), rank[order], right[..., order], out[..., order], ignored, which[:, order], ious, areas
+    )
 
 # %% ../nbs/18_coco.ipynb #ecaf2380
 def _greedy(truth, ignored, n, rank, d, g, iou, ious) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     A, T = len(ignored), len(ious); taken = np.zeros((A, T, len(truth)), bool)
     right, out, which = np.zeros((A, T, n), bool), np.zeros((A, T, n), bool), np.full((T, n), -1)
-    first = np.searchsorted(d, np.arange(n + 1)); have = np.flatnonzero(np.diff(first)); turn = rank[have]     # a later rank never comes before an earlier one
+    first = np.searchsorted(d, np.arange(n + 1))
+    have = np.flatnonzero(np.diff(first))
+    turn = rank[have]  # a later rank never comes before an earlier one
     order = np.argsort(turn, kind='stable'); have = have[order]
     for now in np.split(have, np.flatnonzero(np.diff(turn[order])) + 1) if len(have) else []:
-        count = first[now + 1] - first[now]; k = first[now][:, None] + np.arange(count.max())[None]; real = np.arange(count.max())[None] < count[:, None]; k = np.where(real, k, 0)
-        obj, over = g[k], np.where(real, iou[k], -1.)                                                              # (n, P)
-        free = (over >= np.minimum(ious, 1 - 1e-10)[:, None, None])[None] & (~taken[:, :, obj] | truth.crowd[obj])  # (A, T, n, P)
+        count = first[now + 1] - first[now]
+        k = first[now][:, None] + np.arange(count.max())[None]
+        real = np.arange(count.max())[None] < count[:, None]
+        k = np.where(real, k, 0)
+        obj, over = g[k], np.where(real, iou[k], -1.)  # (n, P)
+        free = (over >= np.minimum(ious, 1 - 1e-10)[:, None, None])[None] & (
+            ~taken[:, :, obj] | truth.crowd[obj]
+        )  # (A, T, n, P)
         worth = np.where(free, over + 2*~ignored[:, obj][:, None], -1.)
-        best = worth.shape[-1] - 1 - worth[..., ::-1].argmax(-1)                                                    # of equals the last, as pycocotools does
-        hit = np.take_along_axis(worth, best[..., None], -1)[..., 0] > 0; o = obj[np.arange(len(now)), best]; a, t, i = np.nonzero(hit)
+        best = worth.shape[-1] - 1 - worth[..., ::-1].argmax(-1)  # of equals the last, as pycocotools does
+        hit = np.take_along_axis(worth, best[..., None], -1)[..., 0] > 0
+        o = obj[np.arange(len(now)), best]
+        a, t, i = np.nonzero(hit)
         taken[a, t, o[a, t, i]] = True; ig = ignored[a, o[a, t, i]]
         right[a, t, now[i]], out[a, t, now[i]] = ~ig, ig; which[t[a == 0], now[i[a == 0]]] = o[0][t[a == 0], i[a == 0]]
     return right, out, which
@@ -154,21 +242,32 @@ def average_precision(m:Matches, classes:int):
     def at(w:np.ndarray) -> np.ndarray:
         out = np.full((len(w), *m.right.shape[:2], classes), np.nan); objects = [w @ c for c in count]
         for c in range(classes):
-            lo, hi = ends[c], ends[c + 1]; hits = np.flatnonzero(m.right[:, :, lo:hi].any((0, 1))); hi = lo + (hits[-1] + 1 if len(hits) else 0)
+            lo, hi = ends[c], ends[c + 1]
+            hits = np.flatnonzero(m.right[:, :, lo:hi].any((0, 1)))
+            hi = lo + (hits[-1] + 1 if len(hits) else 0)
             rows = max(1, 8_000_000//max(1, hi - lo))
             for b in range(0, len(w), rows):
                 weight = w[b:b+rows][:, m.said.image[lo:hi]]
-                for a in range(len(m.right)): _one_class(out[b:b+rows, a, :, c], weight, m.right[a, :, lo:hi], m.out[a, :, lo:hi], objects[a][b:b+rows, c])
+                for a in range(len(m.right)):
+                    _one_class(
+                        out[b : b + rows, a, :, c],
+                        weight,
+                        m.right[a, :, lo:hi],
+                        m.out[a, :, lo:hi],
+                        objects[a][b : b + rows, c],
+                    )
         return out
     return at
 
 def _one_class(out, weight, right, ignored, objects):
-    sel = np.flatnonzero(~ignored.all(0)); there, w = objects > 0, weight if len(sel) == weight.shape[1] else weight[:, sel]; right, ignored = right[:, sel], ignored[:, sel]
+    sel = np.flatnonzero(~ignored.all(0))
+    there, w = objects > 0, weight if len(sel) == weight.shape[1] else weight[:, sel]
+    right, ignored = right[:, sel], ignored[:, sel]
     total = np.cumsum(w*~ignored[0] if ignored[0].any() else w, 1) if len(sel) else w
     for t in range(len(right)):
         k = np.flatnonzero(right[t]); tp = np.cumsum(w[:, k], 1); n = total[:, k]
         if not len(k): out[there, t] = 0.; continue
-        if len(d := np.flatnonzero(ignored[t] != ignored[0])):                            # few boxes change sides from one demand to another
+        if len(d := np.flatnonzero(ignored[t] != ignored[0])):  # few boxes change sides from one demand to another
             change = np.cumsum(w[:, d]*np.where(ignored[t, d], -1., 1.), 1); before = np.searchsorted(d, k, 'right')
             n = n + np.where(before > 0, change[:, np.maximum(before - 1, 0)], 0.)
         precision = np.maximum.accumulate((tp/(n + np.spacing(1)))[:, ::-1], 1)[:, ::-1]
@@ -176,13 +275,26 @@ def _one_class(out, weight, right, ignored, objects):
         reached = step + (RECALLS[step] <= recall)                                        # how many of the 101 recalls
         out[:, t] = np.where(there, (np.diff(reached, axis=1, prepend=0)*precision).sum(1)/len(RECALLS), np.nan)
 
-def _per_image(m:Matches, classes:int) -> list: # sparse (N, C) per area: objects that count
-    return [sparse.csr_matrix(((~ig).astype(float), (m.truth.image, m.truth.label)), (m.truth.items, classes)) for ig in m.ignored]
+def _per_image(m:Matches, classes:int) -> list:  # sparse (N, C) per area: objects that count
+    return [
+        sparse.csr_matrix(((~ig).astype(float), (m.truth.image, m.truth.label)), (m.truth.items, classes))
+        for ig in m.ignored
+    ]
+
 
 def average_recall(m:Matches, classes:int, limits:Sequence[int]=(1, 10, 100)):
     "A function from item weights (B, N) to (B, areas, limits, classes): recall with so many boxes per image and class, mean over IoUs."
     count = _per_image(m, classes); A, T, _ = m.right.shape
-    found = [[sparse.csr_matrix((m.right[a].sum(0)*(m.rank < k)/T, (m.said.image, m.said.label)), (m.truth.items, classes)) for k in limits] for a in range(A)]
+    found = [
+        [
+            sparse.csr_matrix(
+                (m.right[a].sum(0) * (m.rank < k) / T, (m.said.image, m.said.label)), (m.truth.items, classes)
+            )
+            for k in limits
+        ]
+        for a in range(A)
+    ]
+
     def at(w):
         with np.errstate(invalid='ignore', divide='ignore'):
             return np.stack([np.stack([(w @ f)/(w @ count[a]) for f in found[a]], 1) for a in range(A)], 1)

@@ -24,15 +24,22 @@ def _quiet(): # the tools' advice is for their authors
 
 def outputs(path:str|Path, pixels:np.ndarray, batch:int=32) -> dict[str, np.ndarray]:
     "What a graph says."
-    o = ort.SessionOptions(); o.log_severity_level = 3; s = ort.InferenceSession(Path(path).read_bytes(), o, providers=['CPUExecutionProvider']); names = [x.name for x in s.get_outputs()]
+    o = ort.SessionOptions()
+    o.log_severity_level = 3
+    s = ort.InferenceSession(Path(path).read_bytes(), o, providers=['CPUExecutionProvider'])
+    names = [x.name for x in s.get_outputs()]
     parts = [s.run(names, {s.get_inputs()[0].name: pixels[i:i + batch]}) for i in range(0, len(pixels), batch)]
     return {n: np.concatenate([p[k] for p in parts]) for k, n in enumerate(names)}
 
 def folded(path:str|Path, out:str|Path) -> Path:
     "The graph as ONNX Runtime would run it on any machine."
     with tempfile.TemporaryDirectory() as d:
-        o = ort.SessionOptions(); o.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED; o.optimized_model_filepath = f'{d}/m.onnx'; o.log_severity_level = 3
-        ort.InferenceSession(str(path), o, providers=['CPUExecutionProvider']); return write_atomic(out, Path(f'{d}/m.onnx').read_bytes())
+        o = ort.SessionOptions()
+        o.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        o.optimized_model_filepath = f'{d}/m.onnx'
+        o.log_severity_level = 3
+        ort.InferenceSession(str(path), o, providers=['CPUExecutionProvider'])
+        return write_atomic(out, Path(f'{d}/m.onnx').read_bytes())
 
 # %% ../nbs/48_compress.ipynb #ebe84723
 def normalising_nodes(model:onnx.ModelProto) -> list[str]:
@@ -50,8 +57,10 @@ def half(path:str|Path, out:str|Path) -> Path:
 # %% ../nbs/48_compress.ipynb #d2c31089
 LAYERS = ('Conv', 'ConvTranspose', 'Gemm', 'MatMul')
 
-class _Reader: # what the calibration is fed with
-    def __init__(self, name, pixels, batch=16): self.batches = iter([{name: pixels[i:i + batch]} for i in range(0, len(pixels), batch)])
+class _Reader:  # what the calibration is fed with
+    def __init__(self, name, pixels, batch=16):
+        self.batches = iter([{name: pixels[i : i + batch]} for i in range(0, len(pixels), batch)])
+
     def get_next(self): return next(self.batches, None)
 
 def layers(path:str|Path) -> list[str]:
@@ -69,8 +78,9 @@ def for_int8(path:str|Path, out:str|Path) -> Path:
 def _left_alone(model:onnx.ModelProto, keep:Sequence[str]) -> list[str]: # nodes
     "What stands behind layers that stay in float only, and so gains nothing from eight bits."
     behind, out = {}, list(keep)
-    for n in model.graph.node: # in the order of their use
-        before = set().union(*(behind.get(i, set()) for i in n.input)); behind |= dict.fromkeys(n.output, {n.name} if n.op_type in LAYERS else before)
+    for n in model.graph.node:  # in the order of their use
+        before = set().union(*(behind.get(i, set()) for i in n.input))
+        behind |= dict.fromkeys(n.output, {n.name} if n.op_type in LAYERS else before)
         if n.op_type not in LAYERS and before and before <= set(keep): out.append(n.name)
     return out
 
@@ -81,20 +91,34 @@ def fewer_bits(path:str|Path,       # from `for_int8`
                cache:str|Path|None=None) -> Path: # a file for the ranges, learnt once
     "The graph in eight bits, static."
     from onnxruntime.quantization import QuantType, quantize_static
-    model = onnx.load(path); reader = None if cache and Path(cache).is_file() else _Reader(model.graph.input[0].name, pixels)
+
+    model = onnx.load(path)
+    reader = None if cache and Path(cache).is_file() else _Reader(model.graph.input[0].name, pixels)
     with _quiet(), tempfile.TemporaryDirectory() as d:
-        quantize_static(str(path), f'{d}/m.onnx', reader, per_channel=True, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, nodes_to_quantize=list(only) or None,
-                        nodes_to_exclude=[*_left_alone(model, keep), *normalising_nodes(model)], calibration_cache_path=cache)
+        quantize_static(
+            str(path),
+            f'{d}/m.onnx',
+            reader,
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            nodes_to_quantize=list(only) or None,
+            nodes_to_exclude=[*_left_alone(model, keep), *normalising_nodes(model)],
+            calibration_cache_path=cache,
+        )
         return write_atomic(out, Path(f'{d}/m.onnx').read_bytes())
 
 def dynamic_int8(path:str|Path, out:str|Path) -> Path:
     "The graph with its matrix products in eight bits, ranges as they come."
     from onnxruntime.quantization import quantize_dynamic
     with _quiet(), tempfile.TemporaryDirectory() as d:
-        quantize_dynamic(str(path), f'{d}/m.onnx', op_types_to_quantize=['MatMul', 'Gemm'], per_channel=True); return write_atomic(out, Path(f'{d}/m.onnx').read_bytes())
+        quantize_dynamic(str(path), f'{d}/m.onnx', op_types_to_quantize=['MatMul', 'Gemm'], per_channel=True)
+        return write_atomic(out, Path(f'{d}/m.onnx').read_bytes())
 
 # %% ../nbs/48_compress.ipynb #7a840ce5
-def sensitivity(path:str|Path, pixels:np.ndarray, cache:str|Path|None=None) -> dict[str, float]: # layer -> error, the worst first
+def sensitivity(
+    path: str | Path, pixels: np.ndarray, cache: str | Path | None = None
+) -> dict[str, float]:  # layer -> error, the worst first
     "What quantising one layer alone does to the outputs: mean squared error over variance, of the worst output."
     true, found = outputs(path, pixels), {}
     with tempfile.TemporaryDirectory() as d:
@@ -109,10 +133,20 @@ def kept_in_float(path:str|Path, out:str|Path, pixels:np.ndarray,
                   most:float, say:Callable=lambda text: None) -> dict: # kept, lost, tried, ok
     "The graph in eight bits, with as few layers in float as the budget needs."
     with tempfile.TemporaryDirectory() as d:
-        ready, cache = for_int8(path, f'{d}/ready.onnx'), f'{d}/ranges.json'; fewer_bits(ready, out, pixels, cache=cache)
+        ready, cache = for_int8(path, f'{d}/ready.onnx'), f'{d}/ranges.json'
+        fewer_bits(ready, out, pixels, cache=cache)
         order, k, tried = None, 0, [dict(kept=0, lost=lost(Path(out)))]
         while tried[-1]['lost'] > most and (order is None or k < len(order)):
-            if order is None: say('looking for the layers that lose most'); order = list(sensitivity(ready, pixels[:64], cache))
+            if order is None:
+                say('looking for the layers that lose most')
+                order = list(sensitivity(ready, pixels[:64], cache))
             k = min(len(order), k + 1 + k//4); fewer_bits(ready, out, pixels, order[:k], cache=cache)
-            tried.append(dict(kept=k, lost=lost(Path(out)))); say(f'{k} of {len(order)} layers in float: loses {tried[-1]["lost"]:.4f} of at most {most:g}')
-        return dict(kept=(order or [])[:k], layers=len(layers(ready)), lost=tried[-1]['lost'], tried=tried, ok=tried[-1]['lost'] <= most)
+            tried.append(dict(kept=k, lost=lost(Path(out))))
+            say(f'{k} of {len(order)} layers in float: loses {tried[-1]["lost"]:.4f} of at most {most:g}')
+        return dict(
+            kept=(order or [])[:k],
+            layers=len(layers(ready)),
+            lost=tried[-1]['lost'],
+            tried=tried,
+            ok=tried[-1]['lost'] <= most,
+        )

@@ -121,15 +121,33 @@ class Workspace:
     def environment(self) -> dict[str, str]: # variables that keep third parties inside
         "Settings that keep what libraries write inside the workspace."
         cache = self.root/'.cache'
-        where = dict(BENTOML_HOME=self.registry/'bentoml', WANDB_DIR=cache, WANDB_CACHE_DIR=cache/'wandb',
-                     WANDB_CONFIG_DIR=cache/'wandb', WANDB_DATA_DIR=cache/'wandb', MPLCONFIGDIR=cache/'matplotlib',
-                     IPYTHONDIR=cache/'ipython', JUPYTER_CONFIG_DIR=cache/'jupyter', JUPYTER_DATA_DIR=cache/'jupyter/data',
-                     JUPYTER_RUNTIME_DIR=cache/'jupyter/runtime', TORCH_HOME=cache/'torch', HF_HOME=cache/'huggingface',
-                     TORCHINDUCTOR_CACHE_DIR=cache/'inductor', TRITON_CACHE_DIR=cache/'triton')
+        where = dict(
+            BENTOML_HOME=self.registry / 'bentoml',
+            WANDB_DIR=cache,
+            WANDB_CACHE_DIR=cache / 'wandb',
+            WANDB_CONFIG_DIR=cache / 'wandb',
+            WANDB_DATA_DIR=cache / 'wandb',
+            MPLCONFIGDIR=cache / 'matplotlib',
+            IPYTHONDIR=cache / 'ipython',
+            JUPYTER_CONFIG_DIR=cache / 'jupyter',
+            JUPYTER_DATA_DIR=cache / 'jupyter/data',
+            JUPYTER_RUNTIME_DIR=cache / 'jupyter/runtime',
+            TORCH_HOME=cache / 'torch',
+            HF_HOME=cache / 'huggingface',
+            TORCHINDUCTOR_CACHE_DIR=cache / 'inductor',
+            TRITON_CACHE_DIR=cache / 'triton',
+        )
         return {k: str(v) for k, v in where.items()} | dict(
-            WANDB_MODE='offline', WANDB_SILENT='true', BENTOML_DO_NOT_TRACK='True', HF_HUB_OFFLINE='1',
-            JUPYTER_PLATFORM_DIRS='1', ORT_DISABLE_TELEMETRY='1', LIGHTNING_DISABLE_VERSION_CHECK='1',
-            OMP_WAIT_POLICY='PASSIVE')   # threads that wait by spinning make training many times slower on a core they must share
+            WANDB_MODE='offline',
+            WANDB_SILENT='true',
+            BENTOML_DO_NOT_TRACK='True',
+            HF_HUB_OFFLINE='1',
+            JUPYTER_PLATFORM_DIRS='1',
+            ORT_DISABLE_TELEMETRY='1',
+            LIGHTNING_DISABLE_VERSION_CHECK='1',
+            OMP_WAIT_POLICY='PASSIVE',
+        )  # threads that wait by spinning make training many times slower on a core they must share
+
 
 def workspace(start:str|Path|None=None, # where to begin looking; the current folder when None
              ) -> Workspace:
@@ -156,11 +174,12 @@ class Annotation:
     caption: str|None = None               # a sentence about the image
     annotator: str|None = None             # who said it
     score: float|None = None               # confidence in [0, 1]
-    attributes: dict[str, str]|None = None # what only some formats say: crowd, occluded, rotation, ids of other tools
-    accepted: bool|None = None             # of a model: said at its operating point; False: a candidate, kept for the curves
+    attributes: dict[str, str]|None = None
+    accepted: bool | None = None  # of a model: said at its operating point; False: a candidate, kept for the curves
 
     def __post_init__(self):
-        if self.attributes is not None: self.attributes = {str(k): str(v) for k, v in sorted(dict(self.attributes).items())} or None
+        if self.attributes is not None:
+            self.attributes = {str(k): str(v) for k, v in sorted(dict(self.attributes).items())} or None
         if self.bbox is not None: self.bbox = check_bbox(self.bbox)
         if self.score is not None and not 0 <= self.score <= 1:
             raise BadInput(f'a score of {self.score}', 'a confidence in [0, 1]', 'apply softmax or sigmoid first')

@@ -29,8 +29,12 @@ def impulse_noise(x, c, rng, s):
 # %% ../nbs/46_corruptions.ipynb #924b3ab3
 def _filter(x, kernel):
     "Every channel with a kernel that sums to one; the picture is mirrored at its edge."
-    r = [min(k//2, n - 1) for k, n in zip(kernel.shape, x.shape)]; pad = np.pad(x, ((r[0], r[0]), (r[1], r[1]), (0, 0)), 'reflect'); k = kernel/kernel.sum()
-    if k.shape[0] > 2*r[0] + 1 or k.shape[1] > 2*r[1] + 1: k = k[k.shape[0]//2 - r[0]:k.shape[0]//2 + r[0] + 1, k.shape[1]//2 - r[1]:k.shape[1]//2 + r[1] + 1]; k = k/k.sum()
+    r = [min(k // 2, n - 1) for k, n in zip(kernel.shape, x.shape)]
+    pad = np.pad(x, ((r[0], r[0]), (r[1], r[1]), (0, 0)), 'reflect')
+    k = kernel / kernel.sum()
+    if k.shape[0] > 2 * r[0] + 1 or k.shape[1] > 2 * r[1] + 1:
+        k = k[k.shape[0] // 2 - r[0] : k.shape[0] // 2 + r[0] + 1, k.shape[1] // 2 - r[1] : k.shape[1] // 2 + r[1] + 1]
+        k = k / k.sum()
     return fftconvolve(pad, k[..., None], 'valid', axes=(0, 1))
 
 def _line(length:float, sigma:float, angle:float) -> np.ndarray: # odd, square
@@ -40,14 +44,29 @@ def _line(length:float, sigma:float, angle:float) -> np.ndarray: # odd, square
     np.add.at(k, (y, x), np.exp(-t**2/(2*max(sigma, 1e-6)**2))); return k
 
 def defocus_blur(x, c, rng, s):
-    r = c[0]*s; n = int(np.ceil(r)); yy, xx = np.mgrid[-n:n + 1, -n:n + 1]; disc = (r + .5 - np.hypot(yy, xx)).clip(0, 1); return _filter(x, gaussian_filter(disc, c[1]))
+    r = c[0] * s
+    n = int(np.ceil(r))
+    yy, xx = np.mgrid[-n : n + 1, -n : n + 1]
+    disc = (r + 0.5 - np.hypot(yy, xx)).clip(0, 1)
+    return _filter(x, gaussian_filter(disc, c[1]))
+
+
 def glass_blur(x, c, rng, s):
-    sigma, most = c[0]*s, max(1, round(c[1]*s)); h, w = x.shape[:2]; x = gaussian_filter(x, (sigma, sigma, 0)); yy, xx = np.mgrid[:h, :w]
-    for _ in range(c[2]): x = x[(yy + rng.integers(-most, most + 1, (h, w))).clip(0, h - 1), (xx + rng.integers(-most, most + 1, (h, w))).clip(0, w - 1)]
+    sigma, most = c[0] * s, max(1, round(c[1] * s))
+    h, w = x.shape[:2]
+    x = gaussian_filter(x, (sigma, sigma, 0))
+    yy, xx = np.mgrid[:h, :w]
+    for _ in range(c[2]):
+        x = x[
+            (yy + rng.integers(-most, most + 1, (h, w))).clip(0, h - 1),
+            (xx + rng.integers(-most, most + 1, (h, w))).clip(0, w - 1),
+        ]
     return gaussian_filter(x, (sigma, sigma, 0))
 def motion_blur(x, c, rng, s): return _filter(x, _line(2*c[0]*s, c[1]*s, rng.uniform(-np.pi/4, np.pi/4)))
 def _zoomed(x, f):
-    h, w = x.shape[:2]; im = Image.fromarray((x*255).clip(0, 255).astype(np.uint8)); dx, dy = w*(1 - 1/f)/2, h*(1 - 1/f)/2
+    h, w = x.shape[:2]
+    im = Image.fromarray((x * 255).clip(0, 255).astype(np.uint8))
+    dx, dy = w * (1 - 1 / f) / 2, h * (1 - 1 / f) / 2
     return np.asarray(im.resize((w, h), Image.Resampling.BILINEAR, (dx, dy, w - dx, h - dy)))/255
 def zoom_blur(x, c, rng, s): return np.mean([x, *(_zoomed(x, f) for f in np.arange(1, c[0], c[1]))], 0)
 
@@ -55,100 +74,234 @@ def zoom_blur(x, c, rng, s): return np.mean([x, *(_zoomed(x, f) for f in np.aran
 def _clouds(shape, decay, rng, first=2) -> np.ndarray: # (H, W) in [0, 1]
     "Noise in octaves; each finer one is weaker by `decay`."
     out, cells, weight = np.zeros(shape), first, 1.
-    while cells < 2*max(shape): 
-        g = np.asarray(Image.fromarray(rng.random((cells + 1, cells + 1)).astype(np.float32)).resize(shape[::-1], Image.Resampling.BICUBIC)); out += weight*g; cells *= 2; weight /= decay
+    while cells < 2*max(shape):
+        g = np.asarray(
+            Image.fromarray(rng.random((cells + 1, cells + 1)).astype(np.float32)).resize(
+                shape[::-1], Image.Resampling.BICUBIC
+            )
+        )
+        out += weight * g
+        cells *= 2
+        weight /= decay
     return (out - out.min())/max(np.ptp(out), 1e-9)
 
-def fog(x, c, rng, s): top = max(x.max(), .1); return (x + c[0]*_clouds(x.shape[:2], c[1], rng)[..., None])*top/(top + c[0])
+def fog(x, c, rng, s):
+    top = max(x.max(), 0.1)
+    return (x + c[0] * _clouds(x.shape[:2], c[1], rng)[..., None]) * top / (top + c[0])
+
+
 def frost(x, c, rng, s):
-    ridge = 1 - 2*np.abs(_clouds(x.shape[:2], 1.4, rng, 4) - .5); ice = ridge**3*(.5 + .5*_clouds(x.shape[:2], 2., rng)); ice = ice/max(ice.max(), 1e-9)
+    ridge = 1 - 2 * np.abs(_clouds(x.shape[:2], 1.4, rng, 4) - 0.5)
+    ice = ridge**3 * (0.5 + 0.5 * _clouds(x.shape[:2], 2.0, rng))
+    ice = ice / max(ice.max(), 1e-9)
     return c[0]*x + c[1]*ice[..., None]*np.array([.85, .93, 1.])
 def snow(x, c, rng, s):
-    mean, std, size, least, length, sigma, keep = c; h, w = x.shape[:2]; n = max(1., size*s); flakes = rng.normal(mean, std, (int(np.ceil(h/n)) + 1, int(np.ceil(w/n)) + 1))
-    flakes = np.asarray(Image.fromarray(flakes.astype(np.float32)).resize((w, h), Image.Resampling.BILINEAR)); flakes = np.where(flakes < least, 0, flakes).clip(0, 1)[..., None]
-    flakes = _filter(flakes, _line(2*length*s, sigma*s, rng.uniform(np.pi/4, 3*np.pi/4))); grey = x.mean(2, keepdims=True)
+    mean, std, size, least, length, sigma, keep = c
+    h, w = x.shape[:2]
+    n = max(1.0, size * s)
+    flakes = rng.normal(mean, std, (int(np.ceil(h / n)) + 1, int(np.ceil(w / n)) + 1))
+    flakes = np.asarray(Image.fromarray(flakes.astype(np.float32)).resize((w, h), Image.Resampling.BILINEAR))
+    flakes = np.where(flakes < least, 0, flakes).clip(0, 1)[..., None]
+    flakes = _filter(flakes, _line(2 * length * s, sigma * s, rng.uniform(np.pi / 4, 3 * np.pi / 4)))
+    grey = x.mean(2, keepdims=True)
     return keep*x + (1 - keep)*np.maximum(x, grey*1.5 + .5) + flakes + flakes[::-1, ::-1]
 def brightness(x, c, rng, s):
-    v = x.max(2, keepdims=True); return x*np.divide((v + c).clip(0, 1), v, out=np.zeros_like(v), where=v > 0) + (v == 0)*c   # HSV's value, hue and saturation kept
+    v = x.max(2, keepdims=True)
+    return (
+        x * np.divide((v + c).clip(0, 1), v, out=np.zeros_like(v), where=v > 0) + (v == 0) * c
+    )  # HSV's value, hue and saturation kept
 
 # %% ../nbs/46_corruptions.ipynb #b525a559
 def _coded(x, kind, quality):
-    out = io.BytesIO(); Image.fromarray((x*255).clip(0, 255).astype(np.uint8)).save(out, kind, quality=quality); return np.asarray(Image.open(out).convert('RGB'))/255
+    out = io.BytesIO()
+    Image.fromarray((x * 255).clip(0, 255).astype(np.uint8)).save(out, kind, quality=quality)
+    return np.asarray(Image.open(out).convert('RGB')) / 255
+
 
 def contrast(x, c, rng, s): m = x.mean((0, 1), keepdims=True); return (x - m)*c + m
 def elastic(x, c, rng, s):
     h, w = x.shape[:2]; side = min(h, w); shift = rng.uniform(-1, 1, (2, h, w)); a, sigma, turn = (v*side for v in c)
-    dy, dx = (gaussian_filter(v, max(sigma, .3), mode='reflect', truncate=3)*a for v in shift); yy, xx = np.mgrid[:h, :w].astype(float)
-    m = np.eye(2) + rng.uniform(-1, 1, (2, 2))*turn/side*1.5; cy, cx = (h - 1)/2, (w - 1)/2; at = (m[0, 0]*(yy - cy) + m[0, 1]*(xx - cx) + cy + dy, m[1, 0]*(yy - cy) + m[1, 1]*(xx - cx) + cx + dx)
+    dy, dx = (gaussian_filter(v, max(sigma, 0.3), mode='reflect', truncate=3) * a for v in shift)
+    yy, xx = np.mgrid[:h, :w].astype(float)
+    m = np.eye(2) + rng.uniform(-1, 1, (2, 2)) * turn / side * 1.5
+    cy, cx = (h - 1) / 2, (w - 1) / 2
+    at = (m[0, 0] * (yy - cy) + m[0, 1] * (xx - cx) + cy + dy, m[1, 0] * (yy - cy) + m[1, 1] * (xx - cx) + cx + dx)
     return np.stack([map_coordinates(x[..., k], at, order=1, mode='reflect') for k in range(3)], -1)
 def pixelate(x, c, rng, s):
-    h, w = x.shape[:2]; im = Image.fromarray((x*255).clip(0, 255).astype(np.uint8)); small = im.resize((max(1, int(w*c)), max(1, int(h*c))), Image.Resampling.BOX); return np.asarray(small.resize((w, h), Image.Resampling.BOX))/255
+    h, w = x.shape[:2]
+    im = Image.fromarray((x * 255).clip(0, 255).astype(np.uint8))
+    small = im.resize((max(1, int(w * c)), max(1, int(h * c))), Image.Resampling.BOX)
+    return np.asarray(small.resize((w, h), Image.Resampling.BOX)) / 255
+
+
 def jpeg(x, c, rng, s): return _coded(x, 'JPEG', c)
 
 # %% ../nbs/46_corruptions.ipynb #084bb5e6
 def compression(x, c, rng, s): return _coded(x, 'WEBP', c)
 def low_light(x, c, rng, s):
-    photons = 2000*c; seen = rng.poisson(x**2.2*photons)/2000 + rng.normal(0, .002, x.shape); return seen.clip(0, 1)**(1/2.2)
+    photons = 2000 * c
+    seen = rng.poisson(x**2.2 * photons) / 2000 + rng.normal(0, 0.002, x.shape)
+    return seen.clip(0, 1) ** (1 / 2.2)
+
+
 def shake(x, c, rng, s):
-    r = max(1, int(np.ceil(c*s))); steps = np.cumsum(gaussian_filter(rng.normal(size=(2, 200)), (0, 12)), 1); steps -= steps.mean(1, keepdims=True); k = np.zeros((2*r + 1, 2*r + 1))
-    steps *= c*s/max(np.abs(steps).max(), 1e-9); np.add.at(k, tuple(np.rint(steps).astype(int) + r), 1); return _filter(x, k)
+    r = max(1, int(np.ceil(c * s)))
+    steps = np.cumsum(gaussian_filter(rng.normal(size=(2, 200)), (0, 12)), 1)
+    steps -= steps.mean(1, keepdims=True)
+    k = np.zeros((2 * r + 1, 2 * r + 1))
+    steps *= c * s / max(np.abs(steps).max(), 1e-9)
+    np.add.at(k, tuple(np.rint(steps).astype(int) + r), 1)
+    return _filter(x, k)
+
+
 def occlusion(x, c, rng, s):
-    h, w = x.shape[:2]; angle = rng.uniform(0, 2*np.pi); yy, xx = np.mgrid[:h, :w]; d = (xx/w - .5)*np.cos(angle) + (yy/h - .5)*np.sin(angle) + .08*np.sin(4*((yy/h)*np.cos(angle) - (xx/w)*np.sin(angle)) + rng.uniform(0, 6))
-    soft = gaussian_filter((d > np.quantile(d, 1 - c)).astype(float), 4*s)[..., None]; return x*(1 - soft) + soft*np.array([.32, .2, .16])
+    h, w = x.shape[:2]
+    angle = rng.uniform(0, 2 * np.pi)
+    yy, xx = np.mgrid[:h, :w]
+    d = (
+        (xx / w - 0.5) * np.cos(angle)
+        + (yy / h - 0.5) * np.sin(angle)
+        + 0.08 * np.sin(4 * ((yy / h) * np.cos(angle) - (xx / w) * np.sin(angle)) + rng.uniform(0, 6))
+    )
+    soft = gaussian_filter((d > np.quantile(d, 1 - c)).astype(float), 4 * s)[..., None]
+    return x * (1 - soft) + soft * np.array([0.32, 0.2, 0.16])
 
 # %% ../nbs/46_corruptions.ipynb #dc4f2eab
 KINDS = dict(
-    gaussian_noise=('noise', gaussian_noise, (.08, .12, .18, .26, .38)), shot_noise=('noise', shot_noise, (60, 25, 12, 5, 3)), impulse_noise=('noise', impulse_noise, (.03, .06, .09, .17, .27)),
-    defocus_blur=('blur', defocus_blur, ((3, .1), (4, .5), (6, .5), (8, .5), (10, .5))), glass_blur=('blur', glass_blur, ((.7, 1, 2), (.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2))),
-    motion_blur=('blur', motion_blur, ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15))), zoom_blur=('blur', zoom_blur, ((1.11, .01), (1.16, .01), (1.21, .02), (1.26, .02), (1.31, .03))),
-    snow=('weather', snow, ((.1, .3, 3, .5, 10, 4, .8), (.2, .3, 2, .5, 12, 4, .7), (.55, .3, 4, .9, 12, 8, .7), (.55, .3, 4.5, .85, 12, 8, .65), (.55, .3, 2.5, .85, 12, 12, .55))),
-    frost=('weather', frost, ((1, .4), (.8, .6), (.7, .7), (.65, .7), (.6, .75))), fog=('weather', fog, ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4))), brightness=('weather', brightness, (.1, .2, .3, .4, .5)),
-    contrast=('digital', contrast, (.4, .3, .2, .1, .05)), elastic=('digital', elastic, ((2, .7, .1), (2, .08, .2), (.05, .01, .02), (.07, .01, .02), (.12, .01, .02))),
-    pixelate=('digital', pixelate, (.6, .5, .4, .3, .25)), jpeg=('digital', jpeg, (25, 18, 15, 10, 7)),
-    compression=('camera', compression, (40, 20, 10, 4, 1)), low_light=('camera', low_light, (.4, .2, .1, .05, .025)), shake=('camera', shake, (3, 5, 8, 12, 18)), occlusion=('camera', occlusion, (.05, .1, .2, .3, .45)))
+    gaussian_noise=('noise', gaussian_noise, (0.08, 0.12, 0.18, 0.26, 0.38)),
+    shot_noise=('noise', shot_noise, (60, 25, 12, 5, 3)),
+    impulse_noise=('noise', impulse_noise, (0.03, 0.06, 0.09, 0.17, 0.27)),
+    defocus_blur=('blur', defocus_blur, ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5))),
+    glass_blur=('blur', glass_blur, ((0.7, 1, 2), (0.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2))),
+    motion_blur=('blur', motion_blur, ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15))),
+    zoom_blur=('blur', zoom_blur, ((1.11, 0.01), (1.16, 0.01), (1.21, 0.02), (1.26, 0.02), (1.31, 0.03))),
+    snow=(
+        'weather',
+        snow,
+        (
+            (0.1, 0.3, 3, 0.5, 10, 4, 0.8),
+            (0.2, 0.3, 2, 0.5, 12, 4, 0.7),
+            (0.55, 0.3, 4, 0.9, 12, 8, 0.7),
+            (0.55, 0.3, 4.5, 0.85, 12, 8, 0.65),
+            (0.55, 0.3, 2.5, 0.85, 12, 12, 0.55),
+        ),
+    ),
+    frost=('weather', frost, ((1, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75))),
+    fog=('weather', fog, ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4))),
+    brightness=('weather', brightness, (0.1, 0.2, 0.3, 0.4, 0.5)),
+    contrast=('digital', contrast, (0.4, 0.3, 0.2, 0.1, 0.05)),
+    elastic=(
+        'digital',
+        elastic,
+        ((2, 0.7, 0.1), (2, 0.08, 0.2), (0.05, 0.01, 0.02), (0.07, 0.01, 0.02), (0.12, 0.01, 0.02)),
+    ),
+    pixelate=('digital', pixelate, (0.6, 0.5, 0.4, 0.3, 0.25)),
+    jpeg=('digital', jpeg, (25, 18, 15, 10, 7)),
+    compression=('camera', compression, (40, 20, 10, 4, 1)),
+    low_light=('camera', low_light, (0.4, 0.2, 0.1, 0.05, 0.025)),
+    shake=('camera', shake, (3, 5, 8, 12, 18)),
+    occlusion=('camera', occlusion, (0.05, 0.1, 0.2, 0.3, 0.45)),
+)
+
 
 def corrupt(image:np.ndarray, # (H, W, 3) uint8
             kind:str,         # one of KINDS
             severity:int=3,   # 1 to 5
             seed:int|str=0) -> np.ndarray: # (H, W, 3) uint8
     "A picture as it would be under one of the corruptions; the same seed gives the same picture."
-    if kind not in KINDS or severity not in range(1, 6): raise BadInput(f'the corruption {kind!r} at severity {severity}', f'one of {", ".join(KINDS)}, at 1 to 5', 'correct the name')
-    _, f, c = KINDS[kind]; rng = np.random.default_rng(int(digest(f'{seed}/{kind}/{severity}')[:12], 16)); x = image.astype(np.float64)/255
+    if kind not in KINDS or severity not in range(1, 6):
+        raise BadInput(
+            f'the corruption {kind!r} at severity {severity}',
+            f'one of {", ".join(KINDS)}, at 1 to 5',
+            'correct the name',
+        )
+    _, f, c = KINDS[kind]
+    rng = np.random.default_rng(int(digest(f'{seed}/{kind}/{severity}')[:12], 16))
+    x = image.astype(np.float64) / 255
     return np.rint(f(x, c[severity - 1], rng, min(image.shape[:2])/224).clip(0, 1)*255).astype(np.uint8)
 
 # %% ../nbs/46_corruptions.ipynb #4e4cedc0
 def corrupted_file(data:bytes, kind:str, severity:int, seed:int|str=0) -> bytes:
     "An image file, corrupted, as PNG."
-    out = io.BytesIO(); Image.fromarray(corrupt(decode(data), kind, severity, seed)).save(out, 'PNG', compress_level=1); return out.getvalue()
+    out = io.BytesIO()
+    Image.fromarray(corrupt(decode(data), kind, severity, seed)).save(out, 'PNG', compress_level=1)
+    return out.getvalue()
 
-def robustness(predictor:Predictor, rows:pa.Table, read, problem:Problem, kinds=tuple(KINDS), severities=(1, 2, 3, 4, 5), seed:int=0) -> pd.DataFrame: # kind, family, severity, slice, items, clean, value, relative
+
+def robustness(
+    predictor: Predictor,
+    rows: pa.Table,
+    read,
+    problem: Problem,
+    kinds=tuple(KINDS),
+    severities=(1, 2, 3, 4, 5),
+    seed: int = 0,
+) -> pd.DataFrame:  # kind, family, severity, slice, items, clean, value, relative
     "The primary metric under every corruption, over all items and per slice."
-    task, metric = get_task(problem.task), problem.metrics.primary; facts = facts_of(rows); one = lambda v: v if task.METRICS[metric] else 1 - v
-    masks = dict(all=np.ones(len(rows), bool)) | {n: m for n, w in problem.slices.items() if (m := select(w, facts)).any()}; w = np.stack([m.astype(float) for m in masks.values()])
+    task, metric = get_task(problem.task), problem.metrics.primary
+    facts = facts_of(rows)
+    one = lambda v: v if task.METRICS[metric] else 1 - v
+    masks = dict(all=np.ones(len(rows), bool)) | {
+        n: m for n, w in problem.slices.items() if (m := select(w, facts)).any()
+    }
+    w = np.stack([m.astype(float) for m in masks.values()])
     measure = lambda read: task.score(rows, predict_table(predictor, rows, read), problem)(w)[metric]
     clean, out = measure(read), []
     for kind in kinds:
         for severity in severities:
-            got = measure(lambda uri, kind=kind, severity=severity: corrupted_file(read(uri), kind, severity, f'{seed}/{uri}'))
-            out += [dict(kind=kind, family=KINDS[kind][0], severity=severity, slice=n, items=int(m.sum()), clean=c, value=v, relative=one(v)/one(c) if one(c) > 0 else np.nan) for (n, m), c, v in zip(masks.items(), clean, got)]
+            got = measure(
+                lambda uri, kind=kind, severity=severity: corrupted_file(read(uri), kind, severity, f'{seed}/{uri}')
+            )
+            out += [
+                dict(
+                    kind=kind,
+                    family=KINDS[kind][0],
+                    severity=severity,
+                    slice=n,
+                    items=int(m.sum()),
+                    clean=c,
+                    value=v,
+                    relative=one(v) / one(c) if one(c) > 0 else np.nan,
+                )
+                for (n, m), c, v in zip(masks.items(), clean, got)
+            ]
     return pd.DataFrame(out)
 
 # %% ../nbs/46_corruptions.ipynb #ca4ef291
 def plot_robustness(t:pd.DataFrame, by:str='severity'): # by: severity, over all items; or slice, over all severities
     "A heat-map of what is left."
     import matplotlib.pyplot as plt
-    part = t[t['slice'] == 'all'] if by == 'severity' else t; grid = part.groupby(['kind', by], sort=False)['relative'].mean().unstack(by)
-    fig, ax = plt.subplots(figsize=(min(11, 3.2 + .75*grid.shape[1]), 1.4 + .3*len(grid))); ax.imshow(grid, cmap='cividis', vmin=0, vmax=1, aspect='auto'); ax.grid(False)
-    ax.set(xticks=range(grid.shape[1]), yticks=range(len(grid)), xlabel=by if by == 'severity' else ''); ax.set_xticklabels(grid.columns, rotation=0 if by == 'severity' else 35, ha='center' if by == 'severity' else 'right'); ax.set_yticklabels([k.replace('_', ' ') for k in grid.index])
+
+    part = t[t['slice'] == 'all'] if by == 'severity' else t
+    grid = part.groupby(['kind', by], sort=False)['relative'].mean().unstack(by)
+    fig, ax = plt.subplots(figsize=(min(11, 3.2 + 0.75 * grid.shape[1]), 1.4 + 0.3 * len(grid)))
+    ax.imshow(grid, cmap='cividis', vmin=0, vmax=1, aspect='auto')
+    ax.grid(False)
+    ax.set(xticks=range(grid.shape[1]), yticks=range(len(grid)), xlabel=by if by == 'severity' else '')
+    ax.set_xticklabels(
+        grid.columns, rotation=0 if by == 'severity' else 35, ha='center' if by == 'severity' else 'right'
+    )
+    ax.set_yticklabels([k.replace('_', ' ') for k in grid.index])
     for i, j in np.ndindex(grid.shape):
-        if np.isfinite(v := grid.iat[i, j]): ax.text(j, i, f'{100*v:.0f}', ha='center', va='center', fontsize=8, color='black' if v > .55 else 'white')
+        if np.isfinite(v := grid.iat[i, j]):
+            ax.text(
+                j, i, f'{100 * v:.0f}', ha='center', va='center', fontsize=8, color='black' if v > 0.55 else 'white'
+            )
     fig.tight_layout(); return fig
 
-def contact_sheet(image:np.ndarray, kinds=tuple(KINDS), severities=(1, 2, 3, 4, 5), height:int=96, seed:int=0) -> np.ndarray: # (H, W, 3) uint8
+def contact_sheet(
+    image: np.ndarray, kinds=tuple(KINDS), severities=(1, 2, 3, 4, 5), height: int = 96, seed: int = 0
+) -> np.ndarray:  # (H, W, 3) uint8
     "One picture under every corruption: a row per kind, its name on the left."
     from PIL import ImageDraw
-    w = max(1, round(image.shape[1]*height/image.shape[0])); page = Image.new('RGB', (104 + len(severities)*(w + 4), len(kinds)*(height + 4)), 'white'); pen = ImageDraw.Draw(page)
+
+    w = max(1, round(image.shape[1] * height / image.shape[0]))
+    page = Image.new('RGB', (104 + len(severities) * (w + 4), len(kinds) * (height + 4)), 'white')
+    pen = ImageDraw.Draw(page)
     for i, k in enumerate(kinds):
         pen.text((4, i*(height + 4) + height//2 - 6), k.replace('_', ' '), fill='black')
-        for j, s in enumerate(severities): page.paste(Image.fromarray(corrupt(image, k, s, seed)).resize((w, height)), (104 + j*(w + 4), i*(height + 4)))
+        for j, s in enumerate(severities):
+            page.paste(
+                Image.fromarray(corrupt(image, k, s, seed)).resize((w, height)), (104 + j * (w + 4), i * (height + 4))
+            )
     return np.asarray(page)

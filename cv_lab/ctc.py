@@ -20,9 +20,14 @@ def log_softmax(x:np.ndarray) -> np.ndarray:
 # %% ../nbs/05_ctc.ipynb #dec4c30c
 def to_codes(text:str, alphabet:Sequence[str]) -> list[int]: # from 1 on
     "The characters of a text as codes; one that is not in the alphabet is refused."
-    if long := [c for c in alphabet if len(c) != 1]: raise BadInput(f'{long[:3]} in the alphabet', 'single characters', 'correct `classes` in the problem file')
+    if long := [c for c in alphabet if len(c) != 1]:
+        raise BadInput(f'{long[:3]} in the alphabet', 'single characters', 'correct `classes` in the problem file')
     if unknown := sorted(set(text) - set(alphabet)):
-        raise BadInput(f'the text {text!r} has characters that are not in the alphabet: {" ".join(map(repr, unknown))}', f'characters of: {"".join(alphabet)}', 'add them to `classes` in the problem file, or correct the text')
+        raise BadInput(
+            f'the text {text!r} has characters that are not in the alphabet: {" ".join(map(repr, unknown))}',
+            f'characters of: {"".join(alphabet)}',
+            'add them to `classes` in the problem file, or correct the text',
+        )
     return [alphabet.index(c) + 1 for c in text]
 
 def to_text(codes:Iterable[int], alphabet:Sequence[str]) -> str:
@@ -39,7 +44,9 @@ def log_probability(lp:np.ndarray, codes:Sequence[int]) -> float: # at most 0
     "The logarithm of the probability of a text, over all of its paths."
     if not len(lp): return NONE if len(codes) else 0.
     z = np.zeros(2*len(codes) + 1, int); z[1::2] = codes; heard = lp[:, z]
-    jump = np.r_[False, False, (z[2:] != z[:-2]) & (z[2:] > 0)][:len(z)]   # a blank may be left out between unlike characters
+    jump = np.r_[False, False, (z[2:] != z[:-2]) & (z[2:] > 0)][
+        : len(z)
+    ]  # a blank may be left out between unlike characters
     a = np.full(len(z), NONE); a[:2] = heard[0, :2]
     for row in heard[1:]:
         one, two = np.r_[NONE, a[:-1]], np.r_[NONE, NONE, a[:-2]][:len(z)]
@@ -54,16 +61,25 @@ def _beginnings(words:Iterable[Sequence[int]]) -> dict[tuple, set[int]]: # begin
         for i in range(len(w)): out.setdefault(tuple(w[:i]), set()).add(w[i])
     return out
 
-def _add(beams:dict, text:tuple, blank:float, character:float) -> None: b, c = beams.get(text, (NONE, NONE)); beams[text] = np.logaddexp(b, blank), np.logaddexp(c, character)
+def _add(beams: dict, text: tuple, blank: float, character: float) -> None:
+    b, c = beams.get(text, (NONE, NONE))
+    beams[text] = np.logaddexp(b, blank), np.logaddexp(c, character)
 
-def beam_search(lp:np.ndarray,   # (T, 1 + characters) log probabilities
-                width:int=16,    # beginnings that are kept
-                lexicon:Iterable[Sequence[int]]|None=None, # words as codes; None: any text
-                floor:float=1e-7, # characters less likely than this are not tried in a column
-               ) -> list[tuple[list[int], float]]: # texts as codes, and the logarithm of the probability found; likeliest first
+
+def beam_search(
+    lp: np.ndarray,  # (T, 1 + characters) log probabilities
+    width: int = 16,  # beginnings that are kept
+    lexicon: Iterable[Sequence[int]] | None = None,  # words as codes; None: any text
+    floor: float = 1e-7,  # characters less likely than this are not tried in a column
+) -> list[tuple[list[int], float]]:  # texts as codes, and the logarithm of the probability found; likeliest first
     "The likeliest texts, paths of one text taken together (Graves 2012; Hannun et al. 2014)."
-    words = None if lexicon is None else [tuple(w) for w in lexicon]; after = None if words is None else _beginnings(words)
-    beams, C, least = {(): (0., NONE)}, range(1, lp.shape[1]), np.log(floor) if floor else NONE # probability of paths that end in a blank, and in a character
+    words = None if lexicon is None else [tuple(w) for w in lexicon]
+    after = None if words is None else _beginnings(words)
+    beams, C, least = (
+        {(): (0.0, NONE)},
+        range(1, lp.shape[1]),
+        np.log(floor) if floor else NONE,
+    )  # probability of paths that end in a blank, and in a character
     for row in lp:
         new = {}
         for text, (b, c) in beams.items():

@@ -18,7 +18,9 @@ def fit_stairs(score:np.ndarray, # (N,)
     from sklearn.isotonic import IsotonicRegression
     right = np.asarray(right, bool); e = 1/(len(right) + 2)
     if right.sum() < 5 or (~right).sum() < 5: return [[0., 1.], [0., 1.]]
-    f = IsotonicRegression(y_min=e, y_max=1 - e, out_of_bounds='clip').fit(np.asarray(score, np.float64), right.astype(float))
+    f = IsotonicRegression(y_min=e, y_max=1 - e, out_of_bounds='clip').fit(
+        np.asarray(score, np.float64), right.astype(float)
+    )
     return [f.X_thresholds_.tolist(), f.y_thresholds_.tolist()]
 
 def on_stairs(score:np.ndarray, stairs:Stairs) -> np.ndarray:
@@ -40,8 +42,11 @@ def cheapest(score:np.ndarray, right:np.ndarray, # (N,), (N,) bool: answers that
              there:int|None=None,                # objects to be found; None: every item wants one answer
             ) -> float: # half-way between two scores, so that rounding cannot cross it
     "The score from which answers are given, so that wrong and missing ones cost least together."
-    order = np.argsort(-score, kind='stable'); c, tp = score[order], np.cumsum(right[order]); n = np.arange(1, len(c) + 1)
-    left = np.r_[len(c) if there is None else there, (len(c) - n) if there is None else (there - tp)]; cost = wrong*np.r_[0, n - tp] + missing*left
-    between = np.r_[True, c[1:] < c[:-1], True][:len(c) + 1]                      # equal scores are answered together or not at all
+    order = np.argsort(-score, kind='stable')
+    c, tp = score[order], np.cumsum(right[order])
+    n = np.arange(1, len(c) + 1)
+    left = np.r_[len(c) if there is None else there, (len(c) - n) if there is None else (there - tp)]
+    cost = wrong * np.r_[0, n - tp] + missing * left
+    between = np.r_[True, c[1:] < c[:-1], True][: len(c) + 1]  # equal scores are answered together or not at all
     k = int(np.where(between, cost, np.inf).argmin())
     return NEVER if k == 0 else float((c[k - 1] + (c[k] if k < len(c) else 0.))/2)

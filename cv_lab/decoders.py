@@ -24,7 +24,9 @@ class Fpn(nn.Module):
 
     def forward(self, images): # (N, 3, H, W) uint8 -> (N, width, H/stride, W/stride)
         first, *rest = self.pyramid(images)
-        return self.mix(sum((F.interpolate(m, size=first.shape[-2:], mode='bilinear', align_corners=False) for m in rest), first))
+        return self.mix(
+            sum((F.interpolate(m, size=first.shape[-2:], mode='bilinear', align_corners=False) for m in rest), first)
+        )
 
 # %% ../nbs/19d_decoders.ipynb #eaf114e0
 class UNet(nn.Module):
@@ -46,16 +48,33 @@ class DeepLab(nn.Module):
     "Atrous spatial pyramid pooling, joined with the finest map."
     def __init__(self, features:Features, width:int, rates:Sequence[int]=(1, 6, 12, 18)):
         super().__init__(); self.features, self.width = features, width; c = features.channels[-1]
-        self.branches = nn.ModuleList(ConvNorm(c, width, 1) if r == 1 else nn.Sequential(
-            nn.Conv2d(c, width, 3, padding=r, dilation=r, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)) for r in rates)
-        self.mean = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(c, width, 1), nn.ReLU(inplace=True))      # no norm: one value per image
-        self.mix, self.skip = ConvNorm(width*(len(rates) + 1), width, 1), ConvNorm(features.channels[0], max(8, width//4), 1)
+        self.branches = nn.ModuleList(
+            ConvNorm(c, width, 1)
+            if r == 1
+            else nn.Sequential(
+                nn.Conv2d(c, width, 3, padding=r, dilation=r, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)
+            )
+            for r in rates
+        )
+        self.mean = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1), nn.Conv2d(c, width, 1), nn.ReLU(inplace=True)
+        )  # no norm: one value per image
+        self.mix, self.skip = (
+            ConvNorm(width * (len(rates) + 1), width, 1),
+            ConvNorm(features.channels[0], max(8, width // 4), 1),
+        )
         self.join = nn.Sequential(ConvNorm(width + max(8, width//4), width), ConvNorm(width, width))
 
     def forward(self, images): # (N, 3, H, W) uint8 -> (N, width, H/stride, W/stride)
         maps = self.features(images); first, last = maps[0], maps[-1]
-        y = self.mix(torch.cat([*(b(last) for b in self.branches), self.mean(last).expand(-1, -1, *last.shape[-2:])], 1))
-        return self.join(torch.cat([self.skip(first), F.interpolate(y, size=first.shape[-2:], mode='bilinear', align_corners=False)], 1))
+        y = self.mix(
+            torch.cat([*(b(last) for b in self.branches), self.mean(last).expand(-1, -1, *last.shape[-2:])], 1)
+        )
+        return self.join(
+            torch.cat(
+                [self.skip(first), F.interpolate(y, size=first.shape[-2:], mode='bilinear', align_corners=False)], 1
+            )
+        )
 
 # %% ../nbs/19d_decoders.ipynb #09c16efc
 DECODERS = dict(fpn=Fpn, unet=UNet, deeplab=DeepLab)
@@ -68,8 +87,9 @@ class PerPixel(nn.Module):
         self.head = nn.Conv2d(decoder.width, outputs*stride**2, 1)
         with torch.no_grad(): self.head.weight /= QUICK; self.head.bias /= QUICK
 
-    def forward(self, images): # (N, 3, H, W) uint8 -> {output: (N, outputs, H, W)}
-        H, W = images.shape[-2:]; whole = F.pad(images, (0, -W % 32, 0, -H % 32))     # some networks drop what is left over
+    def forward(self, images):  # (N, 3, H, W) uint8 -> {output: (N, outputs, H, W)}
+        H, W = images.shape[-2:]
+        whole = F.pad(images, (0, -W % 32, 0, -H % 32))  # some networks drop what is left over
         return {self.output: F.pixel_shuffle(QUICK*self.head(self.decoder(whole)), self.stride)[..., :H, :W]}
 
 def pixel_network(name:str,                          # a timm name, such as `resnet10t`
@@ -81,5 +101,8 @@ def pixel_network(name:str,                          # a timm name, such as `res
                   **kwargs,                          # anything the timm model takes
                  ) -> PerPixel: # (N, 3, H, W) uint8 -> {'logits': (N, outputs, H, W)}
     "A network with one vector per pixel."
-    if decoder not in DECODERS: raise BadInput(f'there is no decoder {decoder!r}', f'one of: {", ".join(DECODERS)}', 'correct `decoder`')
-    return PerPixel(DECODERS[decoder](Features(name, strides, pretrained, frozen, **kwargs), width), strides[0], outputs)
+    if decoder not in DECODERS:
+        raise BadInput(f'there is no decoder {decoder!r}', f'one of: {", ".join(DECODERS)}', 'correct `decoder`')
+    return PerPixel(
+        DECODERS[decoder](Features(name, strides, pretrained, frozen, **kwargs), width), strides[0], outputs
+    )

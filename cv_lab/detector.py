@@ -24,7 +24,9 @@ class Tower(nn.Module):
         for conv, norm in zip(self.convs, self.norms[level]): x = F.relu(norm(conv(x)), inplace=True)
         return x
 
-def places(height:int, width:int, strides:Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]: # (A, 2) x, y; (A,) stride
+def places(
+    height: int, width: int, strides: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:  # (A, 2) x, y; (A,) stride
     "The points of the image that the cells of all maps stand for, finest map first, row by row."
     out = []
     for s in strides:
@@ -36,16 +38,22 @@ def places(height:int, width:int, strides:Sequence[int]) -> tuple[torch.Tensor, 
 # %% ../nbs/19c_detector.ipynb #43484784
 class Detector(nn.Module):
     "A pyramid and a head: images in; a box, and a logit per class, for every place out."
-    def __init__(self, pyramid:Pyramid, classes:int, depth:int=2, inside:tuple[int, float]|None=None): # `inside`: candidates and IoU of NMS in the graph
-        super().__init__(); self.pyramid, self.strides, self.inside = pyramid, pyramid.strides, inside; w, n = pyramid.width, len(pyramid.strides)
+
+    def __init__(
+        self, pyramid: Pyramid, classes: int, depth: int = 2, inside: tuple[int, float] | None = None
+    ):  # `inside`: candidates and IoU of NMS in the graph
+        super().__init__()
+        self.pyramid, self.strides, self.inside = pyramid, pyramid.strides, inside
+        w, n = pyramid.width, len(pyramid.strides)
         self.what, self.where = Tower(w, depth, n), Tower(w, depth, n)
         self.logits, self.edges = nn.Conv2d(w, classes, 3, 1, 1), nn.Conv2d(w, 4, 3, 1, 1)
         self.scale = nn.Parameter(torch.full((n,), math.log(2.)))     # objects of four cells, to begin with
         for conv in (self.logits, self.edges): nn.init.normal_(conv.weight, std=.01); nn.init.zeros_(conv.bias)
-        nn.init.constant_(self.logits.bias, -math.log(99))            # one place in a hundred has an object (Lin et al. 2017)
+        nn.init.constant_(self.logits.bias, -math.log(99))  # one place in a hundred has an object (Lin et al. 2017)
 
-    def said(self, what, where, i:int) -> dict[str, torch.Tensor]: # (N, ., h, w) of the i-th map
-        s = self.strides[i]; d = (self.edges(where).float() + self.scale[i]).clamp(max=7).exp()*s              # left, top, right, bottom
+    def said(self, what, where, i:int) -> dict[str, torch.Tensor]:  # (N, ., h, w) of the i-th map
+        s = self.strides[i]
+        d = (self.edges(where).float() + self.scale[i]).clamp(max=7).exp() * s  # left, top, right, bottom
         at, _ = places(where.shape[2]*s, where.shape[3]*s, [s]); at = at.to(d.device).T.reshape(1, 2, *where.shape[2:])
         return dict(logits=self.logits(what), boxes=torch.cat([at - d[:, :2], at + d[:, 2:]], 1))
 
@@ -59,7 +67,9 @@ class Detector(nn.Module):
         return out
 
 # %% ../nbs/19c_detector.ipynb #3f8112e4
-def pair_iou(a:torch.Tensor, b:torch.Tensor, generalised:bool=False) -> torch.Tensor: # (..., 4) xyxy each, broadcast -> (...)
+def pair_iou(
+    a: torch.Tensor, b: torch.Tensor, generalised: bool = False
+) -> torch.Tensor:  # (..., 4) xyxy each, broadcast -> (...)
     "Intersection over union, box by box; generalised: in [-1, 1]."
     low, high = torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:])
     inter = (high - low).clamp(min=0).prod(-1); area = lambda v: (v[..., 2:] - v[..., :2]).clamp(min=0).prod(-1)
@@ -78,44 +88,70 @@ def assign(logits, boxes,  # (N, A, C), (N, A, 4): what the network says
     "Task-aligned assignment (Feng et al. 2021)."
     there = label >= 0
     centre, half = (box[..., :2] + box[..., 2:])/2, (box[..., 2:] - box[..., :2])/2
-    reach = torch.maximum(half[:, :, None], stride[None, None, :, None]/2)                                        # (N, M, A, 2)
-    inside = ((at[None, None] - centre[:, :, None]).abs() < reach).all(-1) & there[..., None]                     # (N, M, A)
+    reach = torch.maximum(half[:, :, None], stride[None, None, :, None]/2)  # (N, M, A, 2)
+    inside = ((at[None, None] - centre[:, :, None]).abs() < reach).all(-1) & there[..., None]  # (N, M, A)
     iou = pair_iou(box[:, :, None], boxes[:, None])*inside
     score = logits.sigmoid().transpose(1, 2).gather(1, label.clamp(min=0)[..., None].expand(-1, -1, logits.shape[1]))
     metric = score**alpha*iou**beta
     best, which = metric.topk(min(top, metric.shape[-1]), dim=-1)
     chosen = torch.zeros_like(inside).scatter_(2, which, best > 1e-12) & inside
-    object_ = torch.where(chosen, iou, -1.).max(1).indices                                                        # (N, A)
+    object_ = torch.where(chosen, iou, -1.0).max(1).indices  # (N, A)
     chosen &= torch.zeros_like(chosen).scatter_(1, object_[:, None], True)
     metric, iou = metric*chosen, iou*chosen
     target = (metric/metric.amax(-1, keepdim=True).clamp(min=1e-12)*iou.amax(-1, keepdim=True)).amax(1)
     return torch.where(chosen.any(1), object_, -1), target
 
 # %% ../nbs/19c_detector.ipynb #e97f0726
-def answering(out:dict,             # of a `Detector`
-              objects:torch.Tensor, # (N, M, 5): class, x1, y1, x2, y2; class -1: nothing, -2: a crowd, not to be learnt from
-              size:tuple[int, int], strides:Sequence[int], top:int=10,
-             ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]: # objects (N, m, 5) no further than the fullest image; of `assign` (N, A), (N, A); places (A, 2)
+def answering(
+    out: dict,  # of a `Detector`
+    objects: torch.Tensor,  # (N, M, 5): class, x1, y1, x2, y2; class -1: nothing, -2: a crowd, not to be learnt from
+    size: tuple[int, int],
+    strides: Sequence[int],
+    top: int = 10,
+) -> tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
+]:  # objects (N, m, 5) no further than the fullest image; of `assign` (N, A), (N, A); places (A, 2)
     "Which places answer for which objects."
     logits, boxes = out['logits'].float(), out['boxes'].float()
     objects = objects[:, :max(1, int((objects[..., 0] != -1).sum(1).max()))].to(boxes.dtype)
-    at, stride = places(*size, strides); per = boxes.shape[1]//len(at)                                            # more than one box a place: anchor boxes
+    at, stride = places(*size, strides)
+    per = boxes.shape[1] // len(at)  # more than one box a place: anchor boxes
     at, stride = (v.repeat_interleave(per, 0).to(boxes.device) for v in (at, stride))
     return objects, *assign(logits, boxes, objects[..., 0].long(), objects[..., 1:], at, stride, top), at
 
-def box_loss(out:dict, objects:torch.Tensor, which:torch.Tensor, target:torch.Tensor, at:torch.Tensor, box_weight:float=2.) -> torch.Tensor:
+def box_loss(
+    out: dict,
+    objects: torch.Tensor,
+    which: torch.Tensor,
+    target: torch.Tensor,
+    at: torch.Tensor,
+    box_weight: float = 2.0,
+) -> torch.Tensor:
     "Quality focal loss of the scores and generalised IoU of the boxes, both over the sum of the targets."
-    logits, boxes = out['logits'].float(), out['boxes'].float(); label, box = objects[..., 0].long(), objects[..., 1:]; found = which >= 0
+    logits, boxes = out['logits'].float(), out['boxes'].float()
+    label, box = objects[..., 0].long(), objects[..., 1:]
+    found = which >= 0
     want = torch.zeros_like(logits); i, a = found.nonzero(as_tuple=True)
     want[i, a, label[i, which[i, a]]] = target[i, a]
     focal = F.binary_cross_entropy_with_logits(logits, want, reduction='none')*(want - logits.sigmoid()).square()
-    crowd = (label == -2)[:, None] & (at[None, :, None] > box[:, None, :, :2]).all(-1) & (at[None, :, None] < box[:, None, :, 2:]).all(-1)
+    crowd = (
+        (label == -2)[:, None]
+        & (at[None, :, None] > box[:, None, :, :2]).all(-1)
+        & (at[None, :, None] < box[:, None, :, 2:]).all(-1)
+    )
     focal = focal*(found | ~crowd.any(-1))[..., None]
     total = target.sum().clamp(min=1.)
     near = (1 - pair_iou(boxes[i, a], box[i, which[i, a]], generalised=True))*target[i, a]
     return (focal.sum() + box_weight*near.sum())/total
 
-def detection_loss(out:dict, objects:torch.Tensor, size:tuple[int, int], strides:Sequence[int], box_weight:float=2., top:int=10) -> torch.Tensor:
+def detection_loss(
+    out: dict,
+    objects: torch.Tensor,
+    size: tuple[int, int],
+    strides: Sequence[int],
+    box_weight: float = 2.0,
+    top: int = 10,
+) -> torch.Tensor:
     "The loss of scores and boxes."
     return box_loss(out, *answering(out, objects, size, strides, top), box_weight)
 

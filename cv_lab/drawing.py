@@ -25,28 +25,43 @@ def tint(rgb:np.ndarray, # (H, W, 3) uint8, changed in place
          where:np.ndarray, # (H, W) bool
          colour:str, share:float=.45) -> None:
     "Colour a region, its edge more than its inside."
-    inner = np.pad(where, 1, mode='edge'); inner = where & inner[:-2, 1:-1] & inner[2:, 1:-1] & inner[1:-1, :-2] & inner[1:-1, 2:]
-    for part, a in ((inner, share), (where & ~inner, 1.)): rgb[part] = np.rint((1 - a)*rgb[part] + a*_rgb(colour)).astype(np.uint8)
+    inner = np.pad(where, 1, mode='edge')
+    inner = where & inner[:-2, 1:-1] & inner[2:, 1:-1] & inner[1:-1, :-2] & inner[1:-1, 2:]
+    for part, a in ((inner, share), (where & ~inner, 1.0)):
+        rgb[part] = np.rint((1 - a) * rgb[part] + a * _rgb(colour)).astype(np.uint8)
+
 
 def draw_annotations(image:np.ndarray,           # (H, W, 3) uint8
                      annotations:Sequence,       # Annotations, or dicts of their parts
                      smallest:int=256,           # pixels of the longer side
                     ) -> np.ndarray: # (H, W, 3) uint8, a whole number of times as large
     "An image with what is said about it."
-    said = [a.said() if isinstance(a, Annotation) else a for a in annotations]; said = [a for a in said if a.get('accepted') is not False]
+    said = [a.said() if isinstance(a, Annotation) else a for a in annotations]
+    said = [a for a in said if a.get('accepted') is not False]
     s = max(1, round(smallest/max(image.shape[:2]))); rgb = np.repeat(np.repeat(image, s, 0), s, 1)
     for a in said:
-        where = rle_decode(a['mask']) if a.get('mask') else polygon_mask(a['polygon'], *image.shape[:2]) if a.get('polygon') else None
-        if where is not None and where.shape == image.shape[:2]: tint(rgb, np.repeat(np.repeat(where, s, 0), s, 1), colour_of(a.get('label')))
+        where = (
+            rle_decode(a['mask'])
+            if a.get('mask')
+            else polygon_mask(a['polygon'], *image.shape[:2])
+            if a.get('polygon')
+            else None
+        )
+        if where is not None and where.shape == image.shape[:2]:
+            tint(rgb, np.repeat(np.repeat(where, s, 0), s, 1), colour_of(a.get('label')))
     im = Image.fromarray(rgb); pen = ImageDraw.Draw(im); thick = max(1, round(max(im.size)/320))
     for a in said:
-        if a.get('bbox'): x1, y1, x2, y2 = (v*s for v in a['bbox']); pen.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=colour_of(a.get('label')), width=thick)
+        if a.get('bbox'):
+            x1, y1, x2, y2 = (v * s for v in a['bbox'])
+            pen.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=colour_of(a.get('label')), width=thick)
     for a in said: _tag(pen, a, s)
     return np.asarray(im)
 
 def _tag(pen:ImageDraw.ImageDraw, a:dict, s:int) -> None:
     "The label and score of an annotation, where it begins."
-    text = ' '.join(filter(None, [a.get('label'), a.get('text'), f'{a["score"]:.2f}' if a.get('score') is not None else '']))
+    text = ' '.join(
+        filter(None, [a.get('label'), a.get('text'), f'{a["score"]:.2f}' if a.get('score') is not None else ''])
+    )
     if not text or (at := _corner(a)) is None: return
     at = (at[0]*s, at[1]*s - 11 if at[1]*s >= 11 else at[1]*s)
     pen.rectangle(pen.textbbox(at, text), fill=colour_of(a.get('label'))); pen.text(at, text, fill='white')

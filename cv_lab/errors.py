@@ -13,29 +13,51 @@ from .data.facts import facts_of
 from .data.manifest import first_labels
 
 # %% ../nbs/42_errors.ipynb #5236b2cc
-def confusion(truth:pa.Table, predictions:pa.Table, problem:Problem) -> pd.DataFrame: # rows: true, columns: said; counts
+def confusion(
+    truth: pa.Table, predictions: pa.Table, problem: Problem
+) -> pd.DataFrame:  # rows: true, columns: said; counts
     "How often each class was taken for each other, for items of one label."
     said = dict(zip(predictions['id'].to_pylist(), first_labels(predictions)))
-    t = pd.Categorical(first_labels(truth), problem.classes); p = pd.Categorical([said[i] for i in truth['id'].to_pylist()], problem.classes)
-    return pd.crosstab(pd.Series(t, name='true'), pd.Series(p, name='said'), dropna=False).reindex(index=problem.classes, columns=problem.classes, fill_value=0)
+    t = pd.Categorical(first_labels(truth), problem.classes)
+    p = pd.Categorical([said[i] for i in truth['id'].to_pylist()], problem.classes)
+    return pd.crosstab(pd.Series(t, name='true'), pd.Series(p, name='said'), dropna=False).reindex(
+        index=problem.classes, columns=problem.classes, fill_value=0
+    )
+
 
 def plot_confusion(table:pd.DataFrame):
     "The confusion matrix: colour by share of the true class, figures as counts; the diagonal is left pale."
     import matplotlib.pyplot as plt
-    n = len(table); share = table.to_numpy()/np.maximum(table.sum(1).to_numpy()[:, None], 1); off = share*(1 - np.eye(n))
+
+    n = len(table)
+    share = table.to_numpy() / np.maximum(table.sum(1).to_numpy()[:, None], 1)
+    off = share * (1 - np.eye(n))
     size = min(12, 2 + .42*n); fig, ax = plt.subplots(figsize=(size, size*.92))
     ax.imshow(off, cmap='Oranges', vmin=0, vmax=max(off.max(), .02)); names = [str(c)[:14] for c in table.index]
-    ax.set(xticks=range(n), yticks=range(n), xlabel='said', ylabel='true'); ax.set_xticklabels(names, rotation=90 if max(map(len, names)) > 3 else 0); ax.set_yticklabels(names)
+    ax.set(xticks=range(n), yticks=range(n), xlabel='said', ylabel='true')
+    ax.set_xticklabels(names, rotation=90 if max(map(len, names)) > 3 else 0)
+    ax.set_yticklabels(names)
     for i, j in np.argwhere(table.to_numpy() > 0) if n <= 40 else []:
-        ax.text(j, i, table.iat[i, j], ha='center', va='center', fontsize=8, color='#0072B2' if i == j else 'white' if off[i, j] > .6*off.max() else 'black')
+        ax.text(
+            j,
+            i,
+            table.iat[i, j],
+            ha='center',
+            va='center',
+            fontsize=8,
+            color='#0072B2' if i == j else 'white' if off[i, j] > 0.6 * off.max() else 'black',
+        )
     ax.grid(False); fig.tight_layout(); return fig
 
 # %% ../nbs/42_errors.ipynb #b5d179c3
-def mistakes(truth:pa.Table, predictions:pa.Table, problem:Problem) -> pd.DataFrame: # worst first; a bool column per slice
+def mistakes(
+    truth: pa.Table, predictions: pa.Table, problem: Problem
+) -> pd.DataFrame:  # worst first; a bool column per slice
     "The task's mistakes, and in which slices each lies."
     found = get_task(problem.task).mistakes(truth, predictions, problem)
     tags, at = facts_of(truth), {i: k for k, i in enumerate(truth['id'].to_pylist())}
-    for name, where in problem.slices.items(): found[name] = select(where, tags)[[at[i] for i in found['id']]] if len(found) else []
+    for name, where in problem.slices.items():
+        found[name] = select(where, tags)[[at[i] for i in found['id']]] if len(found) else []
     return found
 
 def where_mistakes_fall(truth:pa.Table, found:pd.DataFrame, problem:Problem) -> pd.DataFrame: # a row per slice
@@ -44,9 +66,19 @@ def where_mistakes_fall(truth:pa.Table, found:pd.DataFrame, problem:Problem) -> 
     wrong, rows, facts = found.drop_duplicates('id'), [], facts_of(truth)
     for name, where in problem.slices.items():
         mask = select(where, facts); k = int(wrong[name].sum()) if len(wrong) else 0
-        rows.append(dict(slice=name, items=int(mask.sum()), mistakes=k, share_of_items=mask.mean(), share_of_mistakes=k/max(len(wrong), 1),
-                         p=float(hypergeom.sf(k - 1, len(truth), int(mask.sum()), len(wrong)))))
-    t = pd.DataFrame(rows, columns=['slice', 'items', 'mistakes', 'share_of_items', 'share_of_mistakes', 'p']).sort_values('p', ignore_index=True)
+        rows.append(
+            dict(
+                slice=name,
+                items=int(mask.sum()),
+                mistakes=k,
+                share_of_items=mask.mean(),
+                share_of_mistakes=k / max(len(wrong), 1),
+                p=float(hypergeom.sf(k - 1, len(truth), int(mask.sum()), len(wrong))),
+            )
+        )
+    t = pd.DataFrame(
+        rows, columns=['slice', 'items', 'mistakes', 'share_of_items', 'share_of_mistakes', 'p']
+    ).sort_values('p', ignore_index=True)
     t['p_holm'] = np.minimum(np.maximum.accumulate(t['p']*(len(t) - np.arange(len(t)))), 1) if len(t) else []
     return t
 
@@ -54,15 +86,33 @@ def where_mistakes_fall(truth:pa.Table, found:pd.DataFrame, problem:Problem) -> 
 def in_words(truth:pa.Table, found:pd.DataFrame, problem:Problem) -> list[str]:
     "What the tables suggest to do."
     task = get_task(problem.task); kinds, out, wrong = task.TAXONOMY, [], found['id'].nunique()
-    if not wrong: return [f'None of the {len(truth)} items is wrong. Widen the test set before believing that nothing can go wrong.']
+    if not wrong:
+        return [
+            f'None of the {len(truth)} items is wrong. Widen the test set before believing that nothing can go wrong.'
+        ]
     out.append(f'{wrong} of {len(truth)} items are wrong ({wrong/len(truth):.1%}).')
-    for kind, n in found['kind'].value_counts().items(): out.append(f'{n} of the mistakes are of the kind “{kind}”: {kinds[kind]}.')
+    for kind, n in found['kind'].value_counts().items():
+        out.append(f'{n} of the mistakes are of the kind “{kind}”: {kinds[kind]}.')
     if 'gain' in found:                                     # what mending a kind would bring, where the task can tell
         gain = found.groupby('kind')['gain'].first().sort_values(ascending=False)
-        out += [f'Mending everything of the kind “{k}” would bring {g:.3f} of {getattr(task, "GAIN", problem.metrics.primary)}' + ('.' if i else ': begin there.') for i, (k, g) in enumerate(gain.items()) if g >= .005]
+        out += [
+            f'Mending everything of the kind “{k}” would bring {g:.3f} of {getattr(task, "GAIN", problem.metrics.primary)}'
+            + ('.' if i else ': begin there.')
+            for i, (k, g) in enumerate(gain.items())
+            if g >= 0.005
+        ]
     pairs = found['what'].value_counts()
-    if pairs.iloc[0] > 1: out.append(f'The commonest mistake is {pairs.index[0]} ({pairs.iloc[0]} times): look at these first, and collect more like them.')
+    if pairs.iloc[0] > 1:
+        out.append(
+            f'The commonest mistake is {pairs.index[0]} ({pairs.iloc[0]} times): look at these first, and collect more like them.'
+        )
     for r in where_mistakes_fall(truth, found, problem).itertuples():
-        if r.p_holm < .05: out.append(f'The slice “{r.slice}” has {r.share_of_items:.0%} of the items and {r.share_of_mistakes:.0%} of the mistakes (p = {r.p_holm:.2g} after correction): more training data of this kind is the likeliest gain.')
-    if (sure := int((found['kind'] == 'confident').sum())): out.append(f'Look at the {sure} confident mistakes with a person who knows the labels: such items are often labelled wrongly.')
+        if r.p_holm < 0.05:
+            out.append(
+                f'The slice “{r.slice}” has {r.share_of_items:.0%} of the items and {r.share_of_mistakes:.0%} of the mistakes (p = {r.p_holm:.2g} after correction): more training data of this kind is the likeliest gain.'
+            )
+    if sure := int((found['kind'] == 'confident').sum()):
+        out.append(
+            f'Look at the {sure} confident mistakes with a person who knows the labels: such items are often labelled wrongly.'
+        )
     return out

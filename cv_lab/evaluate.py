@@ -66,42 +66,95 @@ def evaluate(truth:pa.Table,       # manifest rows
              predictions:pa.Table, # by id
              problem:Problem, split:str='test', dataset:str='', seed:int=0) -> dict:
     "Every figure of a problem's metrics, with interval and support: all items, classes, slices."
-    if not len(truth): raise BadInput(f'there is no item to evaluate in the split {split!r}', 'at least one item', 'split the dataset again')
-    task = get_task(problem.task); metric = task.score(truth, predictions, problem); empty = dict(value=None, low=None, high=None, support=0)
+    if not len(truth):
+        raise BadInput(
+            f'there is no item to evaluate in the split {split!r}', 'at least one item', 'split the dataset again'
+        )
+    task = get_task(problem.task)
+    metric = task.score(truth, predictions, problem)
+    empty = dict(value=None, low=None, high=None, support=0)
     weights = resample_weights(_groups(truth), problem.metrics.resamples, seed)
     facts, sure = facts_of(truth) if problem.slices else {}, problem.metrics.confidence
     masks = dict(all=np.ones(len(truth), bool)) | {name: select(where, facts) for name, where in problem.slices.items()}
-    values = {name: resampled(metric, weights, m) for name, m in masks.items() if m.any()}; everything = figures(values['all'], len(truth), sure)
+    values = {name: resampled(metric, weights, m) for name, m in masks.items() if m.any()}
+    everything = figures(values['all'], len(truth), sure)
     one = {k: f for k, f in everything.items() if not isinstance(f['value'], list)}
-    asked = {problem.metrics.primary, *problem.metrics.report}; one |= {k: empty for k in task.METRICS if k in asked - set(one)}   # a figure these items do not have: no large object, say
+    asked = {problem.metrics.primary, *problem.metrics.report}
+    one |= {
+        k: empty for k in task.METRICS if k in asked - set(one)
+    }  # a figure these items do not have: no large object, say
     if unknown := asked - set(one):
-        raise BadInput(f'the problem asks for the metrics {sorted(unknown)}', f'some of: {", ".join(one)}', 'correct `metrics` in the problem file')
-    out = dict(split=split, items=len(truth), dataset=dataset, problem=problem.name, confidence=problem.metrics.confidence,
-               resamples=problem.metrics.resamples, metrics=one, classes=_per_class(everything, truth, problem), slices={})
+        raise BadInput(
+            f'the problem asks for the metrics {sorted(unknown)}',
+            f'some of: {", ".join(one)}',
+            'correct `metrics` in the problem file',
+        )
+    out = dict(
+        split=split,
+        items=len(truth),
+        dataset=dataset,
+        problem=problem.name,
+        confidence=problem.metrics.confidence,
+        resamples=problem.metrics.resamples,
+        metrics=one,
+        classes=_per_class(everything, truth, problem),
+        slices={},
+    )
     for name, where in problem.slices.items():
         n = int(masks[name].sum()); inside = figures(values[name], n, sure) if n else {}
         out['slices'][name] = dict(where=where, support=n, metrics={k: inside.get(k, empty) for k in one})
-    out['gaps'] = [gap(r, values, {n: int(m.sum()) for n, m in masks.items()}, sure) for r in problem.acceptance if r.between]
+    out['gaps'] = [
+        gap(r, values, {n: int(m.sum()) for n, m in masks.items()}, sure) for r in problem.acceptance if r.between
+    ]
     return out
 
 def _per_class(everything:dict, truth:pa.Table, problem:Problem) -> dict:
     "Figures that a task gives per class, turned from columns to classes."
     has = [{a['label'] for a in anns or []} for anns in truth['annotations'].to_pylist()]
-    return {c: dict(support=sum(c in h for h in has), **{k: {b: f[b][i] for b in ('value', 'low', 'high')}
-                    for k, f in everything.items() if isinstance(f['value'], list)}) for i, c in enumerate(problem.classes)}
+    return {
+        c: dict(
+            support=sum(c in h for h in has),
+            **{
+                k: {b: f[b][i] for b in ('value', 'low', 'high')}
+                for k, f in everything.items()
+                if isinstance(f['value'], list)
+            },
+        )
+        for i, c in enumerate(problem.classes)
+    }
 
 # %% ../nbs/40_evaluate.ipynb #35776e1e
-def gap(rule:Rule, values:dict[str, dict], support:dict[str, int], confidence:float) -> dict: # value, low, high, support, worst, best
+def gap(
+    rule: Rule, values: dict[str, dict], support: dict[str, int], confidence: float
+) -> dict:  # value, low, high, support, worst, best
     "The widest gap of a metric between slices, as a rule asks for it."
     asked = dict(metric=rule.metric, between=rule.between, min_support=rule.min_support, judge=rule.judge)
-    names = [n for n in ([k for k in values if k != 'all'] if rule.between == 'each' else rule.between)
-             if n in values and support[n] >= rule.min_support and rule.metric in values[n] and np.isfinite(values[n][rule.metric][0])]
+    names = [
+        n
+        for n in ([k for k in values if k != 'all'] if rule.between == 'each' else rule.between)
+        if n in values
+        and support[n] >= rule.min_support
+        and rule.metric in values[n]
+        and np.isfinite(values[n][rule.metric][0])
+    ]
     found = []
     for i, a in enumerate(names):
         for b in names[i + 1:]:
-            d = values[a][rule.metric] - values[b][rule.metric]; big, small = (a, b) if d[0] >= 0 else (b, a); low, high = interval(d[1:] if d[0] >= 0 else -d[1:], confidence)
-            found.append(dict(value=known(abs(d[0])), low=known(low), high=known(high), support=min(support[a], support[b]), best=big, worst=small,
-                              best_value=known(values[big][rule.metric][0]), worst_value=known(values[small][rule.metric][0])))
+            d = values[a][rule.metric] - values[b][rule.metric]
+            big, small = (a, b) if d[0] >= 0 else (b, a)
+            low, high = interval(d[1:] if d[0] >= 0 else -d[1:], confidence)
+            found.append(
+                dict(
+                    value=known(abs(d[0])),
+                    low=known(low),
+                    high=known(high),
+                    support=min(support[a], support[b]),
+                    best=big,
+                    worst=small,
+                    best_value=known(values[big][rule.metric][0]),
+                    worst_value=known(values[small][rule.metric][0]),
+                )
+            )
     if not found: return asked | dict(value=None, support=0)
     return asked | max(found, key=lambda f: f['value'] if rule.judge == 'point' or f['high'] is None else f['high'])
 
@@ -110,7 +163,9 @@ def metrics_frame(found:dict, names:Sequence[str]=()) -> pd.DataFrame: # rows: a
     "The figures as a table to read: value [low, high]."
     names = list(names) or list(found['metrics'])
     say = lambda f: '–' if f['value'] is None else f'{f["value"]:.4f} [{f["low"]:.4f}, {f["high"]:.4f}]'
-    rows = {'all': (found['items'], found['metrics'])} | {n: (s['support'], s['metrics']) for n, s in found['slices'].items()}
+    rows = {'all': (found['items'], found['metrics'])} | {
+        n: (s['support'], s['metrics']) for n, s in found['slices'].items()
+    }
     return pd.DataFrame([dict(items=n, **{k: say(m[k]) for k in names}) for n, m in rows.values()], index=list(rows))
 
 # %% ../nbs/40_evaluate.ipynb #7f966877
@@ -118,9 +173,14 @@ def _by_content(truth:pa.Table, predictions:pa.Table) -> dict[str, dict]:
     said = {r['id']: r for r in predictions.to_pylist()}
     return {s: said[i] for i, s in zip(truth['id'].to_pylist(), truth['sha256'].to_pylist()) if i in said}
 
-def per_item(truth:pa.Table, predictions:pa.Table, problem:Problem) -> np.ndarray: # (N,) NaN where an item has no figure
+def per_item(
+    truth: pa.Table, predictions: pa.Table, problem: Problem
+) -> np.ndarray:  # (N,) NaN where an item has no figure
     "The primary metric of every item alone."
-    return _in_chunks(get_task(problem.task).score(truth, predictions, problem), np.eye(len(truth)))[problem.metrics.primary]
+    return _in_chunks(get_task(problem.task).score(truth, predictions, problem), np.eye(len(truth)))[
+        problem.metrics.primary
+    ]
+
 
 def compare(truth:pa.Table, ours:pa.Table, theirs:pa.Table, problem:Problem,
             their_truth:pa.Table|None=None, # where their ids are of another dataset
@@ -129,28 +189,55 @@ def compare(truth:pa.Table, ours:pa.Table, theirs:pa.Table, problem:Problem,
     "Paired differences (ours - theirs) with intervals, per slice too, and the items that got worse or better."
     a, b = _by_content(truth, ours), _by_content(their_truth if their_truth is not None else truth, theirs)
     keep = [s in a and s in b for s in truth['sha256'].to_pylist()]; common = truth.filter(pa.array(keep))
-    if not len(common): raise BadInput('the two models share no evaluated item', 'predictions for the same images', 'evaluate both on one dataset')
+    if not len(common):
+        raise BadInput(
+            'the two models share no evaluated item', 'predictions for the same images', 'evaluate both on one dataset'
+        )
     from cv_lab.data.manifest import PREDICTIONS
     ids, shas = common['id'].to_pylist(), common['sha256'].to_pylist()
-    tables = [pa.Table.from_pylist([dict(side[s], id=i) for i, s in zip(ids, shas)], schema=PREDICTIONS) for side in (a, b)]
+    tables = [
+        pa.Table.from_pylist([dict(side[s], id=i) for i, s in zip(ids, shas)], schema=PREDICTIONS) for side in (a, b)
+    ]
     task = get_task(problem.task); us, them = (task.score(common, t, problem) for t in tables)
     weights = resample_weights(_groups(common), problem.metrics.resamples, seed)
-    sure = problem.metrics.confidence; move = (1 if task.METRICS[problem.metrics.primary] else -1)*(per_item(common, tables[0], problem) - per_item(common, tables[1], problem))
-    over = lambda mask: _differences(us, them, weights, mask, sure, task.METRICS) | dict(regressions=_regressions(move, weights, mask, sure))
-    facts = facts_of(common) if problem.slices else {}; masks = {n: select(w, facts) for n, w in problem.slices.items()}; found = over(np.ones(len(common), bool))
-    if (kept := np.isin(shas, list(golden))).any(): found['golden_regressions'] = _regressions(move, weights, kept, sure)
-    return dict(items=len(common), metrics=found, slices={n: over(m) for n, m in masks.items() if m.any()}, flips=_flips(move, ids))
+    sure = problem.metrics.confidence
+    move = (1 if task.METRICS[problem.metrics.primary] else -1) * (
+        per_item(common, tables[0], problem) - per_item(common, tables[1], problem)
+    )
+    over = lambda mask: (
+        _differences(us, them, weights, mask, sure, task.METRICS)
+        | dict(regressions=_regressions(move, weights, mask, sure))
+    )
+    facts = facts_of(common) if problem.slices else {}
+    masks = {n: select(w, facts) for n, w in problem.slices.items()}
+    found = over(np.ones(len(common), bool))
+    if (kept := np.isin(shas, list(golden))).any():
+        found['golden_regressions'] = _regressions(move, weights, kept, sure)
+    return dict(
+        items=len(common),
+        metrics=found,
+        slices={n: over(m) for n, m in masks.items() if m.any()},
+        flips=_flips(move, ids),
+    )
 
 # %% ../nbs/40_evaluate.ipynb #c21efe5f
 def _differences(us, them, weights, mask, confidence, higher) -> dict:
     "Paired differences of every metric with one value, on the items of `mask`."
-    p, q = us(mask[None].astype(float)), them(mask[None].astype(float)); P, Q = _in_chunks(us, weights*mask), _in_chunks(them, weights*mask)
+    p, q = us(mask[None].astype(float)), them(mask[None].astype(float))
+    P, Q = _in_chunks(us, weights * mask), _in_chunks(them, weights * mask)
     out = {}
     for k in p:
         if p[k].ndim > 1: continue
         low, high = interval(P[k] - Q[k], confidence)
-        out[k] = dict(ours=known(p[k][0]), theirs=known(q[k][0]), value=known(p[k][0] - q[k][0]), low=known(low), high=known(high),
-                      support=int(mask.sum()), higher_is_better=higher[k])
+        out[k] = dict(
+            ours=known(p[k][0]),
+            theirs=known(q[k][0]),
+            value=known(p[k][0] - q[k][0]),
+            low=known(low),
+            high=known(high),
+            support=int(mask.sum()),
+            higher_is_better=higher[k],
+        )
     return out
 
 MOVED = .1
@@ -158,13 +245,25 @@ MOVED = .1
 def _regressions(move:np.ndarray, weights:np.ndarray, mask:np.ndarray, confidence:float) -> dict:
     "The share of items that got worse; of the model that runs it is nought."
     worse = (move <= -MOVED)*mask; n = weights @ mask.astype(float)
-    low, high = interval(np.divide(weights @ worse, n, out=np.full(len(n), np.nan), where=n > 0), confidence); rate = float(worse.sum()/mask.sum())
-    return dict(ours=rate, theirs=0., value=rate, low=known(low), high=known(high), support=int(mask.sum()), higher_is_better=False)
+    low, high = interval(np.divide(weights @ worse, n, out=np.full(len(n), np.nan), where=n > 0), confidence)
+    rate = float(worse.sum() / mask.sum())
+    return dict(
+        ours=rate,
+        theirs=0.0,
+        value=rate,
+        low=known(low),
+        high=known(high),
+        support=int(mask.sum()),
+        higher_is_better=False,
+    )
+
 
 def _flips(move:np.ndarray, ids:list[str]) -> dict[str, list[str]]: # the farthest first
     "The items whose own primary metric moved by a tenth or more."
-    order = np.argsort(np.nan_to_num(move), kind='stable')                         # NaN: no figure for either
-    return dict(better=[ids[i] for i in order[::-1] if move[i] >= MOVED], worse=[ids[i] for i in order if move[i] <= -MOVED])
+    order = np.argsort(np.nan_to_num(move), kind='stable')  # NaN: no figure for either
+    return dict(
+        better=[ids[i] for i in order[::-1] if move[i] >= MOVED], worse=[ids[i] for i in order if move[i] <= -MOVED]
+    )
 
 # %% ../nbs/40_evaluate.ipynb #e223a29c
 def write_table(path:str|Path, t:pa.Table) -> Path:
@@ -172,7 +271,9 @@ def write_table(path:str|Path, t:pa.Table) -> Path:
     sink = pa.BufferOutputStream(); pq.write_table(t, sink, compression='zstd')
     return write_atomic(path, sink.getvalue().to_pybytes())
 
-def write_evidence(folder:str|Path, truth:pa.Table, predictions:pa.Table, problem:Problem, split:str='test', dataset:str='') -> dict: # metrics
+def write_evidence(
+    folder: str | Path, truth: pa.Table, predictions: pa.Table, problem: Problem, split: str = 'test', dataset: str = ''
+) -> dict:  # metrics
     "Evaluate, and write `truth.parquet`, `predictions.parquet` and `metrics.json`."
     folder = Path(folder); tables = {'truth.parquet': truth, 'predictions.parquet': predictions}
     found = evaluate(truth, predictions, problem, split, dataset)
@@ -182,13 +283,22 @@ def write_evidence(folder:str|Path, truth:pa.Table, predictions:pa.Table, proble
     return found
 
 # %% ../nbs/40_evaluate.ipynb #66d9b8ce
-def write_comparison(folder:str|Path,  # of a run's evaluation
-                     problem:Problem, other:str|Path, # a folder with another model's truth.parquet and predictions.parquet
-                     against:str, tag:str, golden:Sequence[str]=()) -> dict:
+def write_comparison(
+    folder: str | Path,  # of a run's evaluation
+    problem: Problem,
+    other: str | Path,  # a folder with another model's truth.parquet and predictions.parquet
+    against: str,
+    tag: str,
+    golden: Sequence[str] = (),
+) -> dict:
     "Compare with another model's tables, and write `comparison.json` (`comparison-ALIAS.json` for any but production)."
     folder, other = Path(folder), Path(other); names = ('truth.parquet', 'predictions.parquet')
     (truth, ours), (their_truth, theirs) = ([pq.read_table(f/n) for n in names] for f in (folder, other))
-    found = dict(against=against, tag=tag, inputs=dict(ours=file_digest(folder/names[1]), theirs=file_digest(other/names[1])),
-                 **compare(truth, ours, theirs, problem, their_truth, golden))
+    found = dict(
+        against=against,
+        tag=tag,
+        inputs=dict(ours=file_digest(folder / names[1]), theirs=file_digest(other / names[1])),
+        **compare(truth, ours, theirs, problem, their_truth, golden),
+    )
     write_json(folder/('comparison.json' if against == 'production' else f'comparison-{against}.json'), found)
     return found

@@ -29,13 +29,18 @@ def find_evidence(name:str='', # of a run, or a folder with evaluation/; the new
 # %% ../nbs/93_evidence.ipynb #76ae26e4
 def golden_of(d:Dataset) -> list[str]: # content hashes; none where nothing was frozen
     "The golden items of a dataset, as `cvlab data` froze them."
-    return sorted({s for home in (d.root, d.root.parent) if (f := home/'golden.json').is_file() for s in read_json(f)['items']})
+    return sorted(
+        {s for home in (d.root, d.root.parent) if (f := home / 'golden.json').is_file() for s in read_json(f)['items']}
+    )
 
 # %% ../nbs/93_evidence.ipynb #eff87cfc
 def drafted(d:Dataset, where:str) -> tuple[Problem, str]: # the problem, its text
     "A problem drafted from a dataset."
-    task = guess_task(d.table); tags = {k: set(filter(None, v)) for k, v in tags_of(d.table).items() if k not in ('split', 'captured_at')}
-    text = draft_problem(d.name, task, d.classes, where, tags, list(get_task(task).METRICS), None, len(d.split('train')))
+    task = guess_task(d.table)
+    tags = {k: set(filter(None, v)) for k, v in tags_of(d.table).items() if k not in ('split', 'captured_at')}
+    text = draft_problem(
+        d.name, task, d.classes, where, tags, list(get_task(task).METRICS), None, len(d.split('train'))
+    )
     return parse_problem(text, 'the draft'), text
 
 # %% ../nbs/93_evidence.ipynb #6ffc107e
@@ -55,15 +60,40 @@ def evaluate_predictions(dataset:str|Path,        # a dataset folder, or the nam
                          out:str|Path|None=None,  # a folder for the evidence; one among the runs when None
                          report:bool=True, ws:Workspace|None=None, loud:bool=False) -> Judged:
     "Evaluate what any model said, and make the report of its errors."
-    ws = ws or workspace(); path = Path(predictions); d = open_dataset(str(dataset), ws); where = str(d.root) if Path(dataset).exists() else str(dataset)
+    ws = ws or workspace()
+    path = Path(predictions)
+    d = open_dataset(str(dataset), ws)
+    where = str(d.root) if Path(dataset).exists() else str(dataset)
     spec, text = (load_problem(problem), None) if problem else drafted(d, where)
-    if problem and (unknown := set(d.classes) - set(spec.classes)) and not set(d.classes) & set(spec.classes): raise BadInput(f'{d.name} has other classes than {spec.name}: {", ".join(sorted(unknown)[:5])}', f'some of: {", ".join(spec.classes[:10])}', 'name the problem file of this dataset')
+    if problem and (unknown := set(d.classes) - set(spec.classes)) and not set(d.classes) & set(spec.classes):
+        raise BadInput(
+            f'{d.name} has other classes than {spec.name}: {", ".join(sorted(unknown)[:5])}',
+            f'some of: {", ".join(spec.classes[:10])}',
+            'name the problem file of this dataset',
+        )
     said = read_predictions(path, d, split, spec.classes, kind, ids)
-    folder = Path(out) if out else ws.runs/f'{spec.name}-said-{digest(dict(said=_contents(path), dataset=d.version, split=split, problem=spec.digest))[:8]}'
-    if (folder/'done.json').exists(): raise BadInput(f'{folder} holds a run', 'a folder of its own', 'give another --out')
+    folder = (
+        Path(out)
+        if out
+        else ws.runs
+        / f'{spec.name}-said-{digest(dict(said=_contents(path), dataset=d.version, split=split, problem=spec.digest))[:8]}'
+    )
+    if (folder / 'done.json').exists():
+        raise BadInput(f'{folder} holds a run', 'a folder of its own', 'give another --out')
     if text: write_atomic(folder/'problem.yaml', text)
     figures = write_evidence(folder/'evaluation', d.split(split), said.table, spec, split, d.version)
-    file = Path(problem).resolve() if problem else (folder/'problem.yaml').resolve(); shown = os.path.relpath(file, ws.root)
-    write_json(folder/'evaluation/problem.json', dict(path=shown)); write_json(folder/'source.json', dict(predictions=str(path.resolve()), answers=said.answers, silent=said.silent, elsewhere=said.elsewhere))
-    made = run_experiment('error_analysis', dict(problem=shown, run=str(folder.resolve()), dataset=str(dataset)), ws=ws, loud=loud) if report else None
+    file = Path(problem).resolve() if problem else (folder / 'problem.yaml').resolve()
+    shown = os.path.relpath(file, ws.root)
+    write_json(folder / 'evaluation/problem.json', dict(path=shown))
+    write_json(
+        folder / 'source.json',
+        dict(predictions=str(path.resolve()), answers=said.answers, silent=said.silent, elsewhere=said.elsewhere),
+    )
+    made = (
+        run_experiment(
+            'error_analysis', dict(problem=shown, run=str(folder.resolve()), dataset=str(dataset)), ws=ws, loud=loud
+        )
+        if report
+        else None
+    )
     return Judged(folder, figures, said, spec, made)

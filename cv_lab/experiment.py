@@ -14,7 +14,18 @@ from pathlib import Path
 from typing import Any
 import yaml
 from filelock import FileLock, Timeout
-from .core import BadInput, NotFound, RunFailed, Workspace, digest, file_digest, inside, read_json, workspace, write_json
+from cv_lab.core import (
+    BadInput,
+    NotFound,
+    RunFailed,
+    Workspace,
+    digest,
+    file_digest,
+    inside,
+    read_json,
+    workspace,
+    write_json,
+)
 from .report import index_html, render_html
 
 # %% ../nbs/92_experiment.ipynb #39ffa64a
@@ -38,7 +49,11 @@ class Parameter:
             try: value = float(value)       # YAML takes 1e-3 for a text
             except ValueError: pass
         if type(value).__name__ != self.type:
-            raise BadInput(f'parameter {self.name}={given}', f'{self.type}: {self.help or self.name}', f'for example -p {self.name}={self.default!r}')
+            raise BadInput(
+                f'parameter {self.name}={given}',
+                f'{self.type}: {self.help or self.name}',
+                f'for example -p {self.name}={self.default!r}',
+            )
         return value
 
 # %% ../nbs/92_experiment.ipynb #cc3eede2
@@ -50,8 +65,11 @@ def parameters_of(notebook:str|Path) -> dict[str, Parameter]:
     for name, p in inspect_notebook(str(notebook)).items():
         try: default = ast.literal_eval(p['default'])
         except (ValueError, SyntaxError):
-            raise BadInput(f'{Path(notebook).name}: the default of {name} is no literal: {p["default"]}', 'literals only, in the parameters cell',
-                           'compute it in a later cell: papermill would keep the old value') from None
+            raise BadInput(
+                f'{Path(notebook).name}: the default of {name} is no literal: {p["default"]}',
+                'literals only, in the parameters cell',
+                'compute it in a later cell: papermill would keep the old value',
+            ) from None
         kind = p['inferred_type_name'] if p['inferred_type_name'] not in (None, 'None') else type(default).__name__
         out[name] = Parameter(name, kind, default, p['help'])
     return out
@@ -59,7 +77,11 @@ def parameters_of(notebook:str|Path) -> dict[str, Parameter]:
 def check_parameters(known:dict[str, Parameter], given:dict[str, Any]) -> dict[str, Any]: # all of them, defaults too
     "The values to run with; unknown names and wrong types are refused."
     if unknown := [n for n in given if n not in known]:
-        raise BadInput(f'unknown parameter {", ".join(unknown)}', f'one of: {", ".join(f"{p.name} ({p.type})" for p in known.values())}', 'correct the name')
+        raise BadInput(
+            f'unknown parameter {", ".join(unknown)}',
+            f'one of: {", ".join(f"{p.name} ({p.type})" for p in known.values())}',
+            'correct the name',
+        )
     return {n: p.read(given[n]) if n in given else p.default for n, p in known.items()}
 
 # %% ../nbs/92_experiment.ipynb #d08e3c96
@@ -69,7 +91,8 @@ def experiments(ws:Workspace) -> dict[str, Path]: # name -> notebook
 
 def _find(ws:Workspace, name:str) -> Path:
     found = experiments(ws)
-    if name not in found: raise NotFound(f'there is no experiment {name!r}', f'one of: {", ".join(found)}', 'see nbs/experiments/')
+    if name not in found:
+        raise NotFound(f'there is no experiment {name!r}', f'one of: {", ".join(found)}', 'see nbs/experiments/')
     return found[name]
 
 @dataclass
@@ -79,14 +102,21 @@ class Report:
     @property
     def html(self) -> Path: return self.folder/'report.html'
     @property
-    def metrics(self) -> dict: return read_json(self.folder/'metrics.json') if (self.folder/'metrics.json').exists() else {}
+    def metrics(self) -> dict:
+        return read_json(self.folder / 'metrics.json') if (self.folder / 'metrics.json').exists() else {}
+
     @property
-    def verdict(self) -> dict|None: return read_json(self.folder/'verdict.json') if (self.folder/'verdict.json').exists() else None
+    def verdict(self) -> dict | None:
+        return read_json(self.folder / 'verdict.json') if (self.folder / 'verdict.json').exists() else None
 
 # %% ../nbs/92_experiment.ipynb #84626364
 class _Say(logging.Handler):
     "papermill's log as headings and what the cells print."
-    def __init__(self, cells:list): super().__init__(logging.INFO); self.cells, self.at, self.since = cells, 0, time.perf_counter()
+
+    def __init__(self, cells: list):
+        super().__init__(logging.INFO)
+        self.cells, self.at, self.since = cells, 0, time.perf_counter()
+
     def emit(self, record):
         text = record.getMessage()
         if m := re.match(r'Executing Cell (\d+)', text):
@@ -94,7 +124,13 @@ class _Say(logging.Handler):
                 if cell.cell_type == 'markdown' and (h := re.match(r'#+ (.*)', cell.source)):
                     print(f'  {time.perf_counter() - self.since:5.1f} s  {h[1]}', flush=True)
             self.at = max(self.at, int(m[1]))
-        elif not re.match(r'Ending Cell|Input Notebook|Output Notebook|Working directory|Executing notebook|<|%|.*\d%\|.*\||.*wandb.*WARNING', text) and text.strip():
+        elif (
+            not re.match(
+                r'Ending Cell|Input Notebook|Output Notebook|Working directory|Executing notebook|<|%|.*\d%\|.*\||.*wandb.*WARNING',
+                text,
+            )
+            and text.strip()
+        ):
             print('\n'.join(f'           {line}' for line in text.rstrip().splitlines()), flush=True)
 
 def _execute(notebook:Path, folder:Path, values:dict, ws:Workspace, loud:bool) -> None:
@@ -105,9 +141,17 @@ def _execute(notebook:Path, folder:Path, values:dict, ws:Workspace, loud:bool) -
     if loud: log.addHandler(say)
     before = os.environ.get('CVLAB_REPORT'); os.environ['CVLAB_REPORT'] = str(folder)
     try:
-        papermill.execute_notebook(str(notebook), str(folder/'notebook.ipynb'), values, kernel_name='python3', cwd=str(ws.root),
-                                   progress_bar=False, log_output=loud, request_save_on_cell_execute=True,
-                                   extra_arguments=['--log-level=50'])    # the kernel's own warnings are not for the reader
+        papermill.execute_notebook(
+            str(notebook),
+            str(folder / 'notebook.ipynb'),
+            values,
+            kernel_name='python3',
+            cwd=str(ws.root),
+            progress_bar=False,
+            log_output=loud,
+            request_save_on_cell_execute=True,
+            extra_arguments=['--log-level=50'],
+        )  # the kernel's own warnings are not for the reader
     finally:
         log.removeHandler(say)
         os.environ.pop('CVLAB_REPORT') if before is None else os.environ.__setitem__('CVLAB_REPORT', before)
@@ -123,13 +167,17 @@ def run_experiment(name:str,                  # of a notebook in nbs/experiments
     values = check_parameters(known, given)
     key = digest(dict(values=values, notebook=file_digest(notebook)))[:8]
     folder = inside(ws.reports, f'{name}/{date.today()}-{key}'); folder.mkdir(parents=True, exist_ok=True)
-    said = ', '.join(f'{k}={v}' for k, v in given.items()); status = dict(experiment=name, said=said, notebook=file_digest(notebook))
+    said = ', '.join(f'{k}={v}' for k, v in given.items())
+    status = dict(experiment=name, said=said, notebook=file_digest(notebook))
     try:
         with FileLock(folder/'.lock', timeout=0):
             for old in ('report.html', 'verdict.json', 'metrics.json'): (folder/old).unlink(missing_ok=True)
             write_json(folder/'params.json', values); write_json(folder/'status.json', status | dict(state='running'))
             _run_into(folder, notebook, values, ws, loud, status)
-    except Timeout: raise RunFailed(f'{folder.name} is being made by another process', 'one process per report', 'wait for it') from None
+    except Timeout:
+        raise RunFailed(
+            f'{folder.name} is being made by another process', 'one process per report', 'wait for it'
+        ) from None
     return Report(folder)
 
 def _run_into(folder:Path, notebook:Path, values:dict, ws:Workspace, loud:bool, status:dict) -> None:
@@ -137,12 +185,21 @@ def _run_into(folder:Path, notebook:Path, values:dict, ws:Workspace, loud:bool, 
     since = time.perf_counter()
     try: _execute(notebook, folder, values, ws, loud)
     except PapermillExecutionError as e:
-        write_json(folder/'status.json', status | dict(state='failed', error=f'{e.ename}: {e.evalue}')); index_html(ws.reports)
-        raise RunFailed(f'{notebook.stem} failed in cell {e.exec_count}: {e.ename}: {e.evalue}', 'a notebook that runs to its end',
-                        f'read {os.path.relpath(folder/"notebook.ipynb")}') from None
+        write_json(folder / 'status.json', status | dict(state='failed', error=f'{e.ename}: {e.evalue}'))
+        index_html(ws.reports)
+        raise RunFailed(
+            f'{notebook.stem} failed in cell {e.exec_count}: {e.ename}: {e.evalue}',
+            'a notebook that runs to its end',
+            f'read {os.path.relpath(folder / "notebook.ipynb")}',
+        ) from None
     except BaseException: write_json(folder/'status.json', status | dict(state='failed', error='interrupted')); raise
-    render_html(folder/'notebook.ipynb', folder/'report.html', f'{notebook.stem}: {status["said"] or "defaults"}. Parameters, figures and data lie beside this file.')
-    write_json(folder/'status.json', status | dict(state='done', seconds=round(time.perf_counter() - since, 1))); index_html(ws.reports)
+    render_html(
+        folder / 'notebook.ipynb',
+        folder / 'report.html',
+        f'{notebook.stem}: {status["said"] or "defaults"}. Parameters, figures and data lie beside this file.',
+    )
+    write_json(folder / 'status.json', status | dict(state='done', seconds=round(time.perf_counter() - since, 1)))
+    index_html(ws.reports)
 
 # %% ../nbs/92_experiment.ipynb #b75ae4a7
 def open_dataset(name:str, # a folder, or the name of an embedded dataset
@@ -151,9 +208,15 @@ def open_dataset(name:str, # a folder, or the name of an embedded dataset
     from cv_lab.data.manifest import load_dataset
     from cv_lab.data.samples import SAMPLES, make_sample
     ws = ws or workspace()
-    if not name: raise BadInput('no dataset was named', f'a folder, or one of: {", ".join(SAMPLES)}', 'give -p dataset=..., or `dataset:` in the problem file')
+    if not name:
+        raise BadInput(
+            'no dataset was named',
+            f'a folder, or one of: {", ".join(SAMPLES)}',
+            'give -p dataset=..., or `dataset:` in the problem file',
+        )
     for folder in (Path(name), ws.root/name, ws.data/name):
-        if (folder/'dataset.json').is_file() and not (folder == ws.data/name and name in SAMPLES): return load_dataset(folder)
+        if (folder / 'dataset.json').is_file() and not (folder == ws.data / name and name in SAMPLES):
+            return load_dataset(folder)
     if name in SAMPLES: return make_sample(name, ws.data/name)
     raise NotFound(f'there is no dataset {name!r}', f'a folder with dataset.json, or one of: {", ".join(SAMPLES)}',
                    f'make one with: cvlab data import IMAGES --format imagefolder --out {name}')
@@ -166,4 +229,8 @@ def find_run(name:str='', # of a run, or its path; the newest finished one when 
     if not name and done: return done[-1].parent
     for folder in (ws.runs/name, Path(name)):
         if name and (folder/'done.json').is_file(): return folder.resolve()
-    raise NotFound(f'there is no finished run {name or "yet"}', f'one of: {", ".join(p.parent.name for p in done[-5:]) or "none yet"}', 'train one with: cvlab run train')
+    raise NotFound(
+        f'there is no finished run {name or "yet"}',
+        f'one of: {", ".join(p.parent.name for p in done[-5:]) or "none yet"}',
+        'train one with: cvlab run train',
+    )

@@ -21,13 +21,17 @@ def sound_rle(mask:dict, # COCO run lengths, from anybody
     "Run lengths that fill their mask exactly, or a refusal."
     try:
         (h, w), text = (int(v) for v in mask['size']), mask['counts']; assert _fills(h, w, text)
-    except (AssertionError, AttributeError, KeyError, OverflowError, TypeError, ValueError): raise BadInput('run lengths that are no mask', 'COCO run lengths that fill height x width', 'export the mask again') from None
+    except (AssertionError, AttributeError, KeyError, OverflowError, TypeError, ValueError):
+        raise BadInput(
+            'run lengths that are no mask', 'COCO run lengths that fill height x width', 'export the mask again'
+        ) from None
     return dict(size=[h, w], counts=text)
 
 @lru_cache(1 << 14) # training asks about the same masks in every epoch
 def _fills(h:int, w:int, text:str) -> bool:
     x = np.frombuffer(text.encode('ascii'), np.uint8).astype(np.int64) - 48
-    if not (0 < h < 1 << 20 and 0 < w < 1 << 20 and len(x) and x.min() >= 0 and x.max() < 64 and not x[-1] & 32): return False
+    if not (0 < h < 1 << 20 and 0 < w < 1 << 20 and len(x) and x.min() >= 0 and x.max() < 64 and not x[-1] & 32):
+        return False
     first = np.flatnonzero(np.concatenate([[True], (x[:-1] & 32) == 0])); size = np.diff(np.append(first, len(x)))
     if size.max() >= 8: return False
     k = np.arange(len(x)) - np.repeat(first, size); runs = np.add.reduceat((x & 31) << 5*k, first)
@@ -60,7 +64,11 @@ def mask_box(mask:np.ndarray) -> list[float]|None: # x1, y1, x2, y2; None: the m
 # %% ../nbs/03_geometry.ipynb #263a41db
 def _resized(mask:np.ndarray, width:int, height:int) -> np.ndarray:
     if mask.shape == (height, width): return mask
-    return np.asarray(Image.fromarray(mask.astype(np.uint8)*255).resize((width, height), Image.Resampling.BILINEAR)) > 127
+    return (
+        np.asarray(Image.fromarray(mask.astype(np.uint8) * 255).resize((width, height), Image.Resampling.BILINEAR))
+        > 127
+    )
+
 
 def to_input(a:Annotation, p:Placement) -> Annotation: # pixels of the network's input
     "What is said about an image, where `preprocess` puts it."
@@ -69,11 +77,20 @@ def to_input(a:Annotation, p:Placement) -> Annotation: # pixels of the network's
     mask = None
     if a.mask is not None:
         inner = rle_decode(a.mask)
-        if inner.shape != (p.height, p.width): raise BadInput(f'a mask of {inner.shape} on an image of {(p.height, p.width)} pixels', 'a mask of the size of its image', 'export the masks again')
-        page = np.zeros(p.page[::-1], bool); page[p.y:p.y+p.h, p.x:p.x+p.w] = _resized(inner, p.w, p.h); mask = rle_encode(page)
+        if inner.shape != (p.height, p.width):
+            raise BadInput(
+                f'a mask of {inner.shape} on an image of {(p.height, p.width)} pixels',
+                'a mask of the size of its image',
+                'export the masks again',
+            )
+        page = np.zeros(p.page[::-1], bool)
+        page[p.y : p.y + p.h, p.x : p.x + p.w] = _resized(inner, p.w, p.h)
+        mask = rle_encode(page)
     return replace(a, bbox=a.bbox and moved(a.bbox), polygon=a.polygon and [moved(r) for r in a.polygon], mask=mask)
 
-def to_image(a:Annotation, p:Placement) -> Annotation|None: # pixels of the upright image; None: nothing of it is in there
+def to_image(
+    a: Annotation, p: Placement
+) -> Annotation | None:  # pixels of the upright image; None: nothing of it is in there
     "What a network says, in the pixels of the image it was asked about."
     scale, shift = np.array([p.width/p.w, p.height/p.h]), np.array([p.x, p.y])
     inside = lambda points: ((np.reshape(points, (-1, 2)) - shift)*scale).clip(0, (p.width, p.height)).ravel().tolist()
@@ -88,7 +105,9 @@ def box_overlap(a:np.ndarray, b:np.ndarray, # (N, 4), (M, 4) xyxy
                ) -> tuple[np.ndarray, np.ndarray]: # (N, M) area of the intersection, (N, M) of the union
     "Intersection and union of every pair of boxes."
     a, b = (np.asarray(v, np.float64).reshape(-1, 4) for v in (a, b))
-    side = lambda i: (np.minimum(a[:, None, i + 2], b[None, :, i + 2]) - np.maximum(a[:, None, i], b[None, :, i])).clip(0)
+    side = lambda i: (np.minimum(a[:, None, i + 2], b[None, :, i + 2]) - np.maximum(a[:, None, i], b[None, :, i])).clip(
+        0
+    )
     inter = side(0)*side(1); area = lambda v: (v[:, 2] - v[:, 0])*(v[:, 3] - v[:, 1])
     return inter, area(a)[:, None] + area(b)[None] - inter
 
@@ -100,7 +119,10 @@ def box_iou(a:np.ndarray, b:np.ndarray) -> np.ndarray: # (N, M) in [0, 1]
 def mask_iou(a:dict, b:dict) -> float: # of two run lengths
     "Intersection over union of two masks."
     a, b = (dict(r, counts=r['counts'].encode()) for r in map(sound_rle, (a, b)))
-    if a['size'] != b['size']: raise BadInput(f'masks of {a["size"]} and {b["size"]} pixels', 'masks of one image', 'compare masks of the same size')
+    if a['size'] != b['size']:
+        raise BadInput(
+            f'masks of {a["size"]} and {b["size"]} pixels', 'masks of one image', 'compare masks of the same size'
+        )
     return float(coco_mask.iou([a], [b], [0])[0, 0])
 
 # %% ../nbs/03_geometry.ipynb #ab466f9d

@@ -41,10 +41,21 @@ def open_image(data:bytes, max_pixels:int=MAX_PIXELS) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', Image.DecompressionBombWarning)
             im = Image.open(io.BytesIO(data), formats=FORMATS)
-    except Image.DecompressionBombError: raise TooLarge('the image has far too many pixels', want, 'send a smaller image') from None
-    except Exception: raise NotAnImage('the bytes are not an image that can be read', want, 'send the file itself, re-encoded as PNG or JPEG if need be') from None
+    except Image.DecompressionBombError:
+        raise TooLarge('the image has far too many pixels', want, 'send a smaller image') from None
+    except Exception:
+        raise NotAnImage(
+            'the bytes are not an image that can be read',
+            want,
+            'send the file itself, re-encoded as PNG or JPEG if need be',
+        ) from None
     if im.width*im.height*(n := WEIGHT.get(im.format, 1)) > max_pixels:
-        raise TooLarge(f'the image is {im.width} x {im.height} pixels' + (f', and each counts {n} times in {im.format}' if n > 1 else ''), want, 'resize it before sending')
+        raise TooLarge(
+            f'the image is {im.width} x {im.height} pixels'
+            + (f', and each counts {n} times in {im.format}' if n > 1 else ''),
+            want,
+            'resize it before sending',
+        )
     return im
 
 # %% ../nbs/02_image.ipynb #f7cb914d
@@ -77,10 +88,13 @@ def decode(data:bytes,                # an image file's content
         if rows >= height: out = np.asarray(_to_rgb(im))
         else:
             out = np.empty((height, width, 3), np.uint8)
-            for y in range(0, height, rows): out[y:y + rows] = np.asarray(_to_rgb(im.crop((0, y, width, min(y + rows, height)))))
+            for y in range(0, height, rows):
+                out[y : y + rows] = np.asarray(_to_rgb(im.crop((0, y, width, min(y + rows, height)))))
         del im; return _turned(out, turn) if turn in range(2, 9) else out
     except Exception as e:
-        raise BadImage(f'the {kind} image cannot be decoded: {e}', 'a complete image file', 'send it again; it may be cut short') from None
+        raise BadImage(
+            f'the {kind} image cannot be decoded: {e}', 'a complete image file', 'send it again; it may be cut short'
+        ) from None
 
 # %% ../nbs/02_image.ipynb #a5a54813
 @dataclass(frozen=True)
@@ -90,8 +104,8 @@ class Preprocess:
     width: int = 32  # pixels
     fit: Literal['squash', 'letterbox'] = 'letterbox'
     interpolation: Literal['nearest', 'bilinear', 'bicubic'] = 'bilinear' # Pillow's, which smooth when they shrink
-    pad: int = 114   # grey level of the letterbox margins
-    shrink: float = 0    # an image that would shrink by more than this is looked at in windows, see 44_windows.ipynb; 0: always as a whole
+    pad: int = 114  # grey level of the letterbox margins
+    shrink: float = 0  # an image that would shrink by more than this is looked at in windows, see 44_windows.ipynb; 0: always as a whole
     overlap: float = .25 # of neighbouring windows, as a share of their sides
 
 @dataclass(frozen=True)
@@ -115,7 +129,9 @@ def preprocess(rgb:np.ndarray,     # (H, W, 3) uint8, from `decode`
               ) -> np.ndarray: # (3, cfg.height, cfg.width) uint8
     "The network's input for one image."
     if rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.dtype != np.uint8:
-        raise BadInput(f'an array of shape {rgb.shape} and type {rgb.dtype}', '(H, W, 3) uint8, RGB', 'use cv_lab.image.decode')
+        raise BadInput(
+            f'an array of shape {rgb.shape} and type {rgb.dtype}', '(H, W, 3) uint8, RGB', 'use cv_lab.image.decode'
+        )
     im, how = Image.fromarray(rgb), Image.Resampling[cfg.interpolation.upper()]
     p = placement(im.width, im.height, cfg); im = im.resize((p.w, p.h), how)
     if (p.w, p.h) != p.page: page = Image.new('RGB', p.page, (cfg.pad,)*3); page.paste(im, (p.x, p.y)); im = page

@@ -21,16 +21,33 @@ def region(a:dict,   # an annotation
     "The pixels that an annotation is about."
     if not a.get('mask'): return polygon_mask(a['polygon'], height, width) if a.get('polygon') else None
     m = rle_decode(a['mask'])
-    if m.shape != (height, width): raise BadInput(f'a mask of {m.shape} on an image of {(height, width)} pixels', 'a mask of the size of its image', 'export the masks again')
+    if m.shape != (height, width):
+        raise BadInput(
+            f'a mask of {m.shape} on an image of {(height, width)} pixels',
+            'a mask of the size of its image',
+            'export the masks again',
+        )
     return m
 
-def label_map(annotations:list[dict], height:int, width:int, classes:list[str]) -> np.ndarray: # (height, width) int16: 0 background, 1 + index of the class, IGNORE
+def label_map(
+    annotations: list[dict], height: int, width: int, classes: list[str]
+) -> np.ndarray:  # (height, width) int16: 0 background, 1 + index of the class, IGNORE
     "Annotations painted into one map."
     at, out = {c: i for i, c in enumerate(classes, 1)}, np.zeros((height, width), np.int16)
     for a in sorted(annotations or [], key=lambda a: a.get('score') or 0):
         hidden = dict(a.get('attributes') or {}).get('ignore') == '1'
-        if (not hidden and a.get('label') is None) or a.get('accepted') is False or (where := region(a, height, width)) is None: continue
-        if not hidden and a['label'] not in at: raise BadInput(f'a label that is no class: {a["label"]!r}', f'one of: {", ".join(classes)}', 'correct the labels, or add the class to the problem file')
+        if (
+            (not hidden and a.get('label') is None)
+            or a.get('accepted') is False
+            or (where := region(a, height, width)) is None
+        ):
+            continue
+        if not hidden and a['label'] not in at:
+            raise BadInput(
+                f'a label that is no class: {a["label"]!r}',
+                f'one of: {", ".join(classes)}',
+                'correct the labels, or add the class to the problem file',
+            )
         out[where] = IGNORE if hidden else at[a['label']]
     return out
 
@@ -39,17 +56,26 @@ def map_pairs(truth:pa.Table, predictions:pa.Table, classes:list[str]): # yields
     "The maps of every item, in the order of `truth`; where the truth is ignored, so is the prediction."
     answers = dict(zip(predictions['id'].to_pylist(), predictions['annotations'].to_pylist()))
     if missing := [i for i in truth['id'].to_pylist() if i not in answers]:
-        raise BadInput(f'{len(missing)} items have no prediction: {", ".join(missing[:3])}', 'a prediction for every item of the split', 'predict them, or evaluate another split')
+        raise BadInput(
+            f'{len(missing)} items have no prediction: {", ".join(missing[:3])}',
+            'a prediction for every item of the split',
+            'predict them, or evaluate another split',
+        )
     for batch in truth.select(['id', 'width', 'height', 'annotations']).to_batches(max_chunksize=64):
         for r in batch.to_pylist():
-            size = _size(r, answers[r['id']]); true, said = (label_map(a, *size, classes) for a in (r['annotations'], answers[r['id']]))
+            size = _size(r, answers[r['id']])
+            true, said = (label_map(a, *size, classes) for a in (r['annotations'], answers[r['id']]))
             yield true, np.where(true == IGNORE, IGNORE, said)
 
 def _size(row:dict, answers:list[dict]|None) -> tuple[int, int]: # height, width
     if row['height'] and row['width']: return row['height'], row['width']
     for a in [*(row['annotations'] or []), *(answers or [])]:
         if a.get('mask'): return tuple(a['mask']['size'])
-    raise BadInput(f'the size of the image {row["id"]} is not known', '`width` and `height` in the manifest', 'import the images again')
+    raise BadInput(
+        f'the size of the image {row["id"]} is not known',
+        '`width` and `height` in the manifest',
+        'import the images again',
+    )
 
 # %% ../nbs/18c_labelmaps.ipynb #ecef5995
 def edges(m:np.ndarray) -> np.ndarray: # (H, W) int16: the class of pixels that touch another class; IGNORE elsewhere
@@ -90,7 +116,8 @@ def count(pairs, classes:int) -> Counts:
     for t, p in pairs:
         ok = t != IGNORE; m = np.bincount(t[ok].astype(np.int64)*n + p[ok], minlength=n*n).reshape(n, n); confusion += m
         found.append([np.diag(m), m.sum(1), m.sum(0)]); a, b, reach = edges(p), edges(t), reach_of(*t.shape); four = []
-        for own, right in (near(a, b, reach), near(b, a, reach)): four += [np.bincount(own, minlength=n), np.bincount(own[right], minlength=n)]
+        for own, right in (near(a, b, reach), near(b, a, reach)):
+            four += [np.bincount(own, minlength=n), np.bincount(own[right], minlength=n)]
         edge.append(four)
     both, true, said = np.array(found, float).reshape(-1, 3, n).transpose(1, 0, 2)
     iou = np.divide(both, true + said - both, out=np.zeros_like(both), where=both > 0); hit = iou > .5
@@ -102,12 +129,29 @@ def segmentation_figures(c:Counts):
     "A function from item weights (B, N) to figures (B,), and per class (B, C)."
     f = np.s_[:, 1:]; N, n = c.both.shape; edge, segment = (v.reshape(N, 4*n) for v in (c.edge, c.segment))
     def at(w:np.ndarray) -> dict[str, np.ndarray]:
-        both, true, said = w @ c.both, w @ c.true, w @ c.said; e = (w @ edge).reshape(-1, 4, n)[..., 1:]; s = (w @ segment).reshape(-1, 4, n)[..., 1:]
+        both, true, said = w @ c.both, w @ c.true, w @ c.said
+        e = (w @ edge).reshape(-1, 4, n)[..., 1:]
+        s = (w @ segment).reshape(-1, 4, n)[..., 1:]
         iou, dice = _ratio(both, true + said - both), _ratio(2*both, true + said); recall = _ratio(both, true)
-        boundary = _ratio(2*e[:, 1]*e[:, 3], e[:, 1]*e[:, 2] + e[:, 3]*e[:, 0], (e[:, 0] + e[:, 2]) > 0)    # of precision and recall, their harmonic mean
+        boundary = _ratio(
+            2 * e[:, 1] * e[:, 3], e[:, 1] * e[:, 2] + e[:, 3] * e[:, 0], (e[:, 0] + e[:, 2]) > 0
+        )  # of precision and recall, their harmonic mean
         pq = _ratio(s[:, 0], s[:, 1] + (s[:, 2] + s[:, 3])/2)
-        return dict(mean_iou=_mean(iou[f]), mean_dice=_mean(dice[f]), boundary_f1=_mean(boundary), pixel_accuracy=_ratio(both.sum(1), true.sum(1)), mean_recall=_mean(recall[f]),
-                    foreground_iou=_ratio(both[f].sum(1), (true + said - both)[f].sum(1)), panoptic_quality=_mean(pq), iou=iou[f], dice=dice[f], boundary=boundary, recall=recall[f], pq=pq)
+        return dict(
+            mean_iou=_mean(iou[f]),
+            mean_dice=_mean(dice[f]),
+            boundary_f1=_mean(boundary),
+            pixel_accuracy=_ratio(both.sum(1), true.sum(1)),
+            mean_recall=_mean(recall[f]),
+            foreground_iou=_ratio(both[f].sum(1), (true + said - both)[f].sum(1)),
+            panoptic_quality=_mean(pq),
+            iou=iou[f],
+            dice=dice[f],
+            boundary=boundary,
+            recall=recall[f],
+            pq=pq,
+        )
+
     return at
 
 def _ratio(a, b, there=None): # NaN where there is nothing to divide by; 0 where there is, but none of it right
@@ -119,8 +163,12 @@ def _mean(v): # over classes, without those that have no figure
     return np.where(n > 0, np.where(ok, v, 0).sum(-1)/np.maximum(n, 1), np.nan)
 
 # %% ../nbs/18c_labelmaps.ipynb #e16b557d
-KINDS = dict(boundary='the region was found, but not all of it, or more than it', missed='a region that is there was taken for background',
-             swap='a region was taken for another class', invented='a region was said where there is background')
+KINDS = dict(
+    boundary='the region was found, but not all of it, or more than it',
+    missed='a region that is there was taken for background',
+    swap='a region was taken for another class',
+    invented='a region was said where there is background',
+)
 CODE = {k: i for i, k in enumerate(KINDS, 1)}
 
 @dataclass
@@ -139,22 +187,32 @@ def _regions(m:np.ndarray): # yields class, slices, (h, w) bool within them
 def _box(s) -> list[float]: return [float(s[1].start), float(s[0].start), float(s[1].stop), float(s[0].stop)]
 
 # %% ../nbs/18c_labelmaps.ipynb #440d192d
-def explain(true:np.ndarray, said:np.ndarray, # (H, W) of `map_pairs`
-            classes:int) -> tuple[np.ndarray, list[Region]]: # (H, W) int8: 0 right, else the CODE of a kind; the regions that were missed, swapped, invented
+def explain(
+    true: np.ndarray,
+    said: np.ndarray,  # (H, W) of `map_pairs`
+    classes: int,
+) -> tuple[
+    np.ndarray, list[Region]
+]:  # (H, W) int8: 0 right, else the CODE of a kind; the regions that were missed, swapped, invented
     "What kind of mistake each wrong pixel belongs to."
     n, wrong, kind, out = classes + 1, true != said, np.zeros(true.shape, np.int8), []
     found, swapped = np.zeros(true.shape, bool), np.zeros(true.shape, bool)
     for c, s, here in _regions(true):
-        got = np.bincount(said[s][here], minlength=n); other = 1 + int(np.where(np.arange(1, n) == c, -1, got[1:]).argmax())
+        got = np.bincount(said[s][here], minlength=n)
+        other = 1 + int(np.where(np.arange(1, n) == c, -1, got[1:]).argmax())
         if 2*got[c] >= here.sum(): found[s][here] = True; continue
-        swap = n > 2 and got[other] > got[0]; bad = here & wrong[s]; kind[s][bad] = CODE['swap' if swap else 'missed']; swapped[s][here] |= swap
+        swap = n > 2 and got[other] > got[0]
+        bad = here & wrong[s]
+        kind[s][bad] = CODE['swap' if swap else 'missed']
+        swapped[s][here] |= swap
         out.append(Region('swap' if swap else 'missed', c, other if swap else None, int(bad.sum()), _box(s)))
     for c, s, here in _regions(said):
         has = np.bincount(true[s][here & (true[s] != IGNORE)], minlength=n); bad = here & wrong[s] & (kind[s] == 0)
         if 2*has[c] >= here.sum() or (found[s] & (true[s] == c) & here).any(): continue
         other = 1 + int(np.where(np.arange(1, n) == c, -1, has[1:]).argmax()); swap = n > 2 and has[other] > has[0]
         kind[s][bad] = CODE['swap' if swap else 'invented']
-        if not (swapped[s] & here).any() and bad.any(): out.append(Region('swap' if swap else 'invented', other if swap else None, c, int(bad.sum()), _box(s)))
+        if not (swapped[s] & here).any() and bad.any():
+            out.append(Region('swap' if swap else 'invented', other if swap else None, c, int(bad.sum()), _box(s)))
     kind[wrong & (kind == 0)] = CODE['boundary']
     return kind, out
 
@@ -172,10 +230,16 @@ def reasons(pairs, classes:int) -> Reasons:
     for t, p in pairs:
         kind, found = explain(t, p, classes); regions.append(found)
         bad = kind > 0; key = kind[bad].astype(np.int64)*n
-        for m, into in ((t, lost), (p, taken)): into.append(np.bincount(key + m[bad], minlength=(len(CODE) + 1)*n).reshape(-1, n)[1:])
+        for m, into in ((t, lost), (p, taken)):
+            into.append(np.bincount(key + m[bad], minlength=(len(CODE) + 1) * n).reshape(-1, n)[1:])
     shape = (-1, len(CODE), n)
     return Reasons(regions, np.array(lost, float).reshape(shape), np.array(taken, float).reshape(shape))
 
-def mended(c:Counts, r:Reasons) -> dict[str, Counts]: # kind -> the counts without it; boundaries and segments as they are
+def mended(
+    c: Counts, r: Reasons
+) -> dict[str, Counts]:  # kind -> the counts without it; boundaries and segments as they are
     "The counts as they would be without each kind of mistake."
-    return {k: replace(c, both=c.both + r.lost[:, i], said=c.said + r.lost[:, i] - r.taken[:, i]) for i, k in enumerate(CODE)}
+    return {
+        k: replace(c, both=c.both + r.lost[:, i], said=c.said + r.lost[:, i] - r.taken[:, i])
+        for i, k in enumerate(CODE)
+    }

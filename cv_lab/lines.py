@@ -18,23 +18,29 @@ def merged_lines(core:np.ndarray,     # (h, w) in [0, 1]: lies in the core of a 
                 ) -> tuple[np.ndarray, np.ndarray]: # (M, 4) xyxy in pixels, (M,) score; that of the surest place first
     "One box per line."
     y, x = np.nonzero(core >= least); s, d = core[y, x].astype(np.float64), edges[:, y, x].T.astype(np.float64)
-    at = np.stack([x, y, x, y], 1)*stride + stride/2; box = at + d*[-1, -1, 1, 1]; left, out, score = np.ones(len(s), bool), [], []
+    at = np.stack([x, y, x, y], 1) * stride + stride / 2
+    box = at + d * [-1, -1, 1, 1]
+    left, out, score = np.ones(len(s), bool), [], []
     for i in np.argsort(-s, kind='stable'):
         if not left[i]: continue
         mine = left & (box_iou(box[i:i+1], box)[0] >= overlap); mine[i] = True
         w = s[mine, None]/np.maximum(d[mine], stride); x1, y1, x2, y2 = b = (box[mine]*w).sum(0)/w.sum(0)
-        left &= ~mine & ~((at[:, 0] > x1) & (at[:, 0] < x2) & (at[:, 1] > y1) & (at[:, 1] < y2)); out.append(b); score.append(s[mine].mean())
+        left &= ~mine & ~((at[:, 0] > x1) & (at[:, 0] < x2) & (at[:, 1] > y1) & (at[:, 1] < y2))
+        out.append(b)
+        score.append(s[mine].mean())
     return np.array(out).reshape(-1, 4), np.array(score)
 
 # %% ../nbs/06_lines.ipynb #85192774
 ROWS = 7 # places in a column, between .15 and .85 of the line's height
 
-def reading_columns(boxes:np.ndarray, # (M, 4) xyxy, pixels
-                    pitch:float,      # between columns, pixels
-                    least:int=4,      # columns of a line
-                   ) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # x (M, T), y (M, ROWS), pixels; (M,) columns that each line has
+def reading_columns(
+    boxes: np.ndarray,  # (M, 4) xyxy, pixels
+    pitch: float,  # between columns, pixels
+    least: int = 4,  # columns of a line
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # x (M, T), y (M, ROWS), pixels; (M,) columns that each line has
     "Where lines are read; what stands behind a line's own columns is to be left out."
-    b = np.asarray(boxes, np.float64).reshape(-1, 4); n = np.maximum(np.ceil((b[:, 2] - b[:, 0])/pitch), least).astype(int)
+    b = np.asarray(boxes, np.float64).reshape(-1, 4)
+    n = np.maximum(np.ceil((b[:, 2] - b[:, 0]) / pitch), least).astype(int)
     x = b[:, :1] + (np.arange(n.max(initial=least)) + .5)/n[:, None]*(b[:, 2:3] - b[:, :1])
     return x, b[:, 1:2] + np.linspace(.15, .85, ROWS)*(b[:, 3:4] - b[:, 1:2]), n
 
@@ -49,6 +55,7 @@ def line_logits(maps:np.ndarray,  # (1 + characters + 1, h, w); the last map say
     "The opinion on every column of every line."
     out = []
     for b in np.asarray(boxes, np.float64).reshape(-1, 1, 4):
-        x, y, _ = reading_columns(b, stride); got = hat(y[0], maps.shape[1], stride) @ maps.astype(np.float64) @ hat(x[0], maps.shape[2], stride).T
+        x, y, _ = reading_columns(b, stride)
+        got = hat(y[0], maps.shape[1], stride) @ maps.astype(np.float64) @ hat(x[0], maps.shape[2], stride).T
         w = np.exp(got[-1] - got[-1].max(0)); out.append((got[:-1]*(w/w.sum(0))).sum(1).T)
     return out

@@ -47,15 +47,23 @@ def margin(p:Prediction) -> float: # 0 sure .. 1
     return float(1 - (q[0] - q[1])) if len(q) > 1 else float(1 - q[0])
 
 # %% ../nbs/46_mining.ipynb #da5fbe3c
-VIEWS = dict( # pixels (H, W, 3) uint8 -> the same image, seen otherwise
-    darker=lambda px: np.asarray(ImageEnhance.Brightness(Image.fromarray(px)).enhance(.7)),
+VIEWS = dict(  # pixels (H, W, 3) uint8 -> the same image, seen otherwise
+    darker=lambda px: np.asarray(ImageEnhance.Brightness(Image.fromarray(px)).enhance(0.7)),
     brighter=lambda px: np.asarray(ImageEnhance.Contrast(Image.fromarray(px)).enhance(1.4)),
-    coarser=lambda px: np.asarray(Image.fromarray(px).resize([max(1, round(.7*v)) for v in px.shape[1::-1]], Image.Resampling.BILINEAR).resize(px.shape[1::-1])),
-    noisier=lambda px: (px + np.random.default_rng(0).normal(0, 12, px.shape)).clip(0, 255).astype(np.uint8))
+    coarser=lambda px: np.asarray(
+        Image.fromarray(px)
+        .resize([max(1, round(0.7 * v)) for v in px.shape[1::-1]], Image.Resampling.BILINEAR)
+        .resize(px.shape[1::-1])
+    ),
+    noisier=lambda px: (px + np.random.default_rng(0).normal(0, 12, px.shape)).clip(0, 255).astype(np.uint8),
+)
 
 def viewed(data:bytes, view:str) -> bytes: # an image file's content, to another
     "An image file as one of `VIEWS`."
-    out = io.BytesIO(); Image.fromarray(VIEWS[view](decode(data))).save(out, 'PNG', compress_level=1); return out.getvalue()
+    out = io.BytesIO()
+    Image.fromarray(VIEWS[view](decode(data))).save(out, 'PNG', compress_level=1)
+    return out.getvalue()
+
 
 def disagreement(answers:Sequence[Prediction]) -> float: # 0 all the same .. 1
     "How much several answers for one image differ."
@@ -75,35 +83,64 @@ def embedding_graph(path:str|Path) -> tuple[bytes, str]: # the graph with one mo
     made = {o: n for n in m.graph.node for o in n.output}; weights = {w.name for w in m.graph.initializer}; name = None
     if len(m.graph.output) == 1:
         n = made.get(m.graph.output[0].name)
-        while n is not None and n.op_type in ('Add', 'Identity', 'Cast', 'Softmax', 'Sigmoid'): n = made.get(next((i for i in n.input if i not in weights), ''))
-        if n is not None and n.op_type in ('Gemm', 'MatMul') and n.input[0] not in weights and len(dims.get(n.input[0], [])) == 2: name = n.input[0]
-    maps = [o for n in m.graph.node for o in n.output if len(dims.get(o, [])) == 4 and min(dims[o][1:]) > 1] if name is None else []
-    if maps: least = min(np.prod(dims[o][2:]) for o in maps); name = [o for o in maps if np.prod(dims[o][2:]) == least][-1]
-    if name is None: raise BadInput(f'{path} has no layer that could place an image among others', 'a linear last layer, or feature maps', 'use entropy, margin or disagreement, or name an output `embedding`')
-    m.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)); return m.SerializeToString(), name
+        while n is not None and n.op_type in ('Add', 'Identity', 'Cast', 'Softmax', 'Sigmoid'):
+            n = made.get(next((i for i in n.input if i not in weights), ''))
+        if (
+            n is not None
+            and n.op_type in ('Gemm', 'MatMul')
+            and n.input[0] not in weights
+            and len(dims.get(n.input[0], [])) == 2
+        ):
+            name = n.input[0]
+    maps = (
+        [o for n in m.graph.node for o in n.output if len(dims.get(o, [])) == 4 and min(dims[o][1:]) > 1]
+        if name is None
+        else []
+    )
+    if maps:
+        least = min(np.prod(dims[o][2:]) for o in maps)
+        name = [o for o in maps if np.prod(dims[o][2:]) == least][-1]
+    if name is None:
+        raise BadInput(
+            f'{path} has no layer that could place an image among others',
+            'a linear last layer, or feature maps',
+            'use entropy, margin or disagreement, or name an output `embedding`',
+        )
+    m.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
+    return m.SerializeToString(), name
 
 # %% ../nbs/46_mining.ipynb #d01397d4
 def _seeing(model:Predictor) -> tuple[Callable, list]: # a network for `answers`, and where its feature maps go
     import onnxruntime as ort
-    graph, name = embedding_graph(model.folder/'model.onnx'); session = ort.InferenceSession(graph, providers=['CPUExecutionProvider'])
+
+    graph, name = embedding_graph(model.folder / 'model.onnx')
+    session = ort.InferenceSession(graph, providers=['CPUExecutionProvider'])
     feed, names, kept = session.get_inputs()[0].name, [o.name for o in session.get_outputs()], []
     def run(pixels):
         out = dict(zip(names, session.run(names, {feed: pixels}))); x = out[name]
         kept.append(x.reshape(*x.shape[:2], -1).mean(2)); return out
     return run, kept
 
-def look(model:Predictor, rows:pa.Table, # of a manifest
-         read:Callable, batch:int=64, embed:bool=True,
-         view:str='') -> tuple[list[Prediction], np.ndarray]: # one answer per row; (N, D) float32, (N, 0) without `embed`
+def look(
+    model: Predictor,
+    rows: pa.Table,  # of a manifest
+    read: Callable,
+    batch: int = 64,
+    embed: bool = True,
+    view: str = '',
+) -> tuple[list[Prediction], np.ndarray]:  # one answer per row; (N, D) float32, (N, 0) without `embed`
     "What a model says about images, and where it places them."
     from tqdm.auto import tqdm
-    run, kept = _seeing(model) if embed else (model.infer, []); said, places, title = [], [], f'asking {model.problem_name} {view}'.strip()
+
+    run, kept = _seeing(model) if embed else (model.infer, [])
+    said, places, title = [], [], f'asking {model.problem_name} {view}'.strip()
     for i in tqdm(range(0, len(rows), batch), title, disable=None, leave=False):
         files = [read(u) for u in rows['uri'].slice(i, batch).to_pylist()]
         prepared = [model.prepare(viewed(f, view) if view else f) for f in files]; said += model.answers(prepared, run)
         if embed:
-            x, of = np.concatenate(kept), np.repeat(range(len(prepared)), [len(p.parts) or 1 for p in prepared]); kept.clear()
-            places += [x[of == k].mean(0) for k in range(len(prepared))]                # an image looked at in windows: their mean
+            x, of = np.concatenate(kept), np.repeat(range(len(prepared)), [len(p.parts) or 1 for p in prepared])
+            kept.clear()
+            places += [x[of == k].mean(0) for k in range(len(prepared))]  # an image looked at in windows: their mean
     return said, np.stack(places).astype(np.float32) if places else np.zeros((len(rows), 0), np.float32)
 
 # %% ../nbs/46_mining.ipynb #ba2c70eb
@@ -112,8 +149,10 @@ class Pool:
     "What a strategy chooses from: N images that could be labelled."
     said: list[Prediction]                     # the model's answers
     places: np.ndarray                         # (N, D), from `look`
-    known: np.ndarray|None = None              # (M, D): the images that are labelled
-    others: list[list[Prediction]] = field(default_factory=list) # answers of other models, or to other views; each has N
+    known: np.ndarray|None = None  # (M, D): the images that are labelled
+    others: list[list[Prediction]] = field(
+        default_factory=list
+    )  # answers of other models, or to other views; each has N
     wrong: tuple[np.ndarray, np.ndarray]|None = None # (V, D), (V,): held-out images, and how wrong the answer was
 
     def __len__(self): return len(self.said)
@@ -123,7 +162,11 @@ def _first(value:np.ndarray, budget:int, rng) -> np.ndarray: # equal values in r
 
 def _unsure(pool:Pool, f:Callable, budget:int, rng) -> np.ndarray:
     if not any(p.probs is not None or any(a.score is not None for a in p.annotations) for p in pool.said):
-        raise BadInput('the model gives neither probabilities nor scores for any image of the pool', 'a task that says how sure it is', 'choose with coreset, or by chance')
+        raise BadInput(
+            'the model gives neither probabilities nor scores for any image of the pool',
+            'a task that says how sure it is',
+            'choose with coreset, or by chance',
+        )
     return _first(np.array([f(p) for p in pool.said]), budget, rng)
 
 def _disagreeing(pool:Pool, budget:int, rng) -> np.ndarray:
@@ -132,7 +175,9 @@ def _disagreeing(pool:Pool, budget:int, rng) -> np.ndarray:
 def _near_mistakes(pool:Pool, budget:int, rng, k:int=10) -> np.ndarray:
     "Images that lie where held-out answers were wrong: the mean over the nearest."
     from sklearn.neighbors import NearestNeighbors
-    at, wrong = pool.wrong; near = NearestNeighbors(n_neighbors=min(k, len(at))).fit(at).kneighbors(pool.places, return_distance=False)
+
+    at, wrong = pool.wrong
+    near = NearestNeighbors(n_neighbors=min(k, len(at))).fit(at).kneighbors(pool.places, return_distance=False)
     return _first(wrong[near].mean(1), budget, rng)
 
 # %% ../nbs/46_mining.ipynb #576e5190
@@ -141,10 +186,14 @@ def k_centre(x:np.ndarray, known:np.ndarray|None, # (N, D) to choose from, (M, D
     "Greedy k-centre: each time the farthest from all that is there."
     x = np.asarray(x, np.float32); size = (x*x).sum(1); away = np.full(len(x), np.inf, np.float32); out = []
     to = lambda c: np.maximum(size + c @ c - 2*(x @ c), 0)
-    for c in np.asarray(known, np.float32) if known is not None and len(known) else []: np.minimum(away, to(c), out=away)
+    for c in np.asarray(known, np.float32) if known is not None and len(known) else []:
+        np.minimum(away, to(c), out=away)
     if np.isinf(away).all(): out = [int(to(x.mean(0)).argmin())]; away = to(x[out[0]])
     away[out] = -1
-    while len(out) < min(budget, len(x)): out.append(int(away.argmax())); np.minimum(away, to(x[out[-1]]), out=away); away[out] = -1
+    while len(out) < min(budget, len(x)):
+        out.append(int(away.argmax()))
+        np.minimum(away, to(x[out[-1]]), out=away)
+        away[out] = -1
     return np.array(out[:budget], int)
 
 # %% ../nbs/46_mining.ipynb #624d8431
@@ -155,42 +204,77 @@ def badge(factor:np.ndarray, places:np.ndarray, # (N, A), (N, D): the gradient o
     to = lambda i: np.maximum(size + size[i] - 2*(a @ a[i])*(x @ x[i]), 0)
     out = [int(size.argmax())]; away = to(out[0]); away[out] = 0
     while len(out) < min(budget, len(a)):
-        if away.sum() <= 1e-12: rest = np.setdiff1d(np.arange(len(a)), out); return np.r_[out, rng.permutation(rest)[:budget - len(out)]]
+        if away.sum() <= 1e-12:
+            rest = np.setdiff1d(np.arange(len(a)), out)
+            return np.r_[out, rng.permutation(rest)[: budget - len(out)]]
         out.append(int(rng.choice(len(a), p=away/away.sum()))); np.minimum(away, to(out[-1]), out=away); away[out] = 0
     return np.array(out, int)
 
 def _hybrid(pool:Pool, budget:int, rng) -> np.ndarray:
-    if all(p.probs is not None for p in pool.said): q = np.array([p.probs for p in pool.said]); factor = q - np.eye(q.shape[1])[q.argmax(1)]
+    if all(p.probs is not None for p in pool.said):
+        q = np.array([p.probs for p in pool.said])
+        factor = q - np.eye(q.shape[1])[q.argmax(1)]
     else: factor = np.array([[entropy(p)] for p in pool.said])
     return badge(factor, pool.places, budget, rng)
 
 # %% ../nbs/46_mining.ipynb #2b0cb742
-STRATEGIES = dict( # name: (pool, budget, random numbers) -> indices, the first first
-    entropy=lambda pool, n, rng: _unsure(pool, entropy, n, rng), margin=lambda pool, n, rng: _unsure(pool, margin, n, rng),
-    disagreement=_disagreeing, hard=_near_mistakes, coreset=lambda pool, n, rng: k_centre(pool.places, pool.known, n),
-    hybrid=_hybrid, random=lambda pool, n, rng: rng.permutation(len(pool))[:n])
+STRATEGIES = dict(  # name: (pool, budget, random numbers) -> indices, the first first
+    entropy=lambda pool, n, rng: _unsure(pool, entropy, n, rng),
+    margin=lambda pool, n, rng: _unsure(pool, margin, n, rng),
+    disagreement=_disagreeing,
+    hard=_near_mistakes,
+    coreset=lambda pool, n, rng: k_centre(pool.places, pool.known, n),
+    hybrid=_hybrid,
+    random=lambda pool, n, rng: rng.permutation(len(pool))[:n],
+)
 
 def choose(pool:Pool, strategy:str, budget:int, seed:int=0) -> np.ndarray: # indices, the most wanted first
     "Choose from a pool."
-    if strategy not in STRATEGIES: raise BadInput(f'there is no strategy {strategy!r}', f'one of: {", ".join(STRATEGIES)}', 'correct the name')
+    if strategy not in STRATEGIES:
+        raise BadInput(f'there is no strategy {strategy!r}', f'one of: {", ".join(STRATEGIES)}', 'correct the name')
     if budget < 1: raise BadInput(f'a budget of {budget}', 'at least one image', 'give --budget')
-    if strategy == 'disagreement' and not pool.others: raise BadInput('nobody disagrees: there is one answer per image', 'further models, or views', 'name another run: --other RUN')
+    if strategy == 'disagreement' and not pool.others:
+        raise BadInput(
+            'nobody disagrees: there is one answer per image',
+            'further models, or views',
+            'name another run: --other RUN',
+        )
     if strategy == 'hard' and (pool.wrong is None or not len(pool.wrong[1]) or not pool.wrong[1].any()):
-        raise BadInput('the model is wrong about no held-out image', 'mistakes in the split val', 'choose with entropy, margin or coreset')
+        raise BadInput(
+            'the model is wrong about no held-out image',
+            'mistakes in the split val',
+            'choose with entropy, margin or coreset',
+        )
     return STRATEGIES[strategy](pool, budget, np.random.default_rng(seed))
 
 # %% ../nbs/46_mining.ipynb #e5681988
-def free_items(d:Dataset, pool:pa.Table) -> tuple[pa.Table, dict[str, int]]: # what may be labelled; why others may not, counted
+def free_items(
+    d: Dataset, pool: pa.Table
+) -> tuple[pa.Table, dict[str, int]]:  # what may be labelled; why others may not, counted
     "The items of a pool whose labels could be trained on, each content once."
-    held = d.table.filter(pc.is_in(d.table['split'], pa.array(['val', 'test']))); said = lambda t: pc.greater(pc.fill_null(pc.list_value_length(t['annotations']), 0), 0)
-    looked = pa.array(['batch' in dict(v or []) for v in d.table['tags'].to_pylist()], pa.bool_()); done = d.table.filter(pc.or_(said(d.table), looked))
+    held = d.table.filter(pc.is_in(d.table['split'], pa.array(['val', 'test'])))
+    said = lambda t: pc.greater(pc.fill_null(pc.list_value_length(t['annotations']), 0), 0)
+    looked = pa.array(['batch' in dict(v or []) for v in d.table['tags'].to_pylist()], pa.bool_())
+    done = d.table.filter(pc.or_(said(d.table), looked))
     rows, left = pool, {}
-    def drop(why, mask): nonlocal rows; n = pc.sum(mask).as_py() or 0; rows = rows.filter(pc.invert(mask)); left.update({why: n} if n else {})
+
+    def drop(why, mask):
+        nonlocal rows
+        n = pc.sum(mask).as_py() or 0
+        rows = rows.filter(pc.invert(mask))
+        left.update({why: n} if n else {})
+
     column = lambda t, c: t[c].combine_chunks().drop_null()
     drop('held out, or a copy of such an item', pc.is_in(rows['sha256'], column(held, 'sha256')))
-    drop('of a group that is held out', pc.is_in(rows['group'], column(held, 'group')) if len(held) else pa.chunked_array([pa.array([False]*len(rows))]))
+    drop(
+        'of a group that is held out',
+        pc.is_in(rows['group'], column(held, 'group'))
+        if len(held)
+        else pa.chunked_array([pa.array([False] * len(rows))]),
+    )
     drop('labelled already', pc.is_in(rows['sha256'], column(done, 'sha256')))
-    first = pd.Series(rows['sha256'].to_pylist(), dtype=object).duplicated().to_numpy(); drop('a copy in the pool', pa.array(first, pa.bool_()))
+    first = pd.Series(rows['sha256'].to_pylist(), dtype=object).duplicated().to_numpy()
+    drop('a copy in the pool', pa.array(first, pa.bool_()))
     return rows, left
 
 @dataclass
@@ -203,60 +287,134 @@ class Mined:
 
     def table(self) -> pd.DataFrame: # id, said, entropy, margin
         "What was chosen."
-        said = [', '.join(str(a['label'] or a['text'] or '') for a in v or []) for v in self.predictions['annotations'].to_pylist()]
+        said = [
+            ', '.join(str(a['label'] or a['text'] or '') for a in v or [])
+            for v in self.predictions['annotations'].to_pylist()
+        ]
         return pd.DataFrame(dict(id=self.rows['id'].to_pylist(), said=said, **self.about['unsure']))
 
 # %% ../nbs/46_mining.ipynb #9144b96b
-def severity(model:Predictor, d:Dataset, problem:Problem) -> tuple[np.ndarray, np.ndarray]: # (V, D), (V,): places, how wrong
+def severity(
+    model: Predictor, d: Dataset, problem: Problem
+) -> tuple[np.ndarray, np.ndarray]:  # (V, D), (V,): places, how wrong
     "How wrong a model is about each item of the split `val`, and where these lie."
     rows = d.split('val'); said, places = look(model, rows, d.read)
     found = mistakes(rows, predictions_table(rows['id'].to_pylist(), said), problem).groupby('id')['severity'].max()
     return places, np.array([float(found.get(i, 0.)) for i in rows['id'].to_pylist()])
 
-def mine(model:Predictor, d:Dataset, budget:int, strategy:str='hybrid', pool:Dataset|None=None, # None: the items of `d` without labels
-         others:Sequence[Predictor]=(),   # for `disagreement`; none: the model's own answers to other views
-         problem:Problem|None=None,       # for `hard`: what counts as a mistake
-         seed:int=0, run:str='') -> Mined:
+def mine(
+    model: Predictor,
+    d: Dataset,
+    budget: int,
+    strategy: str = 'hybrid',
+    pool: Dataset | None = None,  # None: the items of `d` without labels
+    others: Sequence[Predictor] = (),  # for `disagreement`; none: the model's own answers to other views
+    problem: Problem | None = None,  # for `hard`: what counts as a mistake
+    seed: int = 0,
+    run: str = '',
+) -> Mined:
     "Choose what to label next."
     source = pool or d; rows, left = free_items(d, source.table)
-    if not len(rows): raise BadInput(f'nothing in {source.name} could be labelled: {left}', 'items without labels, of groups that are not held out', 'name a pool of new images: --pool DATASET')
-    embeds = strategy in ('coreset', 'hybrid', 'hard'); said, places = look(model, rows, source.read, embed=embeds); p = Pool(said, places)
+    if not len(rows):
+        raise BadInput(
+            f'nothing in {source.name} could be labelled: {left}',
+            'items without labels, of groups that are not held out',
+            'name a pool of new images: --pool DATASET',
+        )
+    embeds = strategy in ('coreset', 'hybrid', 'hard')
+    said, places = look(model, rows, source.read, embed=embeds)
+    p = Pool(said, places)
     if strategy == 'coreset': p.known = look(model, _labelled(d), d.read)[1]
     if strategy == 'hard':
-        if problem is None or not len(d.split('val')): raise BadInput('no held-out items to be wrong about', 'a problem file, and the split val', 'split the dataset, or choose with another strategy')
+        if problem is None or not len(d.split('val')):
+            raise BadInput(
+                'no held-out items to be wrong about',
+                'a problem file, and the split val',
+                'split the dataset, or choose with another strategy',
+            )
         p.wrong = severity(model, d, problem)
     if strategy == 'disagreement':
-        if bad := [o.folder.parent.name for o in others if o.info['task'] != model.info['task'] or o.classes != model.classes]: raise BadInput(f'other tasks or classes: {", ".join(bad)}', 'models of one problem', 'name other runs')
-        p.others = [look(o, rows, source.read, embed=False)[0] for o in others] or [look(model, rows, source.read, embed=False, view=v)[0] for v in VIEWS]
+        if bad := [
+            o.folder.parent.name for o in others if o.info['task'] != model.info['task'] or o.classes != model.classes
+        ]:
+            raise BadInput(f'other tasks or classes: {", ".join(bad)}', 'models of one problem', 'name other runs')
+        p.others = [look(o, rows, source.read, embed=False)[0] for o in others] or [
+            look(model, rows, source.read, embed=False, view=v)[0] for v in VIEWS
+        ]
     at = choose(p, strategy, budget, seed); chosen = [said[i] for i in at]; who = run or model.folder.name
-    about = dict(classes=model.classes, strategy=strategy, budget=budget, seed=seed, run=who, model=model.digest[:16], others=[o.digest[:16] for o in others], dataset=d.version, pool=source.name, pool_version=source.version,
-                 candidates=len(rows), unsure=dict(entropy=[round(entropy(a), 4) for a in chosen], margin=[round(margin(a), 4) for a in chosen]))
-    bare = rows.take(pa.array(at)); i = bare.schema.get_field_index('annotations'); blank = pa.array([[]]*len(bare), bare.schema.field(i).type)
-    return Mined(bare.set_column(i, bare.schema.field(i), blank), _as_said(bare['id'].to_pylist(), chosen, f'{who}@{model.digest[:8]}'), about, left)
+    about = dict(
+        classes=model.classes,
+        strategy=strategy,
+        budget=budget,
+        seed=seed,
+        run=who,
+        model=model.digest[:16],
+        others=[o.digest[:16] for o in others],
+        dataset=d.version,
+        pool=source.name,
+        pool_version=source.version,
+        candidates=len(rows),
+        unsure=dict(entropy=[round(entropy(a), 4) for a in chosen], margin=[round(margin(a), 4) for a in chosen]),
+    )
+    bare = rows.take(pa.array(at))
+    i = bare.schema.get_field_index('annotations')
+    blank = pa.array([[]] * len(bare), bare.schema.field(i).type)
+    return Mined(
+        bare.set_column(i, bare.schema.field(i), blank),
+        _as_said(bare['id'].to_pylist(), chosen, f'{who}@{model.digest[:8]}'),
+        about,
+        left,
+    )
 
-def _labelled(d:Dataset) -> pa.Table: return d.table.filter(pc.and_(pc.equal(d.table['split'], 'train'), pc.greater(pc.fill_null(pc.list_value_length(d.table['annotations']), 0), 0)))
 
-def _as_said(ids:list[str], said:list[Prediction], who:str) -> pa.Table: # what the model stands by, with its name and scores
+def _labelled(d: Dataset) -> pa.Table:
+    return d.table.filter(
+        pc.and_(
+            pc.equal(d.table['split'], 'train'),
+            pc.greater(pc.fill_null(pc.list_value_length(d.table['annotations']), 0), 0),
+        )
+    )
+
+
+def _as_said(
+    ids: list[str], said: list[Prediction], who: str
+) -> pa.Table:  # what the model stands by, with its name and scores
     mark = lambda a: replace(a, annotator=who, score=1. if a.score is None else a.score, accepted=None)
-    return predictions_table(ids, [replace(p, annotations=[mark(a) for a in p.annotations if a.accepted is not False], embedding=None) for p in said])
+    return predictions_table(
+        ids,
+        [
+            replace(p, annotations=[mark(a) for a in p.annotations if a.accepted is not False], embedding=None)
+            for p in said
+        ],
+    )
 
 # %% ../nbs/46_mining.ipynb #2cc94518
 def write_batch(m:Mined, d:Dataset, # what was chosen, and the dataset that it lies in
                 folder:str|Path, format:str='labelstudio', **options) -> ExportResult: # options of the format's `write`
     "Write what was chosen for a labelling tool, the model's answers as a start."
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()): raise BadInput(f'{folder} is not empty', 'a folder that is not there yet', 'name another, or remove it')
-    if format not in ('labelstudio', 'cvat'): raise BadInput(f'--format {format}', 'labelstudio or cvat', 'export the batch itself with: cvlab data export')
+    if folder.exists() and any(folder.iterdir()):
+        raise BadInput(f'{folder} is not empty', 'a folder that is not there yet', 'name another, or remove it')
+    if format not in ('labelstudio', 'cvat'):
+        raise BadInput(f'--format {format}', 'labelstudio or cvat', 'export the batch itself with: cvlab data export')
     items = Dataset(m.rows, m.about['pool'], d.root, m.about['classes'], dict(mined=m.about))
-    done = export_dataset(items, format, folder/format, predictions=m.predictions, **options); save_dataset(items, folder/'items')
-    about = {k: v for k, v in m.about.items() if k != 'unsure'}; name = f'{about["strategy"]}-{digest(dict(about, items=items.version))[:8]}'
+    done = export_dataset(items, format, folder / format, predictions=m.predictions, **options)
+    save_dataset(items, folder / 'items')
+    about = {k: v for k, v in m.about.items() if k != 'unsure'}
+    name = f'{about["strategy"]}-{digest(dict(about, items=items.version))[:8]}'
     write_json(folder/'batch.json', about | dict(name=name, format=format, items=len(m.rows), version=items.version))
     write_atomic(folder/'mined.csv', m.table().to_csv(index=False)); return done
 
 # %% ../nbs/46_mining.ipynb #c0cdcf63
-def replay(learn:Callable, # (indices of the labelled, seed) -> answers to all N, places of all N, a figure on held-out items
-           n:int, strategies:Sequence[str]=('random', 'margin', 'hybrid'),
-           start:int=20, step:int=20, rounds:int=7, seeds:int=6) -> pd.DataFrame: # strategy, seed, labels, figure
+def replay(
+    learn: Callable,  # (indices of the labelled, seed) -> answers to all N, places of all N, a figure on held-out items
+    n: int,
+    strategies: Sequence[str] = ('random', 'margin', 'hybrid'),
+    start: int = 20,
+    step: int = 20,
+    rounds: int = 7,
+    seeds: int = 6,
+) -> pd.DataFrame: # strategy, seed, labels, figure
     "Learning curves of strategies on items whose labels are known."
     rows = []
     for seed in range(seeds):
@@ -264,31 +422,63 @@ def replay(learn:Callable, # (indices of the labelled, seed) -> answers to all N
         for s in strategies:
             known = first
             for r in range(rounds + 1):
-                said, places, figure = begun if r == 0 else learn(known, seed); rows.append((s, seed, len(known), figure))
+                said, places, figure = begun if r == 0 else learn(known, seed)
+                rows.append((s, seed, len(known), figure))
                 if r == rounds: break
-                rest = np.setdiff1d(np.arange(n), known); pool = Pool([said[i] for i in rest], places[rest], places[known])
+                rest = np.setdiff1d(np.arange(n), known)
+                pool = Pool([said[i] for i in rest], places[rest], places[known])
                 known = np.r_[known, rest[choose(pool, s, step, 1000*seed + r)]]
     return pd.DataFrame(rows, columns=['strategy', 'seed', 'labels', 'figure'])
 
 # %% ../nbs/46_mining.ipynb #acebe8fa
-def gains(curves:pd.DataFrame, than:str='random') -> pd.DataFrame: # a row per strategy: gain, low, high, gain at the end, low, high, seeds won, labels at random
+def gains(
+    curves: pd.DataFrame, than: str = 'random'
+) -> pd.DataFrame:  # a row per strategy: gain, low, high, gain at the end, low, high, seeds won, labels at random
     "How much a strategy gains over another at equal numbers of labels, seed by seed."
     from scipy.stats import t as student
-    wide = curves.pivot_table(index=['seed', 'labels'], columns='strategy', values='figure'); last = wide.index.get_level_values('labels').max(); rows = {}
+
+    wide = curves.pivot_table(index=['seed', 'labels'], columns='strategy', values='figure')
+    last = wide.index.get_level_values('labels').max()
+    rows = {}
     base = wide[than].groupby('labels').mean(); rising = np.maximum.accumulate(base.to_numpy())
-    def interval(d): half = student.ppf(.975, len(d) - 1)*d.std()/np.sqrt(len(d)) if len(d) > 1 else np.nan; return d.mean(), d.mean() - half, d.mean() + half
+
+    def interval(d):
+        half = student.ppf(0.975, len(d) - 1) * d.std() / np.sqrt(len(d)) if len(d) > 1 else np.nan
+        return d.mean(), d.mean() - half, d.mean() + half
+
     for s in wide.columns.drop(than):
-        d = wide[s] - wide[than]; over = d[d.index.get_level_values('labels') > base.index[0]].groupby('seed').mean(); end = d.xs(last, level='labels')
-        goal = wide[s].xs(last, level='labels').mean(); need = float(np.interp(goal, rising, base.index)) if goal <= rising[-1] else np.inf
-        rows[s] = dict(zip(('gain', 'low', 'high'), interval(over))) | dict(zip(('end', 'end low', 'end high'), interval(end))) | {'seeds won': f'{(over > 0).sum()} of {len(over)}', 'labels at random': f'{need:.0f}' if np.isfinite(need) else f'over {last}'}
+        d = wide[s] - wide[than]
+        over = d[d.index.get_level_values('labels') > base.index[0]].groupby('seed').mean()
+        end = d.xs(last, level='labels')
+        goal = wide[s].xs(last, level='labels').mean()
+        need = float(np.interp(goal, rising, base.index)) if goal <= rising[-1] else np.inf
+        rows[s] = (
+            dict(zip(('gain', 'low', 'high'), interval(over)))
+            | dict(zip(('end', 'end low', 'end high'), interval(end)))
+            | {
+                'seeds won': f'{(over > 0).sum()} of {len(over)}',
+                'labels at random': f'{need:.0f}' if np.isfinite(need) else f'over {last}',
+            }
+        )
     return pd.DataFrame(rows).T.rename_axis('strategy')
 
 def plot_curves(curves:pd.DataFrame, figure:str='accuracy'):
     "Mean learning curves with the standard error over the seeds."
     import matplotlib.pyplot as plt
-    ink = dict(zip([*dict.fromkeys(['random', *curves['strategy']])], ['#555555', '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9']))
+
+    ink = dict(
+        zip(
+            [*dict.fromkeys(['random', *curves['strategy']])],
+            ['#555555', '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9'],
+        )
+    )
     fig, ax = plt.subplots(figsize=(5.6, 3.4))
     for s, c in curves.groupby('strategy', sort=False):
-        m = c.groupby('labels')['figure'].agg(['mean', 'sem']); ax.plot(m.index, m['mean'], color=ink[s], lw=1.6, ls='--' if s == 'random' else '-', label=s)
+        m = c.groupby('labels')['figure'].agg(['mean', 'sem'])
+        ax.plot(m.index, m['mean'], color=ink[s], lw=1.6, ls='--' if s == 'random' else '-', label=s)
         ax.fill_between(m.index, m['mean'] - m['sem'], m['mean'] + m['sem'], color=ink[s], alpha=.15, lw=0)
-    ax.set(xlabel='labels', ylabel=f'{figure} on held-out items'); ax.spines[['top', 'right']].set_visible(False); ax.legend(frameon=False, fontsize=8); fig.tight_layout(); return fig
+    ax.set(xlabel='labels', ylabel=f'{figure} on held-out items')
+    ax.spines[['top', 'right']].set_visible(False)
+    ax.legend(frameon=False, fontsize=8)
+    fig.tight_layout()
+    return fig

@@ -14,34 +14,50 @@ import numpy as np, pandas as pd
 from .core import BadInput, NotFound
 
 # %% ../nbs/80_monitor.ipynb #0733335c
-IMAGE, ANSWER = ('brightness', 'contrast', 'sharpness', 'warmth'), ('confidence', 'entropy', 'found') # what a line says of an image, and of its answer
+IMAGE, ANSWER = (
+    ('brightness', 'contrast', 'sharpness', 'warmth'),
+    ('confidence', 'entropy', 'found'),
+)  # what a line says of an image, and of its answer
+
 
 def _row(r:dict) -> dict:
     scores = r.get('scores') or []
-    return r | dict(confidence=max(scores, default=0.), found=len(r.get('labels') or []), label=(r.get('labels') or [None])[0])
+    return r | dict(
+        confidence=max(scores, default=0.0), found=len(r.get('labels') or []), label=(r.get('labels') or [None])[0]
+    )
+
 
 def read_log(folder:str|Path) -> pd.DataFrame: # a row per prediction, in the order of time
     "The prediction log of a service."
     files, rows = sorted(Path(folder).glob('predictions-*.jsonl')), []
-    if not files: raise NotFound(f'{folder} has no predictions-*.jsonl', 'the folder that CVLAB_TELEMETRY names', 'start the service with it')
+    if not files:
+        raise NotFound(
+            f'{folder} has no predictions-*.jsonl', 'the folder that CVLAB_TELEMETRY names', 'start the service with it'
+        )
     for line in (l for f in files for l in f.read_text(encoding='utf8', errors='replace').splitlines()):
         try: r = json.loads(line)
         except ValueError: continue
         if isinstance(r, dict) and 'digest' in r and 'brightness' in r: rows.append(_row(r))
-    if not rows: raise NotFound(f'{folder} has no prediction in it', 'lines of predictions', 'wait until there are some')
+    if not rows:
+        raise NotFound(f'{folder} has no prediction in it', 'lines of predictions', 'wait until there are some')
     return pd.DataFrame(rows).sort_values('time', ignore_index=True)
 
-def features(log:pd.DataFrame, names:tuple[str, ...]=IMAGE + ANSWER) -> tuple[np.ndarray, list[str]]: # (N, D) float64; which are there
+def features(
+    log: pd.DataFrame, names: tuple[str, ...] = IMAGE + ANSWER
+) -> tuple[np.ndarray, list[str]]:  # (N, D) float64; which are there
     "The figures of a log that can be compared."
     there = [n for n in names if n in log and log[n].notna().any()]
-    if not there: raise BadInput('the log has none of the figures', f'some of: {", ".join(names)}', 'give the log of a service')
+    if not there:
+        raise BadInput('the log has none of the figures', f'some of: {", ".join(names)}', 'give the log of a service')
     return log[there].fillna(0.).to_numpy(np.float64), there
 
 # %% ../nbs/80_monitor.ipynb #a1d067c0
 def kernel(x:np.ndarray, # (N, D)
           ) -> np.ndarray: # (N, N)
     "Gaussian, as wide as the median distance, each figure scaled by its spread."
-    z = (x - np.median(x, 0))/np.maximum(np.subtract(*np.percentile(x, (84, 16), 0)), 1e-9); sq = (z*z).sum(1); d = np.maximum(sq[:, None] + sq - 2*z@z.T, 0)
+    z = (x - np.median(x, 0)) / np.maximum(np.subtract(*np.percentile(x, (84, 16), 0)), 1e-9)
+    sq = (z * z).sum(1)
+    d = np.maximum(sq[:, None] + sq - 2 * z @ z.T, 0)
     return np.exp(-d/max(np.median(d[np.triu_indices(len(d), 1)]), 1e-12))
 
 def mmd(k:np.ndarray,    # (N, N) kernel of both stretches
@@ -52,16 +68,25 @@ def mmd(k:np.ndarray,    # (N, N) kernel of both stretches
     return float((a@k@a - d@a)/(n*(n - 1)) + (b@k@b - d@b)/(m*(m - 1)) - 2*(a@k@b)/(n*m))
 
 def _auc(score:np.ndarray, now:np.ndarray) -> float:
-    rank = np.empty(len(score)); rank[np.argsort(score, kind='stable')] = np.arange(1, len(score) + 1); m = now.sum(); n = len(now) - m
+    rank = np.empty(len(score))
+    rank[np.argsort(score, kind='stable')] = np.arange(1, len(score) + 1)
+    m = now.sum()
+    n = len(now) - m
     return float((rank[now].sum() - m*(m + 1)/2)/(n*m)) if n and m else .5
 
 def told_apart(x:np.ndarray, now:np.ndarray) -> float: # AUC on lines that it was not trained with; .5: not at all
     "A linear discriminant on figures and squares, two halves in turn."
-    z = (x - x.mean(0))/np.maximum(x.std(0), 1e-9); z = np.hstack([z, z*z - 1]); half = np.arange(len(z)) % 2 == 0; out = np.empty(2)
+    z = (x - x.mean(0)) / np.maximum(x.std(0), 1e-9)
+    z = np.hstack([z, z * z - 1])
+    half = np.arange(len(z)) % 2 == 0
+    out = np.empty(2)
     for i, train in enumerate((half, ~half)):
         a, b = z[train & ~now], z[train & now]
         if min(len(a), len(b)) < 2: return .5
-        w = np.linalg.solve(np.cov(a, rowvar=False) + np.cov(b, rowvar=False) + .2*np.eye(z.shape[1]), b.mean(0) - a.mean(0)); out[i] = _auc(z[~train]@w, now[~train])
+        w = np.linalg.solve(
+            np.cov(a, rowvar=False) + np.cov(b, rowvar=False) + 0.2 * np.eye(z.shape[1]), b.mean(0) - a.mean(0)
+        )
+        out[i] = _auc(z[~train] @ w, now[~train])
     return float(out.mean())
 
 # %% ../nbs/80_monitor.ipynb #3ba27cdc
@@ -77,21 +102,43 @@ class Drift:
 
     def __str__(self) -> str:
         what = 'DRIFT' if self.alarm else 'no drift'
-        return f'{what}: p {self.p_mmd:.3f} (MMD), {self.p_classifier:.3f} (classifier, AUC {self.auc:.2f}), {self.present} lines against {self.reference}' + (f'; moved: {", ".join(self.moved)}' if self.moved else '')
+        return (
+            f'{what}: p {self.p_mmd:.3f} (MMD), {self.p_classifier:.3f} (classifier, AUC {self.auc:.2f}), {self.present} lines against {self.reference}'
+            + (f'; moved: {", ".join(self.moved)}' if self.moved else '')
+        )
 
-def _ks(x:np.ndarray, now:np.ndarray) -> np.ndarray: # (D,)
-    order = np.argsort(x, 0, kind='stable'); step = np.where(now[order], 1/now.sum(), -1/(~now).sum()); return np.abs(np.cumsum(step, 0)).max(0)
+
+def _ks(x:np.ndarray, now:np.ndarray) -> np.ndarray:  # (D,)
+    order = np.argsort(x, 0, kind='stable')
+    step = np.where(now[order], 1 / now.sum(), -1 / (~now).sum())
+    return np.abs(np.cumsum(step, 0)).max(0)
+
 
 def drift(reference:np.ndarray, present:np.ndarray, # (N, D), (M, D)
           names:list[str], alpha:float=.01, # false alarms, at most
           deals:int=999, seed:int=0) -> Drift:
     "Whether the present is what the reference was."
-    if min(len(reference), len(present)) < 20: raise BadInput(f'{len(reference)} and {len(present)} lines', 'at least 20 of each', 'wait for more')
-    if deals + 1 < 2/alpha: raise BadInput(f'{deals} deals for a rate of {alpha:g}', f'at least {int(2/alpha)}', 'deal more often, or allow more false alarms')
-    x, now, rng = np.vstack([reference, present]), np.arange(len(reference) + len(present)) >= len(reference), np.random.default_rng(seed)
-    shuffle = rng.permutation(len(x)); x, now = x[shuffle], now[shuffle]; k = kernel(x)      # the classifier's halves hold both
-    of = lambda who: (mmd(k, who), told_apart(x, who), _ks(x, who)); said = of(now); dealt = [of(rng.permutation(now)) for _ in range(deals)]
-    p = [(1 + sum(d[i] >= said[i] for d in dealt))/(deals + 1) for i in (0, 1)]; least = np.quantile([d[2].max() for d in dealt], 1 - alpha)
+    if min(len(reference), len(present)) < 20:
+        raise BadInput(f'{len(reference)} and {len(present)} lines', 'at least 20 of each', 'wait for more')
+    if deals + 1 < 2 / alpha:
+        raise BadInput(
+            f'{deals} deals for a rate of {alpha:g}',
+            f'at least {int(2 / alpha)}',
+            'deal more often, or allow more false alarms',
+        )
+    x, now, rng = (
+        np.vstack([reference, present]),
+        np.arange(len(reference) + len(present)) >= len(reference),
+        np.random.default_rng(seed),
+    )
+    shuffle = rng.permutation(len(x))
+    x, now = x[shuffle], now[shuffle]
+    k = kernel(x)  # the classifier's halves hold both
+    of = lambda who: (mmd(k, who), told_apart(x, who), _ks(x, who))
+    said = of(now)
+    dealt = [of(rng.permutation(now)) for _ in range(deals)]
+    p = [(1 + sum(d[i] >= said[i] for d in dealt)) / (deals + 1) for i in (0, 1)]
+    least = np.quantile([d[2].max() for d in dealt], 1 - alpha)
     moved = {names[i]: round(float(said[2][i]), 3) for i in np.argsort(-said[2]) if said[2][i] > least}
     alarm = min(p) <= alpha/2
     return Drift(alarm, alpha, *p, said[1], moved if alarm else {}, len(reference), len(present))
@@ -102,9 +149,21 @@ def draw_drift(reference:pd.DataFrame, present:pd.DataFrame, found:Drift): # mat
     from matplotlib.figure import Figure
     names = features(reference)[1]; fig = Figure(figsize=(2.6*len(names), 2.3), layout='constrained')
     for i, n in enumerate(names):
-        ax = fig.add_subplot(1, len(names), i + 1); bins = np.histogram_bin_edges(np.concatenate([reference[n].dropna(), present[n].dropna()]), 20)
-        ax.hist(reference[n], bins, density=True, color='#bbbbbb', label='reference'); ax.hist(present[n], bins, density=True, histtype='step', color='#d55e00' if n in found.moved else '#0072b2', lw=1.8, label='present')
-        ax.set_title(n + (f': moved, {found.moved[n]:.2f}' if n in found.moved else ''), fontsize=9); ax.set_yticks([]); ax.tick_params(labelsize=8)
+        ax = fig.add_subplot(1, len(names), i + 1)
+        bins = np.histogram_bin_edges(np.concatenate([reference[n].dropna(), present[n].dropna()]), 20)
+        ax.hist(reference[n], bins, density=True, color='#bbbbbb', label='reference')
+        ax.hist(
+            present[n],
+            bins,
+            density=True,
+            histtype='step',
+            color='#d55e00' if n in found.moved else '#0072b2',
+            lw=1.8,
+            label='present',
+        )
+        ax.set_title(n + (f': moved, {found.moved[n]:.2f}' if n in found.moved else ''), fontsize=9)
+        ax.set_yticks([])
+        ax.tick_params(labelsize=8)
     fig.axes[0].legend(fontsize=7, frameon=False); return fig
 
 # %% ../nbs/80_monitor.ipynb #3ab68146
@@ -112,16 +171,25 @@ def told(log:pd.DataFrame, truth:dict[str, str]) -> pd.DataFrame: # digest: n, r
     "Right answers among those whose truth is known, by the weights that gave them."
     known = log[log['id'].isin(truth.keys())]; right = known['label'] == known['id'].map(truth); out = []
     for d, ok in right.groupby(known['digest']):
-        n, p, z = len(ok), ok.mean(), 1.96; mid, half = (p + z*z/(2*n))/(1 + z*z/n), z*np.sqrt(p*(1 - p)/n + z*z/(4*n*n))/(1 + z*z/n)
+        n, p, z = len(ok), ok.mean(), 1.96
+        mid, half = (
+            (p + z * z / (2 * n)) / (1 + z * z / n),
+            z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n),
+        )
         out.append(dict(digest=d[:12], n=n, right=round(p, 3), low=round(mid - half, 3), high=round(mid + half, 3)))
     return pd.DataFrame(out)
 
 # %% ../nbs/80_monitor.ipynb #a01c6699
-def watch(reference:str|Path, present:str|Path, # folders of prediction logs
-          last:int=500, # lines, of both
-          alpha:float=.01, seed:int=0) -> tuple[Drift, pd.DataFrame, pd.DataFrame]: # the verdict, and the lines it is about
+def watch(
+    reference: str | Path,
+    present: str | Path,  # folders of prediction logs
+    last: int = 500,  # lines, of both
+    alpha: float = 0.01,
+    seed: int = 0,
+) -> tuple[Drift, pd.DataFrame, pd.DataFrame]:  # the verdict, and the lines it is about
     "Compare two logs."
     a, b = read_log(reference).tail(last), read_log(present).tail(last); one = len({*a['digest'], *b['digest']}) == 1
-    (x, names), (y, others) = (features(t, IMAGE + (ANSWER if one else ())) for t in (a, b)); both = [n for n in names if n in others]
+    (x, names), (y, others) = (features(t, IMAGE + (ANSWER if one else ())) for t in (a, b))
+    both = [n for n in names if n in others]
     pick = lambda v, of: v[:, [of.index(n) for n in both]]
     return drift(pick(x, names), pick(y, others), both, alpha, seed=seed), a, b

@@ -12,7 +12,17 @@ from typing import Any, Literal
 import numpy as np, pandas as pd, pyarrow as pa
 from pydantic import Field
 from scipy import sparse
-from .coco import IOUS, Matches, Objects, average_precision, average_recall, columns, match, pairs, prediction_rows
+from cv_lab.coco import (
+    IOUS,
+    Matches,
+    Objects,
+    average_precision,
+    average_recall,
+    columns,
+    match,
+    pairs,
+    prediction_rows,
+)
 from .core import BadInput
 from .decide import cheapest, fit_stairs, on_stairs
 from .drawing import COLOURS
@@ -22,10 +32,12 @@ from .spec import Problem, Strict
 from .tide import gains, mistakes_of
 
 # %% ../nbs/18d_objects.ipynb #938d7741
-SIZES = dict(nano= dict(network='resnet10t', network_args=dict(channels=[32, 64, 128, 256], stem_width=16), width=64, depth=1),
-             small=dict(network='resnet18d', network_args={}, width=96, depth=2),
-             base= dict(network='resnet50d', network_args={}, width=160, depth=3),
-             large=dict(network='convnext_base', network_args={}, width=256, depth=4))
+SIZES = dict(
+    nano=dict(network='resnet10t', network_args=dict(channels=[32, 64, 128, 256], stem_width=16), width=64, depth=1),
+    small=dict(network='resnet18d', network_args={}, width=96, depth=2),
+    base=dict(network='resnet50d', network_args={}, width=160, depth=3),
+    large=dict(network='convnext_base', network_args={}, width=256, depth=4),
+)
 
 class DetectorConfig(Strict):
     "Settings of every task with a detector in it."
@@ -38,7 +50,11 @@ class DetectorConfig(Strict):
     width: int|None = Field(None, ge=8)       # channels of pyramid and head
     depth: int|None = Field(None, ge=0)       # convolutions of the head
     image: Preprocess = Preprocess(256, 320)
-    augment: list[dict[str, dict]] = [{'Mosaic': dict(p=.5)}, {'RandomScale': dict(scale=[.7, 1.4])}, {'RandomHorizontalFlip': {}}]
+    augment: list[dict[str, dict]] = [
+        {'Mosaic': dict(p=0.5)},
+        {'RandomScale': dict(scale=[0.7, 1.4])},
+        {'RandomHorizontalFlip': {}},
+    ]
     max_objects: int = Field(100, ge=1)       # of one training image
     top: int = Field(10, ge=1)                # places that answer for one object
     box_weight: float = Field(2., gt=0)
@@ -54,35 +70,54 @@ class DetectorConfig(Strict):
         return SIZES[self.size] | {k: v for k, v in own.items() if v is not None} | dict(network_args=args)
 
 # %% ../nbs/18d_objects.ipynb #48a71e5b
-def candidates(logits:np.ndarray, boxes:np.ndarray,  # (A, C), (A, 4): of one image's places
-               most:int=300, overlap:float=.6, floor:float=.01, # candidates before suppression; largest IoU of two that stay; least score
-              ) -> tuple[np.ndarray, np.ndarray]: # (K,) places, (K,) labels; best first
+def candidates(
+    logits: np.ndarray,
+    boxes: np.ndarray,  # (A, C), (A, 4): of one image's places
+    most: int = 300,
+    overlap: float = 0.6,
+    floor: float = 0.01,  # candidates before suppression; largest IoU of two that stay; least score
+) -> tuple[np.ndarray, np.ndarray]: # (K,) places, (K,) labels; best first
     "What remains of one image's places after suppression."
-    flat = logits.ravel(); k = np.flatnonzero(flat >= np.log(floor/(1 - floor))) if 0 < floor < 1 else np.arange(len(flat))
+    flat = logits.ravel()
+    k = np.flatnonzero(flat >= np.log(floor / (1 - floor))) if 0 < floor < 1 else np.arange(len(flat))
     k = k[np.argsort(-flat[k], kind='stable')[:most]]; place, label = np.divmod(k, logits.shape[1])
     keep = nms(boxes[place], label, overlap)
     return place[keep], label[keep]
 
-def said_objects(outputs:dict, cfg, classes:list[str], thresholds:dict): # yields (place, label, box, score, accepted) per image: (K,), (K,), (K, 4), (K,), (K,)
+def said_objects(
+    outputs: dict, cfg, classes: list[str], thresholds: dict
+):  # yields (place, label, box, score, accepted) per image: (K,), (K,), (K, 4), (K,), (K,)
     "The objects of a batch, most confident first; `cfg` says `candidates`, `overlap`, `floor`, `detections`."
     curve = np.array([thresholds.get('calibration', {}).get(c, (1., 0.)) for c in classes])
     least = np.array([thresholds.get('scores', {}).get(c, thresholds.get('threshold', .5)) for c in classes])
     for i, (logits, boxes) in enumerate(zip(outputs['logits'], outputs['boxes'])):
-        if 'keep' in outputs: place, label = np.divmod(outputs['top'][i][outputs['keep'][i] > 0], len(classes))     # suppressed in the graph
+        if 'keep' in outputs:
+            place, label = np.divmod(outputs['top'][i][outputs['keep'][i] > 0], len(classes))  # suppressed in the graph
         else: place, label = candidates(logits, boxes, cfg.candidates, cfg.overlap, cfg.floor)
         z, box = logits[place, label], boxes[place].astype(np.float64)
         score = 1/(1 + np.exp(-(curve[label, 0]*z.astype(np.float64) + curve[label, 1])))
-        for c, stairs in thresholds.get('stairs', {}).items(): k = label == classes.index(c); score[k] = on_stairs(score[k], stairs)
+        for c, stairs in thresholds.get('stairs', {}).items():
+            k = label == classes.index(c)
+            score[k] = on_stairs(score[k], stairs)
         order = np.argsort(-score, kind='stable')[:cfg.detections]
-        order = order[((box[:, 2:] > box[:, :2]).all(1) & (1/(1 + np.exp(-z)) >= cfg.floor))[order]]; label, score = label[order], score[order]
+        order = order[((box[:, 2:] > box[:, :2]).all(1) & (1 / (1 + np.exp(-z)) >= cfg.floor))[order]]
+        label, score = label[order], score[order]
         yield place[order], label, box[order], score, score >= least[label]
 
 # %% ../nbs/18d_objects.ipynb #3f1fb024
-def object_rows(annotations:list[dict], most:int, classes:list[str],
-               ) -> tuple[np.ndarray, list[dict]]: # (most, 5) float32: class, x1, y1, x2, y2; class -1: nothing, -2: crowd; the annotations of its first rows
+def object_rows(
+    annotations: list[dict],
+    most: int,
+    classes: list[str],
+) -> tuple[
+    np.ndarray, list[dict]
+]:  # (most, 5) float32: class, x1, y1, x2, y2; class -1: nothing, -2: crowd; the annotations of its first rows
     "The labelled boxes of one image."
     boxes = [a for a in annotations or [] if a.get('label') is not None and a.get('bbox')][:most]
-    if unknown := {a['label'] for a in boxes} - set(classes): raise BadInput(f'labels that are no class: {sorted(unknown)}', f'one of: {", ".join(classes)}', 'correct the manifest')
+    if unknown := {a['label'] for a in boxes} - set(classes):
+        raise BadInput(
+            f'labels that are no class: {sorted(unknown)}', f'one of: {", ".join(classes)}', 'correct the manifest'
+        )
     crowd = lambda a: any(dict(a.get('attributes') or {}).get(k) == '1' for k in ('iscrowd', 'difficult'))
     out = np.full((most, 5), -1, np.float32)
     for row, a in zip(out, boxes): row[:] = -2 if crowd(a) else classes.index(a['label']), *a['bbox']
@@ -97,52 +132,121 @@ def matched(truth:pa.Table, predictions:pa.Table, problem:Problem, masks:bool=Fa
 
 def _both(truth, predictions, problem, masks) -> tuple[Objects, Objects]: # what is there, what is said
     sizes = (truth['width'].to_pylist(), truth['height'].to_pylist()); C = problem.classes
-    return columns(truth, C, masks=masks, sizes=sizes), columns(prediction_rows(truth, predictions), C, problem.decision.threshold, masks, sizes)
+    return columns(truth, C, masks=masks, sizes=sizes), columns(
+        prediction_rows(truth, predictions), C, problem.decision.threshold, masks, sizes
+    )
 
-def _mean(values): # over classes, without those that have no object
-    with np.errstate(invalid='ignore'): ok = np.isfinite(values); return np.where(ok.any(-1), np.where(ok, values, 0).sum(-1)/ok.sum(-1), np.nan)
+
+def _mean(values):  # over classes, without those that have no object
+    with np.errstate(invalid='ignore'):
+        ok = np.isfinite(values)
+        return np.where(ok.any(-1), np.where(ok, values, 0).sum(-1) / ok.sum(-1), np.nan)
+
 
 def object_figures(m:Matches, classes:int):
     "A function from item weights (B, N) to {figure: (B,)}; per-class figures have the shape (B, C)."
     ap, ar, point = average_precision(m, classes), average_recall(m, classes), operating_point(m, classes)
     sizes = [(i, name) for i, name in enumerate(m.areas) if i and (~m.ignored[i]).any()]
     def at(w:np.ndarray) -> dict[str, np.ndarray]:
-        p, r = ap(w), ar(w); mean = p[:, 0].mean(1)                                       # (B, areas, ious, C), (B, areas, limits, C)
-        out = dict(map50_95=_mean(mean), map50=_mean(p[:, 0, 0]), map75=_mean(p[:, 0, 5])) | {f'map_{n}': _mean(p[:, i].mean(1)) for i, n in sizes}
-        return out | {f'ar{k}': _mean(r[:, 0, i]) for i, k in enumerate((1, 10, 100))} | point(w) | dict(ap=mean, ap50=p[:, 0, 0])
+        p, r = ap(w), ar(w); mean = p[:, 0].mean(1)  # (B, areas, ious, C), (B, areas, limits, C)
+        out = dict(map50_95=_mean(mean), map50=_mean(p[:, 0, 0]), map75=_mean(p[:, 0, 5])) | {
+            f'map_{n}': _mean(p[:, i].mean(1)) for i, n in sizes
+        }
+        return (
+            out
+            | {f'ar{k}': _mean(r[:, 0, i]) for i, k in enumerate((1, 10, 100))}
+            | point(w)
+            | dict(ap=mean, ap50=p[:, 0, 0])
+        )
+
     return at
 
 # %% ../nbs/18d_objects.ipynb #5ed479c8
 def operating_point(m:Matches, classes:int):
     "Precision, recall and F1 of the accepted objects: of all together, and per class."
     shape = (m.truth.items, classes); per = lambda o, v: sparse.csr_matrix((v.astype(float), (o.image, o.label)), shape)
-    right, said, there = per(m.said, m.right[0, 0] & m.said.said), per(m.said, ~m.out[0, 0] & m.said.said), per(m.truth, ~m.ignored[0])
-    k = np.flatnonzero(m.said.said & ~m.out[0, 0]); bins = (m.said.score[k]*15).astype(int).clip(0, 14)              # confidence against share right, of what is said
+    right, said, there = (
+        per(m.said, m.right[0, 0] & m.said.said),
+        per(m.said, ~m.out[0, 0] & m.said.said),
+        per(m.truth, ~m.ignored[0]),
+    )
+    k = np.flatnonzero(m.said.said & ~m.out[0, 0])
+    bins = (m.said.score[k] * 15).astype(int).clip(0, 14)  # confidence against share right, of what is said
     gap = sparse.csr_matrix((m.said.score[k] - m.right[0, 0, k], (m.said.image[k], bins)), (m.truth.items, 15))
     ratio = lambda a, b: np.divide(a, b, out=np.full(np.shape(a), np.nan), where=b > 0)
     def at(w):
-        tp, n, g = w @ right, w @ said, w @ there; every = lambda v: v.sum(1); none = lambda v, b: np.where(b > 0, np.nan_to_num(v), np.nan)
-        return dict(ece=ratio(np.abs(w @ gap).sum(1), every(n)), precision=none(ratio(every(tp), every(n)), every(g)), recall=ratio(every(tp), every(g)), f1=ratio(2*every(tp), every(n) + every(g)),
-                    class_precision=none(ratio(tp, n), g), class_recall=ratio(tp, g), class_f1=ratio(2*tp, n + g))
+        tp, n, g = w @ right, w @ said, w @ there
+        every = lambda v: v.sum(1)
+        none = lambda v, b: np.where(b > 0, np.nan_to_num(v), np.nan)
+        return dict(
+            ece=ratio(np.abs(w @ gap).sum(1), every(n)),
+            precision=none(ratio(every(tp), every(n)), every(g)),
+            recall=ratio(every(tp), every(g)),
+            f1=ratio(2 * every(tp), every(n) + every(g)),
+            class_precision=none(ratio(tp, n), g),
+            class_recall=ratio(tp, g),
+            class_f1=ratio(2 * tp, n + g),
+        )
     return at
 
 # %% ../nbs/18d_objects.ipynb #f9f8161d
-_SAY = dict(Cls='{1} → {0}', Both='{0} near something else', Bkg='{0} where there is nothing', Loc='{0} badly placed', Dupe='{0} twice')
+_SAY = dict(
+    Cls='{1} → {0}',
+    Both='{0} near something else',
+    Bkg='{0} where there is nothing',
+    Loc='{0} badly placed',
+    Dupe='{0} twice',
+)
 
-def object_mistakes(truth:pa.Table, predictions:pa.Table, problem:Problem, masks:bool=False) -> pd.DataFrame: # id, kind, what, severity, gain, label, bbox, object; worst first
+
+def object_mistakes(
+    truth: pa.Table, predictions: pa.Table, problem: Problem, masks: bool = False
+) -> pd.DataFrame:  # id, kind, what, severity, gain, label, bbox, object; worst first
     "Every wrong object and every missed one."
     C, ids = problem.classes, truth['id'].to_pylist(); t, p = _both(truth, predictions, problem, masks)
-    x = mistakes_of(t, p.take(p.said)); gain = {k: float(v[0]) for k, v in gains(t, p, len(C))(np.ones((1, len(truth)))).items()}; rows, near = [], _nearest(t, p)
+    x = mistakes_of(t, p.take(p.said))
+    gain = {k: float(v[0]) for k, v in gains(t, p, len(C))(np.ones((1, len(truth)))).items()}
+    rows, near = [], _nearest(t, p)
     for i in np.flatnonzero((x.kind != '') & ~x.m.out[0, 0]):
         o, label = x.object_[i], C[x.m.said.label[i]]; there = o >= 0
-        rows.append((ids[x.m.said.image[i]], x.kind[i], _SAY[x.kind[i]].format(label, C[t.label[o]] if there else None), float(x.m.said.score[i]), gain[x.kind[i]], label, _box(x.m.said, i), _box(t, o) if there else None))
-    for o in x.missed: rows.append((ids[t.image[o]], 'Miss', f'{C[t.label[o]]} missed', 1 - near[o], gain['Miss'], C[t.label[o]], None, _box(t, o)))
-    return pd.DataFrame(rows, columns=['id', 'kind', 'what', 'severity', 'gain', 'label', 'bbox', 'object']).sort_values('severity', ascending=False, kind='stable', ignore_index=True)
+        rows.append(
+            (
+                ids[x.m.said.image[i]],
+                x.kind[i],
+                _SAY[x.kind[i]].format(label, C[t.label[o]] if there else None),
+                float(x.m.said.score[i]),
+                gain[x.kind[i]],
+                label,
+                _box(x.m.said, i),
+                _box(t, o) if there else None,
+            )
+        )
+    for o in x.missed:
+        rows.append(
+            (
+                ids[t.image[o]],
+                'Miss',
+                f'{C[t.label[o]]} missed',
+                1 - near[o],
+                gain['Miss'],
+                C[t.label[o]],
+                None,
+                _box(t, o),
+            )
+        )
+    return pd.DataFrame(
+        rows, columns=['id', 'kind', 'what', 'severity', 'gain', 'label', 'bbox', 'object']
+    ).sort_values('severity', ascending=False, kind='stable', ignore_index=True)
+
 
 def _box(o:Objects, i:int) -> list[float]|None: return o.box[i].tolist() if np.isfinite(o.box[i]).all() else None
 
-def _nearest(truth:Objects, said:Objects) -> np.ndarray: # (n,) per object, the highest score of a candidate of its class in its place
-    d, g, iou = pairs(truth, said); out = np.zeros(len(truth)); np.maximum.at(out, g[iou >= .5], said.score[d[iou >= .5]])
+def _nearest(
+    truth: Objects, said: Objects
+) -> np.ndarray:  # (n,) per object, the highest score of a candidate of its class in its place
+    d, g, iou = pairs(truth, said)
+    out = np.zeros(len(truth))
+    np.maximum.at(out, g[iou >= 0.5], said.score[d[iou >= 0.5]])
     return out
 
 # %% ../nbs/18d_objects.ipynb #06ed9ec6
@@ -150,11 +254,25 @@ def operating_points(m:Matches, problem:Problem) -> dict: # calibration, scores:
     "A logistic curve and an operating point for every class, from uncalibrated predictions of held-out items."
     curves, least, stairs, d = {}, {}, {}, problem.decision
     for i, c in enumerate(problem.classes):
-        k = (m.said.label == i) & ~m.out[0, 0]; s, right, there = m.said.score[k], m.right[0, 0, k], int((~m.ignored[0] & (m.truth.label == i)).sum())
+        k = (m.said.label == i) & ~m.out[0, 0]
+        s, right, there = m.said.score[k], m.right[0, 0, k], int((~m.ignored[0] & (m.truth.label == i)).sum())
         if d.curve == 'isotonic': stairs[c] = fit_stairs(s, right); p = on_stairs(s, stairs[c])
         else: a, b = curves[c] = platt(s, right); p = 1/(1 + np.exp(-(a*np.log(s/(1 - s)) + b))) if len(s) else s
-        least[c] = min(1., cheapest(p, right, d.costs.wrong, d.costs.missing, there)) if d.costs else best_threshold(p, right, there, d.target_precision)
-    return dict(calibration=curves, stairs=stairs, scores=least, threshold=d.threshold, target_precision=d.target_precision, costs=d.costs and d.costs.model_dump(), fitted_on=m.truth.items)
+        least[c] = (
+            min(1.0, cheapest(p, right, d.costs.wrong, d.costs.missing, there))
+            if d.costs
+            else best_threshold(p, right, there, d.target_precision)
+        )
+    return dict(
+        calibration=curves,
+        stairs=stairs,
+        scores=least,
+        threshold=d.threshold,
+        target_precision=d.target_precision,
+        costs=d.costs and d.costs.model_dump(),
+        fitted_on=m.truth.items,
+    )
+
 
 def object_answers(m:Matches) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]: # (n,) right, score, class, item
     "The accepted objects, and which of them are right."
@@ -164,7 +282,10 @@ def platt(score:np.ndarray, right:np.ndarray) -> tuple[float, float]: # slope > 
     "The logistic curve from scores to the share that is right; stays the identity where there is nothing to fit."
     from scipy.optimize import minimize
     if right.sum() < 5 or (~right).sum() < 5: return 1., 0.
-    z = np.log(score/(1 - score)); n, pos = len(right), right.sum(); want = np.where(right, (pos + 1)/(pos + 2), 1/(n - pos + 2))
+    z = np.log(score / (1 - score))
+    n, pos = len(right), right.sum()
+    want = np.where(right, (pos + 1) / (pos + 2), 1 / (n - pos + 2))
+
     def nll(v): y = np.exp(v[0])*z + v[1]; return (np.logaddexp(0, y) - want*y).mean()
     a, b = minimize(nll, [0., 0.], method='L-BFGS-B', bounds=[(-3, 3), (-20, 20)]).x
     return float(np.exp(a)), float(b)
@@ -185,12 +306,26 @@ def object_curves(m:Matches, problem:Problem) -> dict: # title -> matplotlib fig
     C = problem.classes; every = np.ones((1, m.truth.items)); ap = average_precision(m, len(C))(every)[0, 0, 0]
     pr, a = plt.subplots(figsize=(5, 4)); f1, b = plt.subplots(figsize=(5, 4))
     for i, c in enumerate(C[:len(COLOURS)]):
-        k = (m.said.label == i) & ~m.out[0, 0]; s, right, said = m.said.score[k], m.right[0, 0, k], m.said.said[k]; there = int((~m.ignored[0] & (m.truth.label == i)).sum())
+        k = (m.said.label == i) & ~m.out[0, 0]
+        s, right, said = m.said.score[k], m.right[0, 0, k], m.said.said[k]
+        there = int((~m.ignored[0] & (m.truth.label == i)).sum())
         if not there or not len(s): continue
-        tp, n = np.cumsum(right), np.arange(1, len(s) + 1); a.plot(tp/there, tp/n, color=COLOURS[i], label=f'{c}, AP50 {ap[i]:.3f}'); b.plot(s, 2*tp/(n + there), color=COLOURS[i], label=c)
-        if said.any(): j = np.flatnonzero(said)[-1]; a.plot(tp[j]/there, tp[j]/n[j], 'o', color=COLOURS[i]); b.plot(s[j], 2*tp[j]/(n[j] + there), 'o', color=COLOURS[i])
-    a.set(xlabel='recall', ylabel='precision', xlim=(0, 1.02), ylim=(0, 1.02)); a.legend(fontsize=8); b.set(xlabel='confidence', ylabel='F1', xlim=(0, 1.02), ylim=(0, 1.02)); b.legend(fontsize=8)
+        tp, n = np.cumsum(right), np.arange(1, len(s) + 1)
+        a.plot(tp / there, tp / n, color=COLOURS[i], label=f'{c}, AP50 {ap[i]:.3f}')
+        b.plot(s, 2 * tp / (n + there), color=COLOURS[i], label=c)
+        if said.any():
+            j = np.flatnonzero(said)[-1]
+            a.plot(tp[j] / there, tp[j] / n[j], 'o', color=COLOURS[i])
+            b.plot(s[j], 2 * tp[j] / (n[j] + there), 'o', color=COLOURS[i])
+    a.set(xlabel='recall', ylabel='precision', xlim=(0, 1.02), ylim=(0, 1.02))
+    a.legend(fontsize=8)
+    b.set(xlabel='confidence', ylabel='F1', xlim=(0, 1.02), ylim=(0, 1.02))
+    b.legend(fontsize=8)
     gain = gains(m.truth, m.said, len(C))(every); bars, ax = plt.subplots(figsize=(5, 2.6)); names = list(gain)[::-1]
     ax.barh(names, [gain[k][0] for k in names], color='#D55E00'); ax.set(xlabel='what AP50 would gain')
     for f in (pr, f1, bars): f.tight_layout()
-    return {'Precision over recall, at an overlap of one half': pr, 'F1 over confidence; the dot is the operating point': f1, 'What mending each kind of mistake would bring': bars}
+    return {
+        'Precision over recall, at an overlap of one half': pr,
+        'F1 over confidence; the dot is the operating point': f1,
+        'What mending each kind of mistake would bring': bars,
+    }

@@ -34,8 +34,16 @@ def export_onnx(net:torch.nn.Module, height:int, width:int, path:str|Path) -> Pa
     logging.getLogger('torch.onnx').setLevel(logging.ERROR); logging.getLogger('onnxscript').setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        program = torch.onnx.export(net, (images,), input_names=['images'], output_names=names, opset_version=OPSET, dynamo=True, verbose=False,
-                                    dynamic_shapes=({0: torch.export.Dim('batch', min=1, max=65536)},))
+        program = torch.onnx.export(
+            net,
+            (images,),
+            input_names=['images'],
+            output_names=names,
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+            dynamic_shapes=({0: torch.export.Dim('batch', min=1, max=65536)},),
+        )
     model = program.model_proto; onnx.checker.check_model(model)
     return write_atomic(path, model.SerializeToString())
 
@@ -46,7 +54,15 @@ def export_run(run:Run, problem:Problem, force:bool=False) -> Path: # the folder
     if force or not note.exists() or read_json(note).get('weights') != weights:
         net, cfg = checkpoint_network(run)
         export_onnx(net, cfg.image.height, cfg.image.width, out/'model.onnx')
-        describe_model(out, problem.name, problem.task, problem.classes, cfg, dict(temperature=1., threshold=problem.decision.threshold, min_confidence=0.), problem.multilabel)
+        describe_model(
+            out,
+            problem.name,
+            problem.task,
+            problem.classes,
+            cfg,
+            dict(temperature=1.0, threshold=problem.decision.threshold, min_confidence=0.0),
+            problem.multilabel,
+        )
         write_json(note, dict(weights=weights, opset=OPSET))
     return out
 
@@ -55,8 +71,13 @@ def performance(run:Run, predictor:Predictor, rows:pa.Table, read:Callable, prob
                 judged:pa.Table|None=None, base:pa.Table|None=None) -> dict: # what performance.json holds
     "Parity, latency and size of the artifact that will answer."
     files = [read(u) for u in rows['uri'].to_pylist()[:32]]
-    return dict(parity=parity(run, predictor, rows, read, problem, judged=judged, base=base), **latency(predictor, files),
-                model_size_mb=round((predictor.folder/'model.onnx').stat().st_size/1e6, 3), opset=OPSET, model=file_digest(predictor.folder/'model.onnx'))
+    return dict(
+        parity=parity(run, predictor, rows, read, problem, judged=judged, base=base),
+        **latency(predictor, files),
+        model_size_mb=round((predictor.folder / 'model.onnx').stat().st_size / 1e6, 3),
+        opset=OPSET,
+        model=file_digest(predictor.folder / 'model.onnx'),
+    )
 
 # %% ../nbs/50_optimize.ipynb #4bd192c0
 @dataclass(frozen=True)
@@ -67,32 +88,54 @@ class Form:
     device: str = 'cpu'
     provider: str|None = None # one of ONNX Runtime's; None: the device's own
 
-FORMS = {'graph': Form('folded and fused ahead of time'), 'int8': Form('eight bits, static, as few layers in float as the budget needs', 'int8'),
-         'int8-dynamic': Form('matrix products in eight bits, ranges from each batch', 'int8'),
-         'fp16': Form('half precision', 'fp16', 'cuda'), 'tensorrt-fp16': Form('half precision in TensorRT', 'fp16', 'cuda', 'TensorrtExecutionProvider'),
-         'openvino': Form('the plain graph in OpenVINO', 'fp32', 'cpu', 'OpenVINOExecutionProvider'), 'openvino-int8': Form('eight bits in OpenVINO', 'int8', 'cpu', 'OpenVINOExecutionProvider')}
-TARGETS = {'cpu': ['graph', 'int8', 'int8-dynamic'], 'cuda': ['fp16'], 'openvino': ['openvino', 'openvino-int8'], 'tensorrt': ['tensorrt-fp16']}
+FORMS = {
+    'graph': Form('folded and fused ahead of time'),
+    'int8': Form('eight bits, static, as few layers in float as the budget needs', 'int8'),
+    'int8-dynamic': Form('matrix products in eight bits, ranges from each batch', 'int8'),
+    'fp16': Form('half precision', 'fp16', 'cuda'),
+    'tensorrt-fp16': Form('half precision in TensorRT', 'fp16', 'cuda', 'TensorrtExecutionProvider'),
+    'openvino': Form('the plain graph in OpenVINO', 'fp32', 'cpu', 'OpenVINOExecutionProvider'),
+    'openvino-int8': Form('eight bits in OpenVINO', 'int8', 'cpu', 'OpenVINOExecutionProvider'),
+}
+TARGETS = {
+    'cpu': ['graph', 'int8', 'int8-dynamic'],
+    'cuda': ['fp16'],
+    'openvino': ['openvino', 'openvino-int8'],
+    'tensorrt': ['tensorrt-fp16'],
+}
+
 
 def forms_for(target:str, forms:Sequence[str]=()) -> list[str]:
     "The names of the forms to make."
     if forms:
-        if unknown := set(forms) - set(FORMS): raise BadInput(f'unknown forms: {", ".join(sorted(unknown))}', f'some of: {", ".join(FORMS)}', 'correct the name')
+        if unknown := set(forms) - set(FORMS):
+            raise BadInput(
+                f'unknown forms: {", ".join(sorted(unknown))}', f'some of: {", ".join(FORMS)}', 'correct the name'
+            )
         return list(forms)
-    if target not in TARGETS: raise BadInput(f'unknown target {target!r}', f'one of: {", ".join(TARGETS)}', 'correct the name')
+    if target not in TARGETS:
+        raise BadInput(f'unknown target {target!r}', f'one of: {", ".join(TARGETS)}', 'correct the name')
     return TARGETS[target]
 
 def missing(form:Form) -> str: # empty: it can be made and measured here
     "What this machine lacks for a form."
-    there = ort.get_available_providers(); name = form.provider or ('CUDAExecutionProvider' if form.device == 'cuda' else 'CPUExecutionProvider')
-    return '' if name in there else f'{name} is not installed here (there are: {", ".join(there)}); install the build of ONNX Runtime that has it'
+    there = ort.get_available_providers()
+    name = form.provider or ('CUDAExecutionProvider' if form.device == 'cuda' else 'CPUExecutionProvider')
+    return (
+        ''
+        if name in there
+        else f'{name} is not installed here (there are: {", ".join(there)}); install the build of ONNX Runtime that has it'
+    )
 
 # %% ../nbs/50_optimize.ipynb #b3f69734
 class Workshop:
     "A run, its data, and the checkpoint's answers: what all forms are made from and held against."
     def __init__(self, run:Run, problem:Problem, data:Dataset, threads:int=0):
-        self.run, self.problem, self.data, self.threads = run, problem, data, threads; self.export = export_run(run, problem)
+        self.run, self.problem, self.data, self.threads = run, problem, data, threads
+        self.export = export_run(run, problem)
         self.model, self.val, self.test = Predictor(self.export, 'cpu', threads), data.split('val'), data.split('test')
-        if not len(self.val) or not len(self.test): raise BadInput(f'{data.name} has no val or no test split', 'both', 'split the dataset again')
+        if not len(self.val) or not len(self.test):
+            raise BadInput(f'{data.name} has no val or no test split', 'both', 'split the dataset again')
 
     @cached_property
     def prepared(self) -> list: return [self.model.prepare(self.data.read(u)) for u in self.val['uri'].to_pylist()]
@@ -103,7 +146,8 @@ class Workshop:
     @cached_property
     def checkpoint(self) -> Checkpoint: return Checkpoint(self.run.path, self.model.thresholds)
 
-    def answers(self, infer:Callable) -> pa.Table: return predictions_table(self.val['id'].to_pylist(), self.model.answers(self.prepared, infer))
+    def answers(self, infer: Callable) -> pa.Table:
+        return predictions_table(self.val['id'].to_pylist(), self.model.answers(self.prepared, infer))
 
     @cached_property
     def meant(self) -> pa.Table: return self.answers(self.checkpoint.infer)
@@ -115,13 +159,21 @@ class Workshop:
 
     def spent(self, path:Path) -> float: # 1: all of it
         "The share of the budget that a graph uses on the validation items: on all, or on the worst slice."
-        s = ort.InferenceSession(path.read_bytes(), providers=['CPUExecutionProvider']); names, feed, b = [o.name for o in s.get_outputs()], s.get_inputs()[0].name, self.problem.optimize
-        found = side_by_side(self.val, self.answers(lambda x: dict(zip(names, s.run(names, {feed: x})))), self.meant, self.problem)['slices']
-        return max((f['loses'] or 0)/max(b.lose_at_most if n == 'all' else b.slice_lose_at_most, 1e-9) for n, f in found.items() if n == 'all' or f['support'] >= b.min_support)
+        s = ort.InferenceSession(path.read_bytes(), providers=['CPUExecutionProvider'])
+        names, feed, b = [o.name for o in s.get_outputs()], s.get_inputs()[0].name, self.problem.optimize
+        found = side_by_side(
+            self.val, self.answers(lambda x: dict(zip(names, s.run(names, {feed: x})))), self.meant, self.problem
+        )['slices']
+        return max(
+            (f['loses'] or 0) / max(b.lose_at_most if n == 'all' else b.slice_lose_at_most, 1e-9)
+            for n, f in found.items()
+            if n == 'all' or f['support'] >= b.min_support
+        )
 
     def make(self, name:str, out:Path, say:Callable) -> dict: # notes on how it went
         "Write the graph of a form."
-        source = self.export/'model.onnx'; kind = name.split('-', 1)[1] if FORMS[name].provider and '-' in name else name
+        source = self.export / 'model.onnx'
+        kind = name.split('-', 1)[1] if FORMS[name].provider and '-' in name else name
         if kind == 'graph': folded(source, out); return {}
         if kind == 'fp16': half(source, out); return {}
         if kind == 'int8-dynamic': dynamic_int8(source, out); return {}
@@ -132,88 +184,237 @@ class Workshop:
 def variant_folder(run:str|Path, name:str) -> Path:
     "Where a finished variant of a run is."
     at = Path(run)/'variants'; there = sorted(p.parent.name for p in at.glob('*/variant.json'))
-    if name not in there: raise NotFound(f'{Path(run).name} has no variant {name!r}', f'one of: {", ".join(there)}' if there else 'a variant', f'make it with: cvlab optimize {Path(run).name}')
+    if name not in there:
+        raise NotFound(
+            f'{Path(run).name} has no variant {name!r}',
+            f'one of: {", ".join(there)}' if there else 'a variant',
+            f'make it with: cvlab optimize {Path(run).name}',
+        )
     return at/name
 
 def _describe(shop:Workshop, name:str, out:Path) -> None:
     "The files beside the graph. A form with fewer bits carries no checkpoint: nothing may answer in its place."
-    form, about = FORMS[name], read_json(shop.export/'model.json'); write_json(out/'export/model.json', about | dict(runtime={k: v for k, v in dict(precision=form.precision, provider=form.provider).items() if v}))
+    form, about = FORMS[name], read_json(shop.export / 'model.json')
+    write_json(
+        out / 'export/model.json',
+        about | dict(runtime={k: v for k, v in dict(precision=form.precision, provider=form.provider).items() if v}),
+    )
     for n in ('preprocess.json', 'thresholds.json'): shutil.copyfile(shop.export/n, out/'export'/n)
     for n in ('config.yaml', 'done.json', 'evaluation/data.json', 'evaluation/problem.json'):
         if (shop.run.path/n).is_file(): (out/n).parent.mkdir(exist_ok=True); shutil.copyfile(shop.run.path/n, out/n)
-    write_json(out/'lineage.json', read_json(shop.run.path/'lineage.json') | dict(run=f'{shop.run.name}/{name}', variant=name))
+    write_json(
+        out / 'lineage.json',
+        read_json(shop.run.path / 'lineage.json') | dict(run=f'{shop.run.name}/{name}', variant=name),
+    )
 
-def make_variant(shop:Workshop, name:str, opponents:Callable|None=None, force:bool=False, say:Callable=lambda text: None) -> Path: # its folder; `opponents` as for compare_again
+
+def make_variant(
+    shop: Workshop, name: str, opponents: Callable | None = None, force: bool = False, say: Callable = lambda text: None
+) -> Path:  # its folder; `opponents` as for compare_again
     "Make, judge and measure one form of a run. One that is there already is kept."
     form, out = FORMS[name], shop.run.path/'variants'/name
-    key = digest(dict(weights=shop.run.done['weights'], form=form, problem=shop.problem.digest, data=shop.data.version, hardware=hardware(), ort=ort.__version__))
-    if not force and (out/'variant.json').is_file() and read_json(out/'variant.json').get('key') == key: say('is there already'); return out
+    key = digest(
+        dict(
+            weights=shop.run.done['weights'],
+            form=form,
+            problem=shop.problem.digest,
+            data=shop.data.version,
+            hardware=hardware(),
+            ort=ort.__version__,
+        )
+    )
+    if not force and (out / 'variant.json').is_file() and read_json(out / 'variant.json').get('key') == key:
+        say('is there already')
+        return out
     shutil.rmtree(out, ignore_errors=True); (out/'export').mkdir(parents=True); _describe(shop, name, out)
-    say(form.what); notes = shop.make(name, out/'export/model.onnx', say); calibrate(out/'export', shop.val, shop.data.read, shop.problem)
-    model = Predictor(out/'export', form.device, shop.threads); said = predict_table(model, shop.test, shop.data.read); figures = write_evidence(out/'evaluation', shop.test, said, shop.problem, 'test', shop.data.version)
-    write_golden(out/'golden.parquet', shop.test, shop.data.read, said); say(f'{shop.problem.metrics.primary} {figures["metrics"][shop.problem.metrics.primary]["value"]:.4g}')
-    cost = performance(shop.run, model, shop.test, shop.data.read, shop.problem, said, shop.base) | alone(out/'export', form.device, shop.threads or 1)
-    write_json(out/'evaluation/performance.json', cost | dict(precision=form.precision)); say(cost['parity'].get('said') or 'the same answers as the checkpoint')
+    say(form.what)
+    notes = shop.make(name, out / 'export/model.onnx', say)
+    calibrate(out / 'export', shop.val, shop.data.read, shop.problem)
+    model = Predictor(out / 'export', form.device, shop.threads)
+    said = predict_table(model, shop.test, shop.data.read)
+    figures = write_evidence(out / 'evaluation', shop.test, said, shop.problem, 'test', shop.data.version)
+    write_golden(out / 'golden.parquet', shop.test, shop.data.read, said)
+    say(f'{shop.problem.metrics.primary} {figures["metrics"][shop.problem.metrics.primary]["value"]:.4g}')
+    cost = performance(shop.run, model, shop.test, shop.data.read, shop.problem, said, shop.base) | alone(
+        out / 'export', form.device, shop.threads or 1
+    )
+    write_json(out / 'evaluation/performance.json', cost | dict(precision=form.precision))
+    say(cost['parity'].get('said') or 'the same answers as the checkpoint')
     if opponents: compare_again(out, shop.problem, opponents)
-    write_json(out/'variant.json', dict(name=name, key=key, run=shop.run.name, what=form.what, precision=form.precision, provider=form.provider, device=form.device, notes=notes)); return out
+    write_json(
+        out / 'variant.json',
+        dict(
+            name=name,
+            key=key,
+            run=shop.run.name,
+            what=form.what,
+            precision=form.precision,
+            provider=form.provider,
+            device=form.device,
+            notes=notes,
+        ),
+    )
+    return out
 
-def compare_again(folder:Path, problem:Problem,
-                  opponents:Callable) -> None: # folder -> {alias: (tag, evaluation folder)}, as `release.opponents` finds them
+
+def compare_again(
+    folder: Path, problem: Problem, opponents: Callable
+) -> None:  # folder -> {alias: (tag, evaluation folder)}, as `release.opponents` finds them
     "Compare a run or a variant with the models that its problem's rules name, as they stand now."
     for old in (folder/'evaluation').glob('comparison*.json'): old.unlink()
-    for alias, (tag, theirs) in opponents(folder).items(): write_comparison(folder/'evaluation', problem, theirs, alias, tag)
+    for alias, (tag, theirs) in opponents(folder).items():
+        write_comparison(folder / 'evaluation', problem, theirs, alias, tag)
 
 # %% ../nbs/50_optimize.ipynb #dd3344bc
-def torch_forms(checkpoint:Checkpoint, device:str='cpu', compiled:bool=True) -> dict[str, Callable]: # name -> pixels -> named outputs
+def torch_forms(
+    checkpoint: Checkpoint, device: str = 'cpu', compiled: bool = True
+) -> dict[str, Callable]:  # name -> pixels -> named outputs
     "The network in torch: eager, in bf16, compiled."
     net = checkpoint_network(checkpoint)[0].to(device, memory_format=torch.channels_last)
     def asked(f, half=False):
         def run(pixels):
-            with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=half): return {k: v.float().cpu().numpy() for k, v in f(torch.from_numpy(pixels).to(device)).items()}
+            with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=half):
+                return {k: v.float().cpu().numpy() for k, v in f(torch.from_numpy(pixels).to(device)).items()}
+
         return run
     out = {'eager': asked(net), 'eager bf16': asked(net, True)}
     return out | ({'compiled': asked(torch.compile(net, dynamic=True))} if compiled else {})
 
 def _works(name:str, f:Callable, pixels:np.ndarray, say:Callable) -> bool:
-    try: f(pixels[:2]); f(pixels[:4]); return True
-    except Exception as e: say(f'{name}: not measured here ({type(e).__name__}: {str(e).splitlines()[0][:120] if str(e) else ""})'); return False
+    try:
+        f(pixels[:2])
+        f(pixels[:4])
+        return True
+    except Exception as e:
+        say(f'{name}: not measured here ({type(e).__name__}: {str(e).splitlines()[0][:120] if str(e) else ""})')
+        return False
 
-def contest(shop:Workshop, folders:dict[str, Path], compiled:bool=True, sizes:Sequence[int]=(1, 8, 32), seconds:float=.1, rounds:int=7, say:Callable=lambda text: None) -> dict[str, dict]:
+
+def contest(
+    shop: Workshop,
+    folders: dict[str, Path],
+    compiled: bool = True,
+    sizes: Sequence[int] = (1, 8, 32),
+    seconds: float = 0.1,
+    rounds: int = 7,
+    say: Callable = lambda text: None,
+) -> dict[str, dict]:
     "Throughput of all forms, by turns, in this process; name -> batch size -> images a second."
     device = 'cuda' if any(FORMS[n].device == 'cuda' for n in folders) else 'cpu'; before = torch.get_num_threads()
     if shop.threads: torch.set_num_threads(shop.threads)
     try:
-        networks = torch_forms(shop.checkpoint, device, compiled) | {'onnx': Predictor(shop.export, device, shop.threads).infer} | {n: Predictor(f/'export', FORMS[n].device, shop.threads).infer for n, f in folders.items()}
-        return race({n: f for n, f in networks.items() if _works(n, f, shop.pixels, say)}, shop.pixels, sizes, seconds, rounds)
+        networks = (
+            torch_forms(shop.checkpoint, device, compiled)
+            | {'onnx': Predictor(shop.export, device, shop.threads).infer}
+            | {n: Predictor(f / 'export', FORMS[n].device, shop.threads).infer for n, f in folders.items()}
+        )
+        return race(
+            {n: f for n, f in networks.items() if _works(n, f, shop.pixels, say)}, shop.pixels, sizes, seconds, rounds
+        )
     finally: torch.set_num_threads(before)
 
 # %% ../nbs/50_optimize.ipynb #f0ab2e9d
-def _row(shop:Workshop, name:str, rates:dict, folder:Path|None) -> dict: # folder: of a run or a variant; None: torch, which is no artifact
-    eager = best(rates['eager'])[1]; size, per_second = best(rates[name]) if name in rates else (None, None); m = shop.problem.metrics.primary
-    row = dict(variant=name, metric=m, value=None, loses=None, images_per_second=per_second, batch=size, times_eager=per_second and round(per_second/eager, 2), rates=rates.get(name))
+def _row(
+    shop: Workshop, name: str, rates: dict, folder: Path | None
+) -> dict:  # folder: of a run or a variant; None: torch, which is no artifact
+    eager = best(rates['eager'])[1]
+    size, per_second = best(rates[name]) if name in rates else (None, None)
+    m = shop.problem.metrics.primary
+    row = dict(
+        variant=name,
+        metric=m,
+        value=None,
+        loses=None,
+        images_per_second=per_second,
+        batch=size,
+        times_eager=per_second and round(per_second / eager, 2),
+        rates=rates.get(name),
+    )
     if folder is None: return row
-    cost, figure = read_json(folder/'evaluation/performance.json'), read_json(folder/'evaluation/metrics.json')['metrics'][m]; p = cost.get('parity') or {}
-    return row | dict(value=figure['value'], low=figure['low'], high=figure['high'], loses=((p.get('slices') or {}).get('all') or {}).get('loses'), parity=p.get('ok'), said=p.get('said'), stage=p.get('stage'),
-                      **{k: cost.get(k) for k in ('latency_ms_p50', 'latency_ms_p95', 'latency_ms_p99', 'model_size_mb', 'peak_memory_mb', 'startup_seconds', 'hardware')}, precision=cost.get('precision', 'fp32'))
+    cost, figure = (
+        read_json(folder / 'evaluation/performance.json'),
+        read_json(folder / 'evaluation/metrics.json')['metrics'][m],
+    )
+    p = cost.get('parity') or {}
+    return row | dict(
+        value=figure['value'],
+        low=figure['low'],
+        high=figure['high'],
+        loses=((p.get('slices') or {}).get('all') or {}).get('loses'),
+        parity=p.get('ok'),
+        said=p.get('said'),
+        stage=p.get('stage'),
+        **{
+            k: cost.get(k)
+            for k in (
+                'latency_ms_p50',
+                'latency_ms_p95',
+                'latency_ms_p99',
+                'model_size_mb',
+                'peak_memory_mb',
+                'startup_seconds',
+                'hardware',
+            )
+        },
+        precision=cost.get('precision', 'fp32'),
+    )
 
-def optimize_run(run:Run, problem:Problem, data:Dataset, target:str='cpu', forms:Sequence[str]=(), opponents:Callable|None=None, threads:int=0, compiled:bool=True, force:bool=False,
-                 say:Callable=print) -> dict: # rows, skipped; also written to `variants/summary.json`
+
+def optimize_run(
+    run: Run,
+    problem: Problem,
+    data: Dataset,
+    target: str = 'cpu',
+    forms: Sequence[str] = (),
+    opponents: Callable | None = None,
+    threads: int = 0,
+    compiled: bool = True,
+    force: bool = False,
+    say: Callable = print,
+) -> dict: # rows, skipped; also written to `variants/summary.json`
     "Make the forms of a run for a target, judge and measure them, side by side with torch."
     names = forms_for(target, forms); skipped = {n: why for n in names if (why := missing(FORMS[n]))}
     for n, why in skipped.items(): say(f'{n}: {why}')
-    if len(skipped) == len(names): raise NotFound(f'nothing can be made here for {target}: {"; ".join(dict.fromkeys(skipped.values()))}', 'a machine that has what the target needs', 'choose another target')
+    if len(skipped) == len(names):
+        raise NotFound(
+            f'nothing can be made here for {target}: {"; ".join(dict.fromkeys(skipped.values()))}',
+            'a machine that has what the target needs',
+            'choose another target',
+        )
     shop = Workshop(run, problem, data, threads); folders = {}
     for n in names:
         if n not in skipped: folders[n] = make_variant(shop, n, opponents, force, lambda text, n=n: say(f'{n}: {text}'))
-    say('side by side with torch'); rates = contest(shop, folders, compiled, say=say); judged = {'onnx': run.path} if (run.path/'evaluation/performance.json').is_file() else {}
-    for n, f in folders.items(): c = f/'evaluation/performance.json'; write_json(c, read_json(c) | dict(images_per_second=best(rates[n])[1], batch=best(rates[n])[0])) if n in rates else None
-    rows = [_row(shop, n, rates, (judged | folders).get(n)) for n in dict.fromkeys([*rates, *folders])]; _with_torch(shop, rows)
-    found = dict(run=run.name, problem=problem.name, target=target, metric=problem.metrics.primary, budget=problem.optimize.model_dump(), threads=threads, hardware=hardware(), rows=rows, skipped=skipped)
+    say('side by side with torch')
+    rates = contest(shop, folders, compiled, say=say)
+    judged = {'onnx': run.path} if (run.path / 'evaluation/performance.json').is_file() else {}
+    for n, f in folders.items():
+        c = f / 'evaluation/performance.json'
+        write_json(
+            c, read_json(c) | dict(images_per_second=best(rates[n])[1], batch=best(rates[n])[0])
+        ) if n in rates else None
+    rows = [_row(shop, n, rates, (judged | folders).get(n)) for n in dict.fromkeys([*rates, *folders])]
+    _with_torch(shop, rows)
+    found = dict(
+        run=run.name,
+        problem=problem.name,
+        target=target,
+        metric=problem.metrics.primary,
+        budget=problem.optimize.model_dump(),
+        threads=threads,
+        hardware=hardware(),
+        rows=rows,
+        skipped=skipped,
+    )
     write_json(run.path/'variants/summary.json', found); return read_json(run.path/'variants/summary.json')
 
 def _with_torch(shop:Workshop, rows:list[dict]) -> None:
     "The figure of the forms in torch, which are no artifacts, on the test items."
-    ready = [shop.model.prepare(shop.data.read(u)) for u in shop.test['uri'].to_pylist()]; base = shop.base; forms = torch_forms(shop.checkpoint, compiled=False)
+    ready = [shop.model.prepare(shop.data.read(u)) for u in shop.test['uri'].to_pylist()]
+    base = shop.base
+    forms = torch_forms(shop.checkpoint, compiled=False)
     for r in (r for r in rows if r['value'] is None):
-        said = predictions_table(shop.test['id'].to_pylist(), shop.model.answers(ready, forms.get(r['variant'], shop.checkpoint.infer)))
-        f = side_by_side(shop.test, said, base if base is not None else said, shop.problem)['slices']['all']; r |= dict(value=f['artifact'], loses=f['loses'], precision='bf16' if 'bf16' in r['variant'] else 'fp32')
+        said = predictions_table(
+            shop.test['id'].to_pylist(), shop.model.answers(ready, forms.get(r['variant'], shop.checkpoint.infer))
+        )
+        f = side_by_side(shop.test, said, base if base is not None else said, shop.problem)['slices']['all']
+        r |= dict(value=f['artifact'], loses=f['loses'], precision='bf16' if 'bf16' in r['variant'] else 'fp32')

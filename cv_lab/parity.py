@@ -19,21 +19,26 @@ from .spec import Problem, select
 from .task import Prediction, get_task, predictions_table, trained_config
 
 # %% ../nbs/47_parity.ipynb #80dbb2b8
-def checkpoint_network(run): # a run, or anything with its `path` and `config`; torch.nn.Module in evaluation mode, the task's settings
+def checkpoint_network(
+    run,
+):  # a run, or anything with its `path` and `config`; torch.nn.Module in evaluation mode, the task's settings
     "The network of a run with its best weights."
     from safetensors.torch import load_file
     c = run.config; task = get_task(c['task']); cfg = trained_config(task, c['fit']['task'])
     found = [p for p in (run.path/'export/model.safetensors', run.path/'model.safetensors') if p.is_file()]
-    if not found: raise NotFound(f'{run.path.name} has no checkpoint', 'model.safetensors', 'name the run that it was made from')
+    if not found:
+        raise NotFound(f'{run.path.name} has no checkpoint', 'model.safetensors', 'name the run that it was made from')
     net = task.network(cfg, c['classes']); net.load_state_dict(load_file(found[0]))
     return net.eval(), cfg
 
 class Checkpoint(Predictor):
     "A run's checkpoint as a Predictor: the settings of the training, the network in torch."
     def __init__(self, path:str|Path,    # of a run or a bundle
-                 thresholds:dict|None=None): # fitted after training, so no part of the checkpoint
-        self.path = self.folder = Path(path); self.config = c = yaml.safe_load((self.path/'config.yaml').read_text(encoding='utf8'))
-        self.net, self.cfg = checkpoint_network(self); self.task, self.classes, self.image = get_task(c['task']), c['classes'], self.cfg.image
+                 thresholds:dict|None=None):  # fitted after training, so no part of the checkpoint
+        self.path = self.folder = Path(path)
+        self.config = c = yaml.safe_load((self.path / 'config.yaml').read_text(encoding='utf8'))
+        self.net, self.cfg = checkpoint_network(self)
+        self.task, self.classes, self.image = get_task(c['task']), c['classes'], self.cfg.image
         self.thresholds, self.device, self.problem_name, self.runtime = thresholds or {}, 'cpu', c['problem'], {}
 
     def infer(self, pixels:np.ndarray) -> dict[str, np.ndarray]:
@@ -52,15 +57,21 @@ _PLAIN = ('Cast', 'Sub', 'Mul', 'Add', 'Div', 'Identity')
 
 def normalising_part(model:onnx.ModelProto) -> onnx.ModelProto|None: # None: nothing of that kind is there
     "The beginning of a graph, up to the end of its normalisation."
-    g = model.graph; at, chain, fixed = g.input[0].name, [], {i.name for i in g.initializer}; made = {o: n for n in g.node for o in n.output}
+    g = model.graph
+    at, chain, fixed = g.input[0].name, [], {i.name for i in g.initializer}
+    made = {o: n for n in g.node for o in n.output}
     while len(users := [n for n in g.node if at in n.input]) == 1 and users[0].op_type in _PLAIN:
-        if not all(i == at or i in fixed or (i in made and made[i].op_type == 'Constant') for i in users[0].input): break
+        if not all(i == at or i in fixed or (i in made and made[i].op_type == 'Constant') for i in users[0].input):
+            break
         chain.append(users[0]); at = users[0].output[0]
     if not any(n.op_type != 'Cast' for n in chain): return None
-    needs = {i for n in chain for i in n.input}; constants = [made[i] for i in sorted(needs) if i in made and made[i].op_type == 'Constant']
+    needs = {i for n in chain for i in n.input}
+    constants = [made[i] for i in sorted(needs) if i in made and made[i].op_type == 'Constant']
     out = onnx.helper.make_tensor_value_info('normalised', onnx.TensorProto.FLOAT, None)
     cast = onnx.helper.make_node('Cast', [at], ['normalised'], to=onnx.TensorProto.FLOAT)
-    part = onnx.helper.make_graph([*constants, *chain, cast], 'normalisation', [g.input[0]], [out], [i for i in g.initializer if i.name in needs])
+    part = onnx.helper.make_graph(
+        [*constants, *chain, cast], 'normalisation', [g.input[0]], [out], [i for i in g.initializer if i.name in needs]
+    )
     return onnx.helper.make_model(part, opset_imports=model.opset_import, ir_version=model.ir_version)
 
 def normaliser(path:str|Path) -> Callable|None: # pixels -> floats
@@ -74,10 +85,14 @@ def normaliser(path:str|Path) -> Callable|None: # pixels -> floats
 STAGES = ('decode', 'resize', 'normalise', 'network', 'post-processing')
 UNITS = dict(zip(STAGES, ('grey levels', 'grey levels', 'of the normalised values', 'of the scores', 'of the scores')))
 
-def _grey(a:np.ndarray, b:np.ndarray) -> float: # the largest difference of two images; 255 when they are not of one size
+def _grey(
+    a: np.ndarray, b: np.ndarray
+) -> float:  # the largest difference of two images; 255 when they are not of one size
     return 255. if a.shape != b.shape else float(np.abs(a.astype(int) - b).max(initial=0))
 
-def _floats(a:np.ndarray, b:np.ndarray) -> float: return float(np.abs(np.asarray(a, np.float64) - b).max(initial=0)) if np.shape(a) == np.shape(b) else math.inf
+def _floats(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.abs(np.asarray(a, np.float64) - b).max(initial=0)) if np.shape(a) == np.shape(b) else math.inf
+
 
 def _record(outs:list, infer:Callable) -> Callable:
     def once(x): outs.append(infer(x)); return outs[-1]
@@ -90,10 +105,16 @@ class Walk:
     "An artifact and a checkpoint, side by side."
     def __init__(self, predictor:Predictor, checkpoint:Checkpoint):
         self.model, self.checkpoint = predictor, checkpoint
-        graph = getattr(predictor, 'folder', Path('.'))/'model.onnx'; self.normalise = normaliser(graph) if graph.is_file() else None
+        graph = getattr(predictor, 'folder', Path('.')) / 'model.onnx'
+        self.normalise = normaliser(graph) if graph.is_file() else None
 
-    def __call__(self, files:list[bytes]) -> tuple[list[dict], list[Prediction], list[Prediction]]: # differences by stage; answers of the artifact and of the checkpoint
-        pixels = [(self.model.decode(f), decode(f)) for f in files]; ready = [(self.model.resize(a), self.checkpoint.resize(b)) for a, b in pixels]
+    def __call__(
+        self, files: list[bytes]
+    ) -> tuple[
+        list[dict], list[Prediction], list[Prediction]
+    ]:  # differences by stage; answers of the artifact and of the checkpoint
+        pixels = [(self.model.decode(f), decode(f)) for f in files]
+        ready = [(self.model.resize(a), self.checkpoint.resize(b)) for a, b in pixels]
         found = [dict(decode=_grey(a, b), resize=self._resize(a, b, p, q)) for (a, b), (p, q) in zip(pixels, ready)]
         if not any(d['decode'] or d['resize'] for d in found): self._normalise(found, [p for p, _ in ready])
         return self._answers(found, [p for p, _ in ready], [q for _, q in ready])
@@ -101,7 +122,10 @@ class Walk:
     def _resize(self, a, b, p, q) -> float: # from the same pixels on
         if _grey(a, b): p = self.model.resize(b)
         if p.place != q.place or len(p.parts) != len(q.parts): return 255.
-        return max(_grey(x, y) for x, y in zip([p.pixels, *(part[1] for part in p.parts)], [q.pixels, *(part[1] for part in q.parts)]))
+        return max(
+            _grey(x, y)
+            for x, y in zip([p.pixels, *(part[1] for part in p.parts)], [q.pixels, *(part[1] for part in q.parts)])
+        )
 
     def _normalise(self, found, prepared) -> None:
         x = np.stack([p.pixels for p in prepared]); theirs = self.checkpoint.normalised(x)
@@ -109,22 +133,44 @@ class Walk:
         for d, a, b in zip(found, self.normalise(x), theirs): d['normalise'] = _floats(a, b)
 
     def _answers(self, found, ours, theirs):
-        said, meant = [], []; answer, truth = self.model.answers(ours, _record(said, self.model.infer)), self.checkpoint.answers(theirs, _record(meant, self.checkpoint.infer))
+        said, meant = [], []
+        answer, truth = (
+            self.model.answers(ours, _record(said, self.model.infer)),
+            self.checkpoint.answers(theirs, _record(meant, self.checkpoint.infer)),
+        )
         if not any(d['decode'] or d['resize'] for d in found):
-            a, b = iter(said), iter(meant); network, after = self.checkpoint.answers(theirs, lambda x: next(a)), self.model.answers(ours, lambda x: next(b))
-            for d, n, p, t in zip(found, network, after, truth): d |= {'network': _apart(differences(n, t)), 'post-processing': _apart(differences(p, t))}
-            for o, m in zip(said, meant): self.outputs = {k: max(getattr(self, 'outputs', {}).get(k, 0.), _floats(o[k], m[k])) for k in o}
+            a, b = iter(said), iter(meant)
+            network, after = (
+                self.checkpoint.answers(theirs, lambda x: next(a)),
+                self.model.answers(ours, lambda x: next(b)),
+            )
+            for d, n, p, t in zip(found, network, after, truth):
+                d |= {'network': _apart(differences(n, t)), 'post-processing': _apart(differences(p, t))}
+            for o, m in zip(said, meant):
+                self.outputs = {k: max(getattr(self, 'outputs', {}).get(k, 0.0), _floats(o[k], m[k])) for k in o}
         return found, answer, truth
 
 # %% ../nbs/47_parity.ipynb #6685324f
-def side_by_side(truth:pa.Table, ours:pa.Table, theirs:pa.Table, problem:Problem) -> dict: # of the primary metric: all items, slices; and every metric on all items
+def side_by_side(
+    truth: pa.Table, ours: pa.Table, theirs: pa.Table, problem: Problem
+) -> dict:  # of the primary metric: all items, slices; and every metric on all items
     "The figures of two tables of answers on the same items."
-    task, tags = get_task(problem.task), tags_of(truth); masks = {'all': np.ones(len(truth), bool)} | {n: select(w, tags) for n, w in problem.slices.items()}
-    masks = {n: m for n, m in masks.items() if m.any()}; weights = np.stack(list(masks.values())).astype(float); a, b = (task.score(truth, t, problem)(weights) for t in (ours, theirs))
+    task, tags = get_task(problem.task), tags_of(truth)
+    masks = {'all': np.ones(len(truth), bool)} | {n: select(w, tags) for n, w in problem.slices.items()}
+    masks = {n: m for n, m in masks.items() if m.any()}
+    weights = np.stack(list(masks.values())).astype(float)
+    a, b = (task.score(truth, t, problem)(weights) for t in (ours, theirs))
     number = lambda v: float(v) if np.isfinite(v) else None; primary = problem.metrics.primary
-    row = lambda k, i: dict(checkpoint=number(b[k][i]), artifact=number(a[k][i]), loses=number((b[k][i] - a[k][i])*(1 if task.METRICS.get(k, True) else -1)))
-    return dict(metric=primary, slices={n: row(primary, i) | dict(support=int(m.sum())) for i, (n, m) in enumerate(masks.items())},
-                metrics={k: row(k, 0) for k in a if a[k].ndim == 1})
+    row = lambda k, i: dict(
+        checkpoint=number(b[k][i]),
+        artifact=number(a[k][i]),
+        loses=number((b[k][i] - a[k][i]) * (1 if task.METRICS.get(k, True) else -1)),
+    )
+    return dict(
+        metric=primary,
+        slices={n: row(primary, i) | dict(support=int(m.sum())) for i, (n, m) in enumerate(masks.items())},
+        metrics={k: row(k, 0) for k in a if a[k].ndim == 1},
+    )
 
 def within(figures:dict, problem:Problem) -> list[str]: # what is lost beyond the budget; empty: nothing
     "Does it lose no more than the problem file allows?"
@@ -132,8 +178,12 @@ def within(figures:dict, problem:Problem) -> list[str]: # what is lost beyond th
     for name, f in figures['slices'].items():
         most = b.lose_at_most if name == 'all' else b.slice_lose_at_most
         if name != 'all' and f['support'] < b.min_support: continue
-        if f['loses'] is None: out.append(f'{figures["metric"]} on {name} has no figure')
-        elif f['loses'] > most + 1e-9: out.append(f'{figures["metric"]} on {name}: {f["artifact"]:.4g} against {f["checkpoint"]:.4g}, loses {f["loses"]:.4g} of at most {most:g}')
+        if f['loses'] is None:
+            out.append(f'{figures["metric"]} on {name} has no figure')
+        elif f['loses'] > most + 1e-9:
+            out.append(
+                f'{figures["metric"]} on {name}: {f["artifact"]:.4g} against {f["checkpoint"]:.4g}, loses {f["loses"]:.4g} of at most {most:g}'
+            )
     return out
 
 # %% ../nbs/47_parity.ipynb #93190ded
@@ -146,16 +196,29 @@ def parity(run,                          # the checkpoint: a run, or a bundle th
            base:pa.Table|None=None,      # the answers against which the budget counts, when not the checkpoint's
            ) -> dict:
     "The verdict on an artifact: is it what was trained, from the file on?"
-    checkpoint = Checkpoint(getattr(run, 'path', run), predictor.thresholds); walk, ids, uris = Walk(predictor, checkpoint), rows['id'].to_pylist(), rows['uri'].to_pylist()
+    checkpoint = Checkpoint(getattr(run, 'path', run), predictor.thresholds)
+    walk, ids, uris = Walk(predictor, checkpoint), rows['id'].to_pylist(), rows['uri'].to_pylist()
     found, ours, theirs = [], [], []
     for i in range(0, len(uris), batch):
         for some, of in zip(walk([read(u) for u in uris[i:i + batch]]), (found, ours, theirs)): of += some
-    precision = predictor.runtime.get('precision', 'fp32'); stages = _stages(found, ids, precision, tolerance); tables = predictions_table(ids, ours), predictions_table(ids, theirs)
+    precision = predictor.runtime.get('precision', 'fp32')
+    stages = _stages(found, ids, precision, tolerance)
+    tables = predictions_table(ids, ours), predictions_table(ids, theirs)
     figures = side_by_side(rows, tables[0], tables[1] if base is None else base, problem) if problem else None
-    if predictor.classes != checkpoint.classes: stages.setdefault('post-processing', dict(allowed=0., largest=1.)).update(ok=False, item=ids[0], said=f'the classes are {predictor.classes}, and were {checkpoint.classes} in training')
-    _judge_network(stages, precision, figures, problem); _judge_judged(stages, ids, ours, judged, tolerance, len(predictor.classes))
+    if predictor.classes != checkpoint.classes:
+        stages.setdefault('post-processing', dict(allowed=0.0, largest=1.0)).update(
+            ok=False,
+            item=ids[0],
+            said=f'the classes are {predictor.classes}, and were {checkpoint.classes} in training',
+        )
+    _judge_network(stages, precision, figures, problem)
+    _judge_judged(stages, ids, ours, judged, tolerance, len(predictor.classes))
     _judge_neighbours(stages, predictor, [read(u) for u in uris[:8]], ids, tolerance)
-    return _verdict(stages, ids, ours, theirs, figures, precision, tolerance) | dict(outputs={k: _finite(v) for k, v in getattr(walk, 'outputs', {}).items()}, artifact=artifact_files(predictor.folder))
+    return _verdict(stages, ids, ours, theirs, figures, precision, tolerance) | dict(
+        outputs={k: _finite(v) for k, v in getattr(walk, 'outputs', {}).items()},
+        artifact=artifact_files(predictor.folder),
+    )
+
 
 def artifact_files(folder:str|Path) -> dict[str, str]: # file -> sha256
     "What a verdict is about."
@@ -169,7 +232,11 @@ def _stages(found:list[dict], ids:list[str], precision:str, tolerance:float) -> 
     most, out = dict(zip(STAGES, (0., 0., 1e-4 if precision == 'fp32' else .02, tolerance, min(tolerance, 1e-6)))), {}
     for s in STAGES:
         at = [(_finite(d[s]), i) for d, i in zip(found, ids) if s in d]
-        if at: v, item = max(at, key=lambda t: t[0]); out[s] = dict(largest=v, item=item, allowed=most[s], ok=v <= most[s], said=f'{v:.3g} {UNITS[s]}, at most {most[s]:g}')
+        if at:
+            v, item = max(at, key=lambda t: t[0])
+            out[s] = dict(
+                largest=v, item=item, allowed=most[s], ok=v <= most[s], said=f'{v:.3g} {UNITS[s]}, at most {most[s]:g}'
+            )
     return out
 
 def _judge_network(stages:dict, precision:str, figures:dict|None, problem:Problem|None) -> None:
@@ -180,30 +247,85 @@ def _judge_network(stages:dict, precision:str, figures:dict|None, problem:Proble
         moved = [k for k, f in figures['metrics'].items() if f['loses'] is not None and abs(f['loses']) > 1e-3]
         if moved and n['ok']: n |= dict(ok=False, said=f'the figures moved: {", ".join(moved)}')
     elif precision != 'fp32':
-        bad = within(figures, problem) if figures else ['without a problem file there is no budget']; all_ = figures['slices']['all'] if figures else {}
-        n |= dict(ok=not bad, allowed=None, said='; '.join(bad) or f'{figures["metric"]} {all_["artifact"]:.4g} against {all_["checkpoint"]:.4g}, loses {all_["loses"]:.4g} of at most {problem.optimize.lose_at_most:g}')
+        bad = within(figures, problem) if figures else ['without a problem file there is no budget']
+        all_ = figures['slices']['all'] if figures else {}
+        n |= dict(
+            ok=not bad,
+            allowed=None,
+            said='; '.join(bad)
+            or f'{figures["metric"]} {all_["artifact"]:.4g} against {all_["checkpoint"]:.4g}, loses {all_["loses"]:.4g} of at most {problem.optimize.lose_at_most:g}',
+        )
 
-def _judge_judged(stages:dict, ids:list[str], ours:list[Prediction], judged:pa.Table|None, tolerance:float, classes:int) -> None:
+
+def _judge_judged(
+    stages: dict, ids: list[str], ours: list[Prediction], judged: pa.Table | None, tolerance: float, classes: int
+) -> None:
     "The answers are those that the evaluation holds."
     if judged is None: return
-    was = {r['id']: Prediction([Annotation(**a) for a in r['annotations'] or []], r['probs']) for r in judged.to_pylist()}
-    apart = [(_finite(_apart(differences(p, was[i]))) if i in was else 1., i) for i, p in zip(ids, ours)]; v, item = max(apart, key=lambda t: t[0])
-    if v > tolerance: s = stages.setdefault('post-processing', dict(allowed=tolerance)); s.update(ok=False, largest=v, item=item, said=f'{v:.3g} {UNITS["post-processing"]} away from the answer that was judged')
+    was = {
+        r['id']: Prediction([Annotation(**a) for a in r['annotations'] or []], r['probs']) for r in judged.to_pylist()
+    }
+    apart = [(_finite(_apart(differences(p, was[i]))) if i in was else 1.0, i) for i, p in zip(ids, ours)]
+    v, item = max(apart, key=lambda t: t[0])
+    if v > tolerance:
+        s = stages.setdefault('post-processing', dict(allowed=tolerance))
+        s.update(
+            ok=False,
+            largest=v,
+            item=item,
+            said=f'{v:.3g} {UNITS["post-processing"]} away from the answer that was judged',
+        )
 
 # %% ../nbs/47_parity.ipynb #8912d643
 def _judge_neighbours(stages:dict, predictor:Predictor, files:list[bytes], ids:list[str], tolerance:float) -> None:
     "No answer depends on its neighbours in the batch."
     if (n := stages.get('network')) is None or not files: return
     x = np.stack([predictor.prepare(f).pixels for f in files]); together = predictor.infer(x)
-    moved = lambda i, alone: max(_floats(alone[k][0], v[i])/max(float(np.abs(v).max()), 1e-9) for k, v in together.items())
-    worst, item = max((_finite(moved(i, predictor.infer(x[i:i + 1]))), ids[i]) for i in range(len(x))); n['alone'] = worst
-    if worst > (1e-2 if predictor.runtime.get('precision') == 'fp16' else tolerance): n.update(ok=False, largest=worst, item=item, said=f'the outputs change by {worst:.3g} of their size with the neighbours in the batch')
+    moved = lambda i, alone: max(
+        _floats(alone[k][0], v[i]) / max(float(np.abs(v).max()), 1e-9) for k, v in together.items()
+    )
+    worst, item = max((_finite(moved(i, predictor.infer(x[i : i + 1]))), ids[i]) for i in range(len(x)))
+    n['alone'] = worst
+    if worst > (1e-2 if predictor.runtime.get('precision') == 'fp16' else tolerance):
+        n.update(
+            ok=False,
+            largest=worst,
+            item=item,
+            said=f'the outputs change by {worst:.3g} of their size with the neighbours in the batch',
+        )
+
 
 def _verdict(stages, ids, ours, theirs, figures, precision, tolerance) -> dict:
-    d = [differences(a, b) for a, b in zip(ours, theirs)]; differ = [i for i, x in zip(ids, d) if x['labels']]; worst = {k: _finite(max(x.get(k, 0.) for x in d)) for k in {k for x in d for k in x}}
-    overlap = {f'{k}_iou': 1 - worst[k] for k in ('box', 'mask') if k in worst}; first = next((s for s in STAGES if s in stages and not stages[s]['ok']), None)
-    same = not differ and worst.get('score', 0.) <= tolerance and overlap.get('box_iou', 1) >= .999 and overlap.get('mask_iou', 1) >= .99
+    d = [differences(a, b) for a, b in zip(ours, theirs)]
+    differ = [i for i, x in zip(ids, d) if x['labels']]
+    worst = {k: _finite(max(x.get(k, 0.0) for x in d)) for k in {k for x in d for k in x}}
+    overlap = {f'{k}_iou': 1 - worst[k] for k in ('box', 'mask') if k in worst}
+    first = next((s for s in STAGES if s in stages and not stages[s]['ok']), None)
+    same = (
+        not differ
+        and worst.get('score', 0.0) <= tolerance
+        and overlap.get('box_iou', 1) >= 0.999
+        and overlap.get('mask_iou', 1) >= 0.99
+    )
     ok = first is None and (same or precision != 'fp32')
-    said = f'{first} is the first stage that differs, most on {stages[first]["item"]}: {stages[first]["said"]}' if first else f'{precision}: {stages["network"]["said"]}' if precision != 'fp32' else ''
-    return dict(items=len(ids), max_abs_diff=worst.get('score', 0.), labels_equal=not differ, differ=differ[:20], tolerance=tolerance, ok=ok, **overlap, precision=precision, stage=first,
-                **({'said': said} if said else {}), stages=stages, **({k: figures[k] for k in ('metric', 'metrics', 'slices')} if figures else {}))
+    said = (
+        f'{first} is the first stage that differs, most on {stages[first]["item"]}: {stages[first]["said"]}'
+        if first
+        else f'{precision}: {stages["network"]["said"]}'
+        if precision != 'fp32'
+        else ''
+    )
+    return dict(
+        items=len(ids),
+        max_abs_diff=worst.get('score', 0.0),
+        labels_equal=not differ,
+        differ=differ[:20],
+        tolerance=tolerance,
+        ok=ok,
+        **overlap,
+        precision=precision,
+        stage=first,
+        **({'said': said} if said else {}),
+        stages=stages,
+        **({k: figures[k] for k in ('metric', 'metrics', 'slices')} if figures else {}),
+    )

@@ -12,7 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Callable, Sequence
 import numpy as np, pyarrow as pa, pyarrow.parquet as pq
-os.environ.setdefault('ORT_DISABLE_TELEMETRY', '1')   # since 1.29 it tells its maker about every model, unless told not to
+os.environ.setdefault(
+    'ORT_DISABLE_TELEMETRY', '1'
+)  # since 1.29 it tells its maker about every model, unless told not to
 import onnxruntime as ort
 from .calibration import fit_thresholds
 from .core import Annotation, Damaged, NotFound, digest, file_digest, read_json, write_atomic, write_json
@@ -31,7 +33,10 @@ def describe_model(folder:str|Path,  # where the export is
                    thresholds:dict|None=None, multilabel:bool=False) -> None:
     "Write beside an exported graph what is needed to use it."
     folder = Path(folder)
-    write_json(folder/'model.json', dict(problem=problem, task=task, classes=classes, multilabel=multilabel, config=config.model_dump(mode='json')))
+    write_json(
+        folder / 'model.json',
+        dict(problem=problem, task=task, classes=classes, multilabel=multilabel, config=config.model_dump(mode='json')),
+    )
     write_json(folder/'preprocess.json', asdict(config.image))
     write_json(folder/'thresholds.json', thresholds or {})
 
@@ -41,23 +46,38 @@ def verify_files(folder:str|Path) -> None:
     if not (folder/'checksums.json').exists(): return
     for name, want in read_json(folder/'checksums.json').items():
         if not (folder/name).is_file() or file_digest(folder/name) != want:
-            raise Damaged(f'{folder.name}/{name} is not the file that was released', f'sha256 {want[:16]}…', 'fetch the bundle again, or roll back')
+            raise Damaged(
+                f'{folder.name}/{name} is not the file that was released',
+                f'sha256 {want[:16]}…',
+                'fetch the bundle again, or roll back',
+            )
 
 # %% ../nbs/45_predict.ipynb #d3d49544
 def _provider(device:str, runtime:dict) -> str:
     "Which of ONNX Runtime's execution providers answers."
     name = runtime.get('provider') or ('CUDAExecutionProvider' if device == 'cuda' else 'CPUExecutionProvider')
     if name not in (there := ort.get_available_providers()):
-        raise NotFound(f'{name} is not installed here', f'one of: {", ".join(there)}', 'install the build of ONNX Runtime that has it, or release another variant')
+        raise NotFound(
+            f'{name} is not installed here',
+            f'one of: {", ".join(there)}',
+            'install the build of ONNX Runtime that has it, or release another variant',
+        )
     return name
 
 def _onnx_network(path:Path, device:str, threads:int, runtime:dict={}) -> Callable:
     "The graph in ONNX Runtime. External data is not read from outside the folder: the graph must be one file."
-    o, name = ort.SessionOptions(), _provider(device, runtime); o.intra_op_num_threads = threads; o.log_severity_level = 3
+    o, name = ort.SessionOptions(), _provider(device, runtime)
+    o.intra_op_num_threads = threads
+    o.log_severity_level = 3
     o.add_session_config_entry('session.intra_op.allow_spinning', '0')       # spinning threads starve their neighbours
-    try: session = ort.InferenceSession(path.read_bytes(), o, providers=[(name, runtime.get('options', {}))])
-    except Exception as e: raise Damaged(f'{path} cannot be loaded: {str(e)[:200]}', 'an ONNX graph in one file', 'export the run again') from None
-    if session.get_providers()[0] != name: raise NotFound(f'{name} does not start here', 'its libraries', 'install them, or choose another device')
+    try:
+        session = ort.InferenceSession(path.read_bytes(), o, providers=[(name, runtime.get('options', {}))])
+    except Exception as e:
+        raise Damaged(
+            f'{path} cannot be loaded: {str(e)[:200]}', 'an ONNX graph in one file', 'export the run again'
+        ) from None
+    if session.get_providers()[0] != name:
+        raise NotFound(f'{name} does not start here', 'its libraries', 'install them, or choose another device')
     names, feed = [x.name for x in session.get_outputs()], session.get_inputs()[0].name
     return lambda batch: dict(zip(names, session.run(names, {feed: batch})))
 
@@ -70,7 +90,12 @@ def _torch_network(folder:Path, info:dict) -> Callable:
     net = task.network(cfg, info['classes']); net.load_state_dict(load_file(folder/'model.safetensors'))
     net = net.eval().to('cuda', memory_format=torch.channels_last)
     def run(batch):
-        with torch.inference_mode(): return {k: v.float().cpu().numpy() for k, v in net(torch.from_numpy(batch).to('cuda', non_blocking=True)).items()}
+        with torch.inference_mode():
+            return {
+                k: v.float().cpu().numpy()
+                for k, v in net(torch.from_numpy(batch).to('cuda', non_blocking=True)).items()
+            }
+
     return run
 
 def _torch_has_cuda() -> bool:
@@ -93,16 +118,19 @@ class Predictor:
                  threads:int=0):             # of the CPU for one inference; 0: all
         self.folder = folder = Path(folder)
         if missing := [f for f in MODEL_FILES if f != 'model.safetensors' and not (folder/f).is_file()]:
-            raise NotFound(f'{folder} lacks {", ".join(missing)}', 'the export of a run, or a bundle', 'release the run again')
+            raise NotFound(
+                f'{folder} lacks {", ".join(missing)}', 'the export of a run, or a bundle', 'release the run again'
+            )
         verify_files(folder)
         self.info, self.thresholds = read_json(folder/'model.json'), read_json(folder/'thresholds.json')
         self.problem_name, self.classes = self.info['problem'], self.info['classes']
         self.task = get_task(self.info['task']); self.cfg = self.task.Config.model_validate(self.info['config'])
         self.image = Preprocess(**read_json(folder/'preprocess.json'))
-        self.runtime = self.info.get('runtime', {})       # precision, provider, options; of a variant, see 50_optimize.ipynb
+        self.runtime = self.info.get('runtime', {})  # precision, provider, options; of a variant, see 50_optimize.ipynb
         onnx_cuda = 'CUDAExecutionProvider' in ort.get_available_providers()
         self.device = device if device != 'auto' else 'cuda' if onnx_cuda or _torch_has_cuda() else 'cpu'
-        if device == 'auto' and not onnx_cuda and not (folder/'model.safetensors').is_file(): self.device = 'cpu' # a quantised graph has no other form
+        if device == 'auto' and not onnx_cuda and not (folder / 'model.safetensors').is_file():
+            self.device = 'cpu'  # a quantised graph has no other form
         if self.device == 'cuda' and not onnx_cuda and not self.runtime: self.infer = _torch_network(folder, self.info)
         else: self.infer = _onnx_network(folder/'model.onnx', self.device, threads, self.runtime)
         self.digest = digest({f: file_digest(folder/f) for f in MODEL_FILES if (folder/f).is_file()})
@@ -120,16 +148,32 @@ class Predictor:
 
     def resize(self, rgb:np.ndarray) -> Prepared:
         "The network's input for the pixels of an image."
-        height, width = rgb.shape[:2]; parts = windows(width, height, self.image) if hasattr(self.task, 'GEOMETRY') else []
+        height, width = rgb.shape[:2]
+        parts = windows(width, height, self.image) if hasattr(self.task, 'GEOMETRY') else []
         cut = lambda v: (v, preprocess(rgb[v.y:v.y + v.h, v.x:v.x + v.w], self.image), placement(v.w, v.h, self.image))
-        return Prepared(preprocess(rgb, self.image), placement(width, height, self.image), [cut(v) for v in parts] if len(parts) > 1 else ())
+        return Prepared(
+            preprocess(rgb, self.image),
+            placement(width, height, self.image),
+            [cut(v) for v in parts] if len(parts) > 1 else (),
+        )
 
-    def answers(self, prepared:Sequence[Prepared], infer:Callable|None=None, # another network than this folder's, to compare with
-                at_once:int=64) -> list[Prediction]: # in the pixels of the upright images
+    def answers(
+        self,
+        prepared: Sequence[Prepared],
+        infer: Callable | None = None,  # another network than this folder's, to compare with
+        at_once: int = 64,
+    ) -> list[Prediction]: # in the pixels of the upright images
         "What the network says."
-        found = [[] for _ in prepared]; todo = [(k, *part) for k, p in enumerate(prepared) for part in p.parts or [(None, p.pixels, p.place)]]
+        found = [[] for _ in prepared]
+        todo = [(k, *part) for k, p in enumerate(prepared) for part in p.parts or [(None, p.pixels, p.place)]]
         for i in range(0, len(todo), at_once):
-            some = todo[i:i + at_once]; said = self.task.decode((infer or self.infer)(np.stack([pixels for _, _, pixels, _ in some])), self.cfg, self.classes, self.thresholds)
+            some = todo[i : i + at_once]
+            said = self.task.decode(
+                (infer or self.infer)(np.stack([pixels for _, _, pixels, _ in some])),
+                self.cfg,
+                self.classes,
+                self.thresholds,
+            )
             for (k, window, _, place), p in zip(some, said, strict=True): found[k].append((window, in_image(p, place)))
         return [joined(f, p.place.width, p.place.height) if p.parts else f[0][1] for f, p in zip(found, prepared)]
 
@@ -157,17 +201,28 @@ def differences(a:Prediction, b:Prediction) -> dict[str, float]: # 0: the same; 
     for us, them in ((a, b), (b, a)):
         for x in us.annotations:
             y = _partner(x, them.annotations)
-            if y is None: out['unpaired'] = max(out['unpaired'], 1. if x.score is None else x.score); out['labels'] = max(out['labels'], float(x.accepted is not False)); continue
+            if y is None:
+                out['unpaired'] = max(out['unpaired'], 1.0 if x.score is None else x.score)
+                out['labels'] = max(out['labels'], float(x.accepted is not False))
+                continue
             out['score'] = max(out['score'], abs((x.score or 0) - (y.score or 0)))
             if x.bbox: out['box'] = max(out.get('box', 0.), 1 - float(box_iou([x.bbox], [y.bbox])[0, 0]))
             if x.mask: out['mask'] = max(out.get('mask', 0.), 1 - mask_iou(x.mask, y.mask))
     return out
 
-def _signature(p:Prediction) -> list[tuple]: return sorted((a.label or '', a.text or '') for a in p.annotations if a.accepted is not False)
+def _signature(p: Prediction) -> list[tuple]:
+    return sorted((a.label or '', a.text or '') for a in p.annotations if a.accepted is not False)
+
 
 def _partner(x, others:list):
     "The annotation of the same label and text that overlaps most, by half or more."
-    same = [y for y in others if (y.label, y.text) == (x.label, x.text) and (y.bbox is None) == (x.bbox is None) and (y.mask is None) == (x.mask is None)]
+    same = [
+        y
+        for y in others
+        if (y.label, y.text) == (x.label, x.text)
+        and (y.bbox is None) == (x.bbox is None)
+        and (y.mask is None) == (x.mask is None)
+    ]
     if not same or not (x.bbox or x.mask): return same[0] if same else None
     iou = box_iou([x.bbox], [y.bbox for y in same])[0] if x.bbox else np.array([mask_iou(x.mask, y.mask) for y in same])
     return same[iou.argmax()] if iou.max() >= .5 else None
@@ -176,18 +231,40 @@ def _partner(x, others:list):
 def calibrate(folder:str|Path, rows:pa.Table, read:Callable, problem:Problem) -> dict: # the thresholds
     "Fit the thresholds of an exported model on held-out items, and write them beside it."
     model = Predictor(folder, 'cpu'); model.thresholds = dict(temperature=1., threshold=problem.decision.threshold)
-    said = predict_table(model, rows, read); fit = getattr(model.task, 'calibrate', fit_thresholds if not said['probs'].null_count else None)
+    said = predict_table(model, rows, read)
+    fit = getattr(model.task, 'calibrate', fit_thresholds if not said['probs'].null_count else None)
     found = fit(rows, said, problem) if fit else model.thresholds
     write_json(Path(folder)/'thresholds.json', found)
     return found
 
-GOLDEN = pa.schema([('id', pa.string()), ('sha256', pa.string()), ('image', pa.binary()), PREDICTIONS.field('annotations'), PREDICTIONS.field('probs')])
+GOLDEN = pa.schema(
+    [
+        ('id', pa.string()),
+        ('sha256', pa.string()),
+        ('image', pa.binary()),
+        PREDICTIONS.field('annotations'),
+        PREDICTIONS.field('probs'),
+    ]
+)
+
 
 def write_golden(path:str|Path, rows:pa.Table, read:Callable, predictions:pa.Table, items:int=32) -> pa.Table:
     "Image files and the answers given, as one table; the items are those with the smallest digests."
     said = {r['id']: r for r in predictions.to_pylist()}
     pick = sorted(rows.select(['id', 'uri', 'sha256']).to_pylist(), key=lambda r: r['sha256'])[:items]
-    t = pa.Table.from_pylist([dict(id=r['id'], sha256=r['sha256'], image=read(r['uri']), annotations=said[r['id']]['annotations'], probs=said[r['id']]['probs']) for r in pick], schema=GOLDEN)
+    t = pa.Table.from_pylist(
+        [
+            dict(
+                id=r['id'],
+                sha256=r['sha256'],
+                image=read(r['uri']),
+                annotations=said[r['id']]['annotations'],
+                probs=said[r['id']]['probs'],
+            )
+            for r in pick
+        ],
+        schema=GOLDEN,
+    )
     sink = pa.BufferOutputStream(); pq.write_table(t, sink); write_atomic(path, sink.getvalue().to_pybytes())
     return t
 
@@ -197,4 +274,9 @@ def golden_difference(predictor:Predictor, golden:pa.Table) -> float: # 0 when e
     if not rows: return 0.
     given = [Prediction([Annotation(**a) for a in r['annotations']], r['probs']) for r in rows]
     pairs = zip(predictor.answers(prepared), given)
-    return max(v for new, old in pairs for k, v in differences(new, old).items() if k != ('labels' if new.probs is not None else 'unpaired'))
+    return max(
+        v
+        for new, old in pairs
+        for k, v in differences(new, old).items()
+        if k != ('labels' if new.probs is not None else 'unpaired')
+    )

@@ -20,11 +20,15 @@ from .serve import ROOT, environment, free_port, start_service
 from .service.app import Service
 from .service.models import cores, folders, toy_model
 
-def row(promise:int, what:str, figure:float, goal:str, kept:bool, unit:str='') -> dict: return dict(promise=promise, what=what, figure=round(float(figure), 4), unit=unit, goal=goal, kept=bool(kept))
+def row(promise: int, what: str, figure: float, goal: str, kept: bool, unit: str = '') -> dict:
+    return dict(promise=promise, what=what, figure=round(float(figure), 4), unit=unit, goal=goal, kept=bool(kept))
+
 
 def picture(size:int=32, seed:int=0, format:str='PNG') -> bytes:
     "The file of a noisy picture."
-    b = io.BytesIO(); Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)).save(b, format); return b.getvalue()
+    b = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)).save(b, format)
+    return b.getvalue()
 
 # %% ../nbs/72_promises.ipynb #a50d203a
 @asynccontextmanager
@@ -40,15 +44,32 @@ async def local(infer=None, folder=None, **settings):
         try: yield service
         finally: await service.stop()
 
-async def ask(service, image:bytes, deadline:float|None=None, kind:str='image/png') -> tuple[int, float]: # status, seconds
+async def ask(
+    service, image: bytes, deadline: float | None = None, kind: str = 'image/png'
+) -> tuple[int, float]:  # status, seconds
     "One request."
     body, out, start = iter([dict(type='http.request', body=image, more_body=False)]), [], time.perf_counter()
     async def receive():
         if (m := next(body, None)): return m
         await asyncio.sleep(3600)
     async def send(m): out.append(m.get('status'))
-    headers = [(b'content-type', kind.encode())] + ([(b'x-deadline-ms', str(int(deadline*1e3)).encode())] if deadline else [])
-    await service(dict(type='http', method='POST', path='/v1/predict', raw_path=b'', root_path='', query_string=b'', headers=headers), receive, send)
+
+    headers = [(b'content-type', kind.encode())] + (
+        [(b'x-deadline-ms', str(int(deadline * 1e3)).encode())] if deadline else []
+    )
+    await service(
+        dict(
+            type='http',
+            method='POST',
+            path='/v1/predict',
+            raw_path=b'',
+            root_path='',
+            query_string=b'',
+            headers=headers,
+        ),
+        receive,
+        send,
+    )
     return out[0], time.perf_counter() - start
 
 async def crowd(service, image:bytes, clients:int, seconds:float) -> list[tuple[int, float]]:
@@ -71,10 +92,21 @@ def mutated(data:bytes, rng) -> bytes:
     return bytes(b)
 
 async def mutations(n:int=10_000) -> list[dict]:
-    rng = np.random.default_rng(0); files, seen = [picture(24, i, f) for i, f in enumerate(('PNG', 'JPEG', 'WEBP', 'BMP', 'GIF'))], {}
+    rng = np.random.default_rng(0)
+    files, seen = [picture(24, i, f) for i, f in enumerate(('PNG', 'JPEG', 'WEBP', 'BMP', 'GIF'))], {}
     async with local() as service:
-        for i in range(n): status, _ = await ask(service, mutated(files[i % 5], rng)); seen[status] = seen.get(status, 0) + 1
-    return [row(1, f'answers of 5xx to {n} mutated images', sum(v for s, v in seen.items() if s >= 500), '0', max(seen) < 500)]
+        for i in range(n):
+            status, _ = await ask(service, mutated(files[i % 5], rng))
+            seen[status] = seen.get(status, 0) + 1
+    return [
+        row(
+            1,
+            f'answers of 5xx to {n} mutated images',
+            sum(v for s, v in seen.items() if s >= 500),
+            '0',
+            max(seen) < 500,
+        )
+    ]
 
 # %% ../nbs/72_promises.ipynb #a229136d
 _MEMORY = '''
@@ -90,57 +122,131 @@ asyncio.run(go())
 
 def large(format:str, megapixels:float, **how) -> bytes:
     "The file of a large picture that packs well."
-    side = int((megapixels*1e6)**.5); small = Image.fromarray(np.random.default_rng(0).integers(0, 255, (side//8, side//8, 3), np.uint8)); b = io.BytesIO()
-    big = small.resize((side, side), Image.Resampling.NEAREST if format == 'PNG' else Image.Resampling.BICUBIC); mode = how.pop('mode', 'RGB')
+    side = int((megapixels * 1e6) ** 0.5)
+    small = Image.fromarray(np.random.default_rng(0).integers(0, 255, (side // 8, side // 8, 3), np.uint8))
+    b = io.BytesIO()
+    big = small.resize((side, side), Image.Resampling.NEAREST if format == 'PNG' else Image.Resampling.BICUBIC)
+    mode = how.pop('mode', 'RGB')
     (big if mode == 'RGB' else big.convert(mode)).save(b, format, **how); return b.getvalue()
 
 def memory(megapixels:float=19.9) -> list[dict]:
     "The peak of one request, for the kinds of images that take most."
     turned = Image.Exif(); turned[0x112] = 6; rows = []; jpeg = large('JPEG', megapixels, quality=80)
-    cases = {'a JPEG': (jpeg, 'image/jpeg'), 'a JPEG in JSON': (json.dumps(dict(image=base64.b64encode(jpeg).decode())).encode(), 'application/json'), 'a turned JPEG': (large('JPEG', megapixels, quality=80, exif=turned), 'image/jpeg'),
-             'a progressive JPEG': (large('JPEG', megapixels, quality=80, progressive=True), 'image/jpeg'), 'a PNG with alpha': (large('PNG', megapixels, mode='RGBA'), 'image/png'), 'a WebP of a third of the pixels': (large('WEBP', megapixels/3), 'image/webp')}
+    cases = {
+        'a JPEG': (jpeg, 'image/jpeg'),
+        'a JPEG in JSON': (json.dumps(dict(image=base64.b64encode(jpeg).decode())).encode(), 'application/json'),
+        'a turned JPEG': (large('JPEG', megapixels, quality=80, exif=turned), 'image/jpeg'),
+        'a progressive JPEG': (large('JPEG', megapixels, quality=80, progressive=True), 'image/jpeg'),
+        'a PNG with alpha': (large('PNG', megapixels, mode='RGBA'), 'image/png'),
+        'a WebP of a third of the pixels': (large('WEBP', megapixels / 3), 'image/webp'),
+    }
     for what, (data, kind) in cases.items():
         with tempfile.NamedTemporaryFile() as f:
             f.write(data); f.flush()
-            status, mb = subprocess.run([sys.executable, '-c', _MEMORY, f.name, kind], capture_output=True, text=True, env=environment(), check=True).stdout.split()
-        rows.append(row(2, f'memory that {what} of {megapixels:.0f} megapixels ({len(data)/1e6:.1f} MB) adds at its peak', float(mb), 'at most 150', status == '200' and float(mb) <= 150, 'MB'))
+            status, mb = subprocess.run(
+                [sys.executable, '-c', _MEMORY, f.name, kind],
+                capture_output=True,
+                text=True,
+                env=environment(),
+                check=True,
+            ).stdout.split()
+        rows.append(
+            row(
+                2,
+                f'memory that {what} of {megapixels:.0f} megapixels ({len(data) / 1e6:.1f} MB) adds at its peak',
+                float(mb),
+                'at most 150',
+                status == '200' and float(mb) <= 150,
+                'MB',
+            )
+        )
     return rows
 
 async def bomb() -> list[dict]:
     b = io.BytesIO(); Image.new('1', (30_000, 30_000)).save(b, 'PNG')
     async with local() as service: took = [await ask(service, b.getvalue()) for _ in range(20)]
-    return [row(2, 'refusal of a bomb of 900 megapixels, slowest of 20', 1e3*max(t for _, t in took), 'under 50', {s for s, _ in took} == {413} and max(t for _, t in took) < .05, 'ms')]
+    return [
+        row(
+            2,
+            'refusal of a bomb of 900 megapixels, slowest of 20',
+            1e3 * max(t for _, t in took),
+            'under 50',
+            {s for s, _ in took} == {413} and max(t for _, t in took) < 0.05,
+            'ms',
+        )
+    ]
 
 # %% ../nbs/72_promises.ipynb #266d5dc3
 def soak(seconds:float=600., folder:Path|None=None) -> list[dict]:
     "Growth of the worker's memory."
     import httpx, psutil
-    files = [picture(64, i, f) for i, f in enumerate(('PNG', 'JPEG', 'WEBP'))]; big, text = large('JPEG', 3), base64.b64encode(files[0]).decode()
-    diet = [*(('/v1/predict', dict(content=f), 200) for f in files), ('/v1/predict', dict(files=dict(image=files[1])), 200), ('/v1/predict', dict(json=dict(image=text)), 200), ('/v1/predict/batch', dict(files=[('images', f) for f in files*3]), 200),
-            ('/v1/predict', dict(content=files[0][:60]), 422), ('/v1/predict', dict(content=b'no image'), 415), ('/v1/predict', dict(json=dict(image='?')), 400), ('/nowhere', dict(content=b''), 404)]
-    with tempfile.TemporaryDirectory() as d, start_service(model=folder or toy_model(f'{d}/toy'), env=dict(CVLAB_TELEMETRY=f'{d}/log', CVLAB_DRAIN_SECONDS='0'), seconds=120) as s, httpx.Client(base_url=s.url, timeout=30) as http:
+
+    files = [picture(64, i, f) for i, f in enumerate(('PNG', 'JPEG', 'WEBP'))]
+    big, text = large('JPEG', 3), base64.b64encode(files[0]).decode()
+    diet = [
+        *(('/v1/predict', dict(content=f), 200) for f in files),
+        ('/v1/predict', dict(files=dict(image=files[1])), 200),
+        ('/v1/predict', dict(json=dict(image=text)), 200),
+        ('/v1/predict/batch', dict(files=[('images', f) for f in files * 3]), 200),
+        ('/v1/predict', dict(content=files[0][:60]), 422),
+        ('/v1/predict', dict(content=b'no image'), 415),
+        ('/v1/predict', dict(json=dict(image='?')), 400),
+        ('/nowhere', dict(content=b''), 404),
+    ]
+    with (
+        tempfile.TemporaryDirectory() as d,
+        start_service(
+            model=folder or toy_model(f'{d}/toy'),
+            env=dict(CVLAB_TELEMETRY=f'{d}/log', CVLAB_DRAIN_SECONDS='0'),
+            seconds=120,
+        ) as s,
+        httpx.Client(base_url=s.url, timeout=30) as http,
+    ):
         worker = psutil.Process(s.process.pid).children()[0]; start, seen, n, wrong = time.monotonic(), [], 0, 0
         while (now := time.monotonic() - start) < seconds:
             path, what, want = diet[n % len(diet)] if n % 100 else ('/v1/predict', dict(content=big), 200)
             wrong += http.post(path, **what).status_code != want; n += 1
             if n % 10 == 0: seen.append((now/seconds, worker.memory_info().rss/1e6))
     early, late = (median(mb for t, mb in seen if a <= t < b) for a, b in ((.2, .4), (.8, 1.)))
-    return [row(2, f'growth of memory over {seconds/60:g} minutes and {n} requests, from {early:.0f} MB; {wrong} answers were not as expected', 100*(late/early - 1), 'less than 2', late/early < 1.02 and not wrong, '%')]
+    return [
+        row(
+            2,
+            f'growth of memory over {seconds / 60:g} minutes and {n} requests, from {early:.0f} MB; {wrong} answers were not as expected',
+            100 * (late / early - 1),
+            'less than 2',
+            late / early < 1.02 and not wrong,
+            '%',
+        )
+    ]
 
 # %% ../nbs/72_promises.ipynb #31c743d0
 async def overload(seconds:float=6., deadline:float=1.) -> list[dict]:
     image, device = picture(16), lambda x: time.sleep(.02 + .001*len(x))
     async with local(device, max_batch=8) as service:
-        await crowd(service, image, 32, 1.); peak = sum(s == 200 for s, _ in await crowd(service, image, 32, seconds))/seconds
+        await crowd(service, image, 32, 1.0)
+        peak = sum(s == 200 for s, _ in await crowd(service, image, 32, seconds)) / seconds
         start, n, tasks = time.perf_counter(), 0, []
         while (now := time.perf_counter() - start) < seconds:
             while n < now*4*peak: tasks.append(asyncio.create_task(ask(service, image, deadline))); n += 1
             await asyncio.sleep(.002)
         got = await asyncio.gather(*tasks)
     good, refused = [t for s, t in got if s == 200 and t <= deadline], [t for s, t in got if s in (429, 503)]
-    share, p99, late = len(good)/seconds/peak, np.percentile([t for s, t in got if s == 200], 99), np.percentile(refused, 99)
-    return [row(4, f'answered in time at {n/seconds/peak:.1f} times capacity, against the peak of {peak:.0f}/s', share, 'at least 0.9', share >= .9),
-            row(4, 'refused, p99', 1e3*late, 'at most 20', late <= .02, 'ms'), row(4, 'answered, p99', p99, f'at most {deadline:g}', p99 <= deadline, 's')]
+    share, p99, late = (
+        len(good) / seconds / peak,
+        np.percentile([t for s, t in got if s == 200], 99),
+        np.percentile(refused, 99),
+    )
+    return [
+        row(
+            4,
+            f'answered in time at {n / seconds / peak:.1f} times capacity, against the peak of {peak:.0f}/s',
+            share,
+            'at least 0.9',
+            share >= 0.9,
+        ),
+        row(4, 'refused, p99', 1e3 * late, 'at most 20', late <= 0.02, 'ms'),
+        row(4, 'answered, p99', p99, f'at most {deadline:g}', p99 <= deadline, 's'),
+    ]
 
 # %% ../nbs/72_promises.ipynb #e35c683f
 async def batching(seconds:float=3.) -> list[dict]:
@@ -149,10 +255,28 @@ async def batching(seconds:float=3.) -> list[dict]:
         async with local(device, max_batch=size) as service:
             await crowd(service, image, 32, .5); rate[size] = len(await crowd(service, image, 32, seconds))/seconds
             if size == 32:
-                quiet = [t for _, t in await crowd(service, image, 1, 1.)]; await crowd(service, image, 32, 1.); after = [t for _, t in await crowd(service, image, 1, 1.)]
+                quiet = [t for _, t in await crowd(service, image, 1, 1.0)]
+                await crowd(service, image, 32, 1.0)
+                after = [t for _, t in await crowd(service, image, 1, 1.0)]
     gain, lone = rate[32]/rate[1], median(after)/median(quiet)
-    return [row(7, f'throughput at 32 clients with batches ({rate[32]:.0f}/s) against without ({rate[1]:.0f}/s)', gain, 'at least 2.5', gain >= 2.5, 'times'),
-            row(7, f'p50 of a lone client right after a burst against before ({1e3*median(quiet):.1f} ms)', lone, 'at most 1.2', lone <= 1.2, 'times')]
+    return [
+        row(
+            7,
+            f'throughput at 32 clients with batches ({rate[32]:.0f}/s) against without ({rate[1]:.0f}/s)',
+            gain,
+            'at least 2.5',
+            gain >= 2.5,
+            'times',
+        ),
+        row(
+            7,
+            f'p50 of a lone client right after a burst against before ({1e3 * median(quiet):.1f} ms)',
+            lone,
+            'at most 1.2',
+            lone <= 1.2,
+            'times',
+        ),
+    ]
 
 # %% ../nbs/72_promises.ipynb #f4ed94cf
 def network_model(folder:str|Path, millis:float) -> Path:
@@ -162,11 +286,25 @@ def network_model(folder:str|Path, millis:float) -> Path:
     from cv_lab.predict import Predictor
     folder = toy_model(folder, size=32); n, layers = 64, max(1, round(millis*40))
     for _ in range(6):
-        model = onnx.load(toy_model(folder, size=32)/'model.onnx'); g = model.graph; at = 'logits'; g.node[-1].output[0] = 'toy'
-        g.initializer.append(nh.from_array(np.full((1, n, n), 1/n, np.float32), 'w')); g.initializer.append(nh.from_array(np.zeros((1, 1, 1), np.float32), 'zero'))
-        nodes = [h.make_node('ReduceSum', ['toy'], ['s'], keepdims=1), h.make_node('Unsqueeze', ['s', 'one'], ['s3']), h.make_node('Mul', ['s3', 'zero'], ['z']), h.make_node('Add', ['w', 'z'], ['m0'])]
+        model = onnx.load(toy_model(folder, size=32) / 'model.onnx')
+        g = model.graph
+        at = 'logits'
+        g.node[-1].output[0] = 'toy'
+        g.initializer.append(nh.from_array(np.full((1, n, n), 1 / n, np.float32), 'w'))
+        g.initializer.append(nh.from_array(np.zeros((1, 1, 1), np.float32), 'zero'))
+        nodes = [
+            h.make_node('ReduceSum', ['toy'], ['s'], keepdims=1),
+            h.make_node('Unsqueeze', ['s', 'one'], ['s3']),
+            h.make_node('Mul', ['s3', 'zero'], ['z']),
+            h.make_node('Add', ['w', 'z'], ['m0']),
+        ]
         nodes += [h.make_node('MatMul', [f'm{i}', 'w'], [f'm{i+1}']) for i in range(layers)]
-        nodes += [h.make_node('ReduceSum', [f'm{layers}'], ['t3'], keepdims=0), h.make_node('Mul', ['t3', 'zero'], ['none3']), h.make_node('ReduceSum', ['none3'], ['none'], keepdims=0), h.make_node('Add', ['toy', 'none'], [at])]
+        nodes += [
+            h.make_node('ReduceSum', [f'm{layers}'], ['t3'], keepdims=0),
+            h.make_node('Mul', ['t3', 'zero'], ['none3']),
+            h.make_node('ReduceSum', ['none3'], ['none'], keepdims=0),
+            h.make_node('Add', ['toy', 'none'], [at]),
+        ]
         g.node.extend(nodes); onnx.save(model, folder/'model.onnx')
         p = Predictor(folder, 'cpu', 1); x = np.zeros((1, 3, 32, 32), np.uint8); times = []
         for _ in range(60): start = time.perf_counter(); p.infer(x); times.append(time.perf_counter() - start)
@@ -186,11 +324,20 @@ def bare_app():
     return Starlette(routes=[Route('/v1/predict', predict, methods=['POST'])])
 
 # %% ../nbs/72_promises.ipynb #a2bc19e4
-async def sockets(port:int, image:bytes, clients:int, seconds:float, form:bool=False) -> list[float]: # seconds of each answer
+async def sockets(
+    port: int, image: bytes, clients: int, seconds: float, form: bool = False
+) -> list[float]:  # seconds of each answer
     "Clients over plain sockets; the image as it is, or in a form."
-    if form: image = b'--X\r\nContent-Disposition: form-data; name="image"; filename="a"\r\nContent-Type: image/png\r\n\r\n' + image + b'\r\n--X--\r\n'
+    if form:
+        image = (
+            b'--X\r\nContent-Disposition: form-data; name="image"; filename="a"\r\nContent-Type: image/png\r\n\r\n'
+            + image
+            + b'\r\n--X--\r\n'
+        )
     kind = 'multipart/form-data; boundary=X' if form else 'image/png'
-    head = f'POST /v1/predict HTTP/1.1\r\nHost: here\r\nContent-Type: {kind}\r\nContent-Length: {len(image)}\r\n\r\n'.encode(); out, end = [], time.perf_counter() + seconds
+    head = f'POST /v1/predict HTTP/1.1\r\nHost: here\r\nContent-Type: {kind}\r\nContent-Length: {len(image)}\r\n\r\n'.encode()
+    out, end = [], time.perf_counter() + seconds
+
     async def client():
         r, w = await asyncio.open_connection('127.0.0.1', port)
         while time.perf_counter() < end:
@@ -203,28 +350,67 @@ async def sockets(port:int, image:bytes, clients:int, seconds:float, form:bool=F
 
 BARE = [sys.executable, '-m', 'uvicorn', '--factory', 'cv_lab.promises:bare_app', '--no-access-log', '--port']
 
-async def against(other:list[str], who:str, folder:Path, what:str, goal:float, image:bytes, form:bool=False, clients:int=8, seconds:float=2., rounds:int=7, **env) -> list[dict]:
+async def against(
+    other: list[str],
+    who: str,
+    folder: Path,
+    what: str,
+    goal: float,
+    image: bytes,
+    form: bool = False,
+    clients: int = 8,
+    seconds: float = 2.0,
+    rounds: int = 7,
+    **env,
+) -> list[dict]:
     "Throughput beside another server, taking turns; `other` is its command, which ends with its port."
     port = free_port(); rates = {'ours': [], 'theirs': []}; ask = lambda p, n, t: sockets(p, image, n, t, form)
-    theirs = subprocess.Popen([*other, str(port)], env=environment(CVLAB_MODEL=str(folder)) | env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    theirs = subprocess.Popen(
+        [*other, str(port)],
+        env=environment(CVLAB_MODEL=str(folder)) | env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     try:
-        with tempfile.TemporaryDirectory() as d, start_service(model=folder, env=dict(CVLAB_TELEMETRY=d, CVLAB_DRAIN_SECONDS='0'), seconds=180) as s:
+        with (
+            tempfile.TemporaryDirectory() as d,
+            start_service(model=folder, env=dict(CVLAB_TELEMETRY=d, CVLAB_DRAIN_SECONDS='0'), seconds=180) as s,
+        ):
             ports = dict(ours=int(s.url.rsplit(':', 1)[1]), theirs=port)
             for _ in range(600):
                 try: await ask(port, 1, .1); break
                 except (OSError, EOFError): await asyncio.sleep(.2)
             for p in ports.values(): await ask(p, clients, 1.)
             for i in range(rounds):
-                for name in ('ours', 'theirs') if i % 2 else ('theirs', 'ours'): rates[name].append(len(await ask(ports[name], clients, seconds))/seconds)
+                for name in ('ours', 'theirs') if i % 2 else ('theirs', 'ours'):
+                    rates[name].append(len(await ask(ports[name], clients, seconds)) / seconds)
     finally: os.killpg(theirs.pid, signal.SIGTERM); theirs.wait(20)
     ratio = median(a/b for a, b in zip(rates['ours'], rates['theirs']))
-    return [row(8, f'throughput against {who}, {what} ({median(rates["ours"]):.0f}/s and {median(rates["theirs"]):.0f}/s)', ratio, f'at least {goal:g}', ratio >= goal, 'times')]
+    return [
+        row(
+            8,
+            f'throughput against {who}, {what} ({median(rates["ours"]):.0f}/s and {median(rates["theirs"]):.0f}/s)',
+            ratio,
+            f'at least {goal:g}',
+            ratio >= goal,
+            'times',
+        )
+    ]
 
-async def bare(folder:Path) -> list[dict]: return await against(BARE, 'a bare app', folder, 'a network of 0.2 ms', .7, picture())
+
+async def bare(folder: Path) -> list[dict]:
+    return await against(BARE, 'a bare app', folder, 'a network of 0.2 ms', 0.7, picture())
+
 
 async def bare_mobilenet() -> list[dict]:
     "The same with a network that does something."
-    with tempfile.TemporaryDirectory() as d: return await against(BARE, 'a bare app', m, 'MobileNetV3-small', .9, picture(224)) if (m := mobilenet(Path(d)/'m')) else []
+    with tempfile.TemporaryDirectory() as d:
+        return (
+            await against(BARE, 'a bare app', m, 'MobileNetV3-small', 0.9, picture(224))
+            if (m := mobilenet(Path(d) / 'm'))
+            else []
+        )
 
 # %% ../nbs/72_promises.ipynb #5dfe01de
 _LITSERVE = '''
@@ -243,13 +429,41 @@ if __name__ == '__main__': ls.LitServer(Answers(api_path='/v1/predict'), acceler
 
 def installed(folder:Path, *packages:str) -> Path:
     "Packages in a folder of their own."
-    subprocess.run([sys.executable, '-m', 'uv', 'pip', 'install', '-q', '--python', sys.executable, '--target', str(folder), *packages], check=True); return folder
+    subprocess.run(
+        [
+            sys.executable,
+            '-m',
+            'uv',
+            'pip',
+            'install',
+            '-q',
+            '--python',
+            sys.executable,
+            '--target',
+            str(folder),
+            *packages,
+        ],
+        check=True,
+    )
+    return folder
+
 
 async def litserve(folder:Path) -> list[dict]:
     "Throughput beside LitServe."
     with tempfile.TemporaryDirectory() as d:
-        at = installed(Path(d)/'packages', 'litserve'); (Path(d)/'server.py').write_text(_LITSERVE); path = os.pathsep.join([environment()['PYTHONPATH'], str(at)])
-        return await against([sys.executable, f'{d}/server.py'], 'LitServe', folder, 'a network of 0.2 ms', 1., picture(), form=True, PYTHONPATH=path)
+        at = installed(Path(d) / 'packages', 'litserve')
+        (Path(d) / 'server.py').write_text(_LITSERVE)
+        path = os.pathsep.join([environment()['PYTHONPATH'], str(at)])
+        return await against(
+            [sys.executable, f'{d}/server.py'],
+            'LitServe',
+            folder,
+            'a network of 0.2 ms',
+            1.0,
+            picture(),
+            form=True,
+            PYTHONPATH=path,
+        )
 
 # %% ../nbs/72_promises.ipynb #5c13bcf7
 async def swaps(n:int=100) -> list[dict]:
@@ -263,33 +477,89 @@ async def swaps(n:int=100) -> list[dict]:
             async def client():
                 while True: answers.append((await ask(service, picture()))[0])
             load = [asyncio.create_task(client()) for _ in range(4)]
-            for i in range(n): start = time.perf_counter(); point_at(two[(i + 1) % 2]); await service.models.refresh(); took.append(time.perf_counter() - start)
+            for i in range(n):
+                start = time.perf_counter()
+                point_at(two[(i + 1) % 2])
+                await service.models.refresh()
+                took.append(time.perf_counter() - start)
             for c in load: c.cancel()
     failed = sum(s != 200 for s in answers)
-    return [row(9, f'failed of {len(answers)} requests during {n} swaps', failed, '0', not failed), row(9, 'a swap, from the moved alias to the new model, slowest', max(took), 'under 1', max(took) < 1, 's')]
+    return [
+        row(9, f'failed of {len(answers)} requests during {n} swaps', failed, '0', not failed),
+        row(9, 'a swap, from the moved alias to the new model, slowest', max(took), 'under 1', max(took) < 1, 's'),
+    ]
+
 
 def processes(folder:Path) -> list[dict]:
     "Start, first request, a killed worker, the end."
     import httpx, psutil
     start = time.monotonic(); out = []
-    with start_service(model=folder, env=dict(CVLAB_DRAIN_SECONDS='1'), seconds=180) as s, httpx.Client(base_url=s.url) as http:
+    with (
+        start_service(model=folder, env=dict(CVLAB_DRAIN_SECONDS='1'), seconds=180) as s,
+        httpx.Client(base_url=s.url) as http,
+    ):
         started = time.monotonic() - start; http.get('/livez')
-        def once(): t = time.perf_counter(); assert http.post('/v1/predict', content=picture()).status_code == 200; return time.perf_counter() - t
+
+        def once():
+            t = time.perf_counter()
+            assert http.post('/v1/predict', content=picture()).status_code == 200
+            return time.perf_counter() - t
+
         first, steady = once(), median(once() for _ in range(300))
-        out.append(row(11, f'the first request against the steady p50 ({1e3*steady:.2f} ms)', first/steady, 'at most 2', first <= 2*steady, 'times'))
+        out.append(
+            row(
+                11,
+                f'the first request against the steady p50 ({1e3 * steady:.2f} ms)',
+                first / steady,
+                'at most 2',
+                first <= 2 * steady,
+                'times',
+            )
+        )
         psutil.Process(s.process.pid).children()[0].kill(); start, said = time.monotonic(), 0
         while said != 200:
             try: said = httpx.get(f'{s.url}/readyz', timeout=.5).status_code
             except httpx.TransportError: time.sleep(.02)
-        back = time.monotonic() - start; true = all(httpx.post(f'{s.url}/v1/predict', content=picture()).status_code == 200 for _ in range(20))
-        out.append(row(10, 'until a killed worker says that it is ready, and it answers then', back, '3, or not ready meanwhile', true, 's'))
-        start = time.monotonic(); code = s.stop(); out.append(row(10, 'the end after SIGTERM, one second of it draining', time.monotonic() - start, 'under 13', code == 0, 's'))
+        back = time.monotonic() - start
+        true = all(httpx.post(f'{s.url}/v1/predict', content=picture()).status_code == 200 for _ in range(20))
+        out.append(
+            row(
+                10,
+                'until a killed worker says that it is ready, and it answers then',
+                back,
+                '3, or not ready meanwhile',
+                true,
+                's',
+            )
+        )
+        start = time.monotonic()
+        code = s.stop()
+        out.append(
+            row(
+                10,
+                'the end after SIGTERM, one second of it draining',
+                time.monotonic() - start,
+                'under 13',
+                code == 0,
+                's',
+            )
+        )
     return [row(10, 'start until ready', started, 'under 30', started < 30, 's'), *out]
 
 async def hung() -> list[dict]:
     "A request whose network never comes back."
     async with local(lambda x: time.sleep(11)) as service: status, took = await ask(service, picture())
-    return [row(10, f'until a hung request is answered with {status}', took, '10, with 504', status == 504 and 9.5 < took < 10.5, 's')]
+    return [
+        row(
+            10,
+            f'until a hung request is answered with {status}',
+            took,
+            '10, with 504',
+            status == 504 and 9.5 < took < 10.5,
+            's',
+        )
+    ]
+
 
 def cannot_load() -> list[dict]:
     "A model whose graph is broken."
@@ -299,7 +569,16 @@ def cannot_load() -> list[dict]:
             with start_service(model=toy): pass
         except RunFailed as e: said = str(e)
         status = re.search(r'ended with status (\d+)', said)
-    return [row(10, 'until a service whose model cannot be loaded has ended by itself, non-zero', took := time.monotonic() - start, 'under 30', bool(status and status[1] != '0') and took < 30, 's')]
+    return [
+        row(
+            10,
+            'until a service whose model cannot be loaded has ended by itself, non-zero',
+            took := time.monotonic() - start,
+            'under 30',
+            bool(status and status[1] != '0') and took < 30,
+            's',
+        )
+    ]
 
 # %% ../nbs/72_promises.ipynb #cc7a58d7
 async def _message(reader) -> bytes:
@@ -326,8 +605,13 @@ class Balancer:
         try:
             while True:
                 asked = await _message(reader); self.turn += 1
-                try: r, w = await asyncio.open_connection('127.0.0.1', self.ready[self.turn % len(self.ready)]); w.write(asked); said = await _message(r); w.close()
-                except (OSError, EOFError, ZeroDivisionError): said = b'HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\n\r\n'
+                try:
+                    r, w = await asyncio.open_connection('127.0.0.1', self.ready[self.turn % len(self.ready)])
+                    w.write(asked)
+                    said = await _message(r)
+                    w.close()
+                except (OSError, EOFError, ZeroDivisionError):
+                    said = b'HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\n\r\n'
                 writer.write(said); await writer.drain()
         except (OSError, EOFError): writer.close()
 
@@ -336,9 +620,16 @@ async def rolling(folder:Path, n:int=10, clients:int=4) -> list[dict]:
     "Restarts under load."
     import httpx
     balancer, codes, done, image = Balancer(), [], asyncio.Event(), picture()
-    gate = await asyncio.start_server(balancer.pass_on, '127.0.0.1', 0); url = f'http://127.0.0.1:{gate.sockets[0].getsockname()[1]}/v1/predict'; watch = asyncio.create_task(balancer.watch())
+    gate = await asyncio.start_server(balancer.pass_on, '127.0.0.1', 0)
+    url = f'http://127.0.0.1:{gate.sockets[0].getsockname()[1]}/v1/predict'
+    watch = asyncio.create_task(balancer.watch())
+
     async def begin():
-        stack = ExitStack(); s = await asyncio.to_thread(stack.enter_context, start_service(model=folder, env=dict(CVLAB_DRAIN_SECONDS='1'), seconds=120)); balancer.ports.append(port := int(s.url.rsplit(':', 1)[1]))
+        stack = ExitStack()
+        s = await asyncio.to_thread(
+            stack.enter_context, start_service(model=folder, env=dict(CVLAB_DRAIN_SECONDS='1'), seconds=120)
+        )
+        balancer.ports.append(port := int(s.url.rsplit(':', 1)[1]))
         while port not in balancer.ready: await asyncio.sleep(.05)
         return stack, port
     async def client():
@@ -349,12 +640,24 @@ async def rolling(folder:Path, n:int=10, clients:int=4) -> list[dict]:
                 await asyncio.sleep(.01)
     now = await begin(); load = [asyncio.create_task(client()) for _ in range(clients)]
     try:
-        for _ in range(n): new = await begin(); await asyncio.to_thread(now[0].close); balancer.ports.remove(now[1]); now = new
+        for _ in range(n):
+            new = await begin()
+            await asyncio.to_thread(now[0].close)
+            balancer.ports.remove(now[1])
+            now = new
         await asyncio.sleep(.5)
     finally:
         done.set(); await asyncio.gather(*load); watch.cancel(); gate.close(); await asyncio.to_thread(now[0].close)
     failed = sum(c != 200 for c in codes)
-    return [row(10, f'failed of {len(codes)} requests during {n} rolling restarts behind a proxy', failed, '0', not failed and len(codes) > 10*n)]
+    return [
+        row(
+            10,
+            f'failed of {len(codes)} requests during {n} rolling restarts behind a proxy',
+            failed,
+            '0',
+            not failed and len(codes) > 10 * n,
+        )
+    ]
 
 # %% ../nbs/72_promises.ipynb #99fecf78
 async def taken_out(what:str, spoil=None, per_second:float=50.) -> list[dict]:
@@ -368,26 +671,51 @@ async def taken_out(what:str, spoil=None, per_second:float=50.) -> list[dict]:
                 def infer(x): spoil(); return inner(x)
                 p.infer = infer
             start, codes = time.monotonic(), []
-            while not (why := service.rollout.about('brightness')['withdrawn']) and time.monotonic() - start < 60: codes.append((await ask(service, picture(seed=len(codes))))[0]); await asyncio.sleep(1/per_second)
+            while not (why := service.rollout.about('brightness')['withdrawn']) and time.monotonic() - start < 60:
+                codes.append((await ask(service, picture(seed=len(codes))))[0])
+                await asyncio.sleep(1 / per_second)
     took, other = time.monotonic() - start, sum(c not in (200, 500) for c in codes)
-    return [row(12, f'until a challenger that {what} was taken out, after {len(codes)} requests', took, 'under 60', bool(why) and took < 60 and not other, 's')]
+    return [
+        row(
+            12,
+            f'until a challenger that {what} was taken out, after {len(codes)} requests',
+            took,
+            'under 60',
+            bool(why) and took < 60 and not other,
+            's',
+        )
+    ]
+
 
 def _fail(): raise RuntimeError('made to fail')
 
 async def bad_challengers() -> list[dict]:
-    return await taken_out('is wrong') + await taken_out('fails', _fail) + await taken_out('is slow', lambda: time.sleep(.05))
+    return (
+        await taken_out('is wrong')
+        + await taken_out('fails', _fail)
+        + await taken_out('is slow', lambda: time.sleep(0.05))
+    )
+
 
 async def shadow(seconds:float=4., rounds:int=5) -> list[dict]:
     "p99 with a shadow against without, interleaved."
     with tempfile.TemporaryDirectory() as d:
-        d = Path(d); network_model(d/'a', 1.); b = network_model(d/'b', 1.); info = json.loads((b/'thresholds.json').read_text()); (b/'thresholds.json').write_text(json.dumps(info | dict(min_confidence=.71)))
+        d = Path(d)
+        network_model(d / 'a', 1.0)
+        b = network_model(d / 'b', 1.0)
+        info = json.loads((b / 'thresholds.json').read_text())
+        (b / 'thresholds.json').write_text(json.dumps(info | dict(min_confidence=0.71)))
         async with local(folder=d/'a') as plain, local(folder=d/'a', challengers=folders(b)) as tried:
             p99 = {plain: [], tried: []}
             for _ in range(rounds):
                 for s in p99: p99[s].append(np.percentile([t for _, t in await crowd(s, picture(), 2, seconds)], 99))
             seen = tried.rollout.about('brightness')['trial']['shadowed']
     ratio = median(p99[tried])/median(p99[plain])
-    return [row(12, f'p99 with a shadow, {seen} copies seen, against without', ratio, 'at most 1.05', ratio <= 1.05, 'times')]
+    return [
+        row(
+            12, f'p99 with a shadow, {seen} copies seen, against without', ratio, 'at most 1.05', ratio <= 1.05, 'times'
+        )
+    ]
 
 # %% ../nbs/72_promises.ipynb #c9693201
 _ASK = '''
@@ -404,27 +732,76 @@ if len(models) == 1:
 print(json.dumps(out))
 '''
 
-def _run(*command, **kw) -> str: return subprocess.run([str(c) for c in command], check=True, capture_output=True, text=True, timeout=400, **kw).stdout
+def _run(*command, **kw) -> str:
+    return subprocess.run(
+        [str(c) for c in command], check=True, capture_output=True, text=True, timeout=400, **kw
+    ).stdout
+
 
 def bento(root:str|Path=ROOT, image:bytes|None=None) -> list[dict]:
     "The production bundles of a workspace, from `bentoml build` to the answers of a machine that has only the Bento."
     from cv_lab.predict import Predictor
     from cv_lab.release import Registry
-    registry, image = Registry(Path(root)/'registry'), image or picture(64); here = {p: registry.path(p) for p, alias in {(a['problem'], a['alias']) for a in registry.aliases()} if alias == 'production'}
+
+    registry, image = Registry(Path(root) / 'registry'), image or picture(64)
+    here = {
+        p: registry.path(p)
+        for p, alias in {(a['problem'], a['alias']) for a in registry.aliases()}
+        if alias == 'production'
+    }
     if not here: raise NotFound('nothing is in production', 'a workspace with a released model', 'make run')
     with tempfile.TemporaryDirectory() as d:
-        d = Path(d); (d/'empty').mkdir(); (d/'image').write_bytes(image); (d/'ask.py').write_text(_ASK); uv = [sys.executable, '-m', 'uv']
-        env = {k: v for k, v in os.environ.items() if not k.startswith(('CVLAB_', 'BENTOML_', 'PYTHONPATH'))} | dict(HOME=str(d), BENTOML_HOME=str(d/'bentoml'), BENTOML_DO_NOT_TRACK='True', UV_CACHE_DIR=os.environ.get('UV_CACHE_DIR', str(Path.home()/'.cache/uv')))
-        start = time.monotonic(); tag = _run(sys.executable, '-m', 'bentoml', 'build', '-o', 'tag', cwd=root, env=env).strip().splitlines()[-1].removeprefix('__tag__:')
+        d = Path(d)
+        (d / 'empty').mkdir()
+        (d / 'image').write_bytes(image)
+        (d / 'ask.py').write_text(_ASK)
+        uv = [sys.executable, '-m', 'uv']
+        env = {k: v for k, v in os.environ.items() if not k.startswith(('CVLAB_', 'BENTOML_', 'PYTHONPATH'))} | dict(
+            HOME=str(d),
+            BENTOML_HOME=str(d / 'bentoml'),
+            BENTOML_DO_NOT_TRACK='True',
+            UV_CACHE_DIR=os.environ.get('UV_CACHE_DIR', str(Path.home() / '.cache/uv')),
+        )
+        start = time.monotonic()
+        tag = (
+            _run(sys.executable, '-m', 'bentoml', 'build', '-o', 'tag', cwd=root, env=env)
+            .strip()
+            .splitlines()[-1]
+            .removeprefix('__tag__:')
+        )
         needs = d/'bentoml/bentos'/tag.replace(':', '/')/'env/python/requirements.txt'
-        _run(*uv, 'venv', '-q', '--python', sys.executable, d/'venv', env=env); _run(*uv, 'pip', 'install', '-q', '--python', d/'venv/bin/python', '-r', needs, env=env)
+        _run(*uv, 'venv', '-q', '--python', sys.executable, d / 'venv', env=env)
+        _run(*uv, 'pip', 'install', '-q', '--python', d / 'venv/bin/python', '-r', needs, env=env)
         installed(d/'client', 'tritonclient[http]'); made = time.monotonic() - start
-        with start_service(bento=tag, cwd=d/'empty', seconds=300, python=d/'venv/bin/python', env={k: '' for k in os.environ if k.startswith('CVLAB_')} | env | dict(PYTHONPATH='')) as s:
-            said = json.loads(_run(d/'venv/bin/python', d/'ask.py', s.url, d/'image', env=env | dict(PYTHONPATH=str(d/'client'))))
+        with start_service(
+            bento=tag,
+            cwd=d / 'empty',
+            seconds=300,
+            python=d / 'venv/bin/python',
+            env={k: '' for k in os.environ if k.startswith('CVLAB_')} | env | dict(PYTHONPATH=''),
+        ) as s:
+            said = json.loads(
+                _run(
+                    d / 'venv/bin/python',
+                    d / 'ask.py',
+                    s.url,
+                    d / 'image',
+                    env=env | dict(PYTHONPATH=str(d / 'client')),
+                )
+            )
         packages = len(_run(*uv, 'pip', 'list', '-q', '--python', d/'venv/bin/python', env=env).splitlines()) - 2
-    want = {p: Predictor(folder, 'cpu').predict([image])[0] for p, folder in here.items()}; same = lambda got, w: all(got.get(k) == v for k, v in w.items())
+    want = {p: Predictor(folder, 'cpu').predict([image])[0] for p, folder in here.items()}
+    same = lambda got, w: all(got.get(k) == v for k, v in w.items())
     wrong = [f'{p} by {how}' for p, w in want.items() for how, got in said[p].items() if not same(got, w)]
-    return [row(14, f'wrong answers of a Bento with {", ".join(sorted(want))} in an environment of its own requirements ({packages} packages, made in {made:.0f} s), over HTTP, v2{" and BentoML" * (len(want) == 1)}: {", ".join(wrong) or "none"}', len(wrong), '0', not wrong)]
+    return [
+        row(
+            14,
+            f'wrong answers of a Bento with {", ".join(sorted(want))} in an environment of its own requirements ({packages} packages, made in {made:.0f} s), over HTTP, v2{" and BentoML" * (len(want) == 1)}: {", ".join(wrong) or "none"}',
+            len(wrong),
+            '0',
+            not wrong,
+        )
+    ]
 
 # %% ../nbs/72_promises.ipynb #82827132
 def mobilenet(folder:Path) -> Path|None:
@@ -435,13 +812,37 @@ def mobilenet(folder:Path) -> Path|None:
     from cv_lab.optimize import export_onnx
     from cv_lab.predict import describe_model
     from cv_lab.tasks import classification
-    cfg = classification.Config(network='mobilenetv3_small_100', network_args={}, image=Preprocess(224, 224)); torch.manual_seed(0)
-    folder.mkdir(); export_onnx(classification.network(cfg, ['dark', 'bright']).eval(), 224, 224, folder/'model.onnx'); describe_model(folder, 'mobilenet', 'classification', ['dark', 'bright'], cfg)
+
+    cfg = classification.Config(network='mobilenetv3_small_100', network_args={}, image=Preprocess(224, 224))
+    torch.manual_seed(0)
+    folder.mkdir()
+    export_onnx(classification.network(cfg, ['dark', 'bright']).eval(), 224, 224, folder / 'model.onnx')
+    describe_model(folder, 'mobilenet', 'classification', ['dark', 'bright'], cfg)
     return folder
 
-STEPS = dict(mutations=mutations, memory=memory, bomb=bomb, soak=soak, overload=overload, batching=batching, bare=bare, mobilenet=bare_mobilenet, litserve=litserve, swaps=swaps, processes=processes,
-             hung=hung, cannot_load=cannot_load, rolling=rolling, shadow=shadow, challengers=bad_challengers, bento=bento) # name -> function that gives rows
-SHORT = dict(mutations=dict(n=1000), soak=dict(seconds=60.), rolling=dict(n=3), swaps=dict(n=30)) # of a run that shall be short
+STEPS = dict(
+    mutations=mutations,
+    memory=memory,
+    bomb=bomb,
+    soak=soak,
+    overload=overload,
+    batching=batching,
+    bare=bare,
+    mobilenet=bare_mobilenet,
+    litserve=litserve,
+    swaps=swaps,
+    processes=processes,
+    hung=hung,
+    cannot_load=cannot_load,
+    rolling=rolling,
+    shadow=shadow,
+    challengers=bad_challengers,
+    bento=bento,
+)  # name -> function that gives rows
+SHORT = dict(
+    mutations=dict(n=1000), soak=dict(seconds=60.0), rolling=dict(n=3), swaps=dict(n=30)
+)  # of a run that shall be short
+
 
 def measure(name:str, short:bool=False) -> list[dict]:
     "One step, with the command that makes it again."
@@ -451,21 +852,51 @@ def measure(name:str, short:bool=False) -> list[dict]:
         rows = step(**more); rows = asyncio.run(rows) if inspect.iscoroutine(rows) else rows
     return [r | dict(command=f'cvlab service promise {name}' + ' --short'*bool(short)) for r in rows]
 
-def line(r:dict) -> str: return f'{r["promise"]:>3}  {"kept" if r["kept"] else "NOT KEPT":9} {r["figure"]:>10} {r["unit"]:6} {r["what"]}'
+def line(r: dict) -> str:
+    return f'{r["promise"]:>3}  {"kept" if r["kept"] else "NOT KEPT":9} {r["figure"]:>10} {r["unit"]:6} {r["what"]}'
 
-def measure_all(out:str|Path, command:str='make bench', short:tuple[str, ...]=('soak', 'rolling'), without:tuple[str, ...]=('litserve', 'bento')) -> list[dict]:
+
+def measure_all(
+    out: str | Path,
+    command: str = 'make bench',
+    short: tuple[str, ...] = ('soak', 'rolling'),
+    without: tuple[str, ...] = ('litserve', 'bento'),
+) -> list[dict]:
     "Measure every promise and write the page; what takes a download or minutes is left out or made short."
     rows, load = [], os.getloadavg()[0]
     for name in STEPS:
         if name in without: continue
         rows += (some := measure(name, name in short)); print(*map(line, some), sep='\n', flush=True)
-    about = dict(command=command, measured=time.strftime('%Y-%m-%d'), hardware=f'{platform.machine()}, {cores()} cores', load_before=round(load, 2), load_after=round(os.getloadavg()[0], 2), python=platform.python_version())
-    write_json(Path(out)/'service.json', dict(about=about, rows=rows)); write_atomic(Path(out)/'service.md', page(about, rows))
+    about = dict(
+        command=command,
+        measured=time.strftime('%Y-%m-%d'),
+        hardware=f'{platform.machine()}, {cores()} cores',
+        load_before=round(load, 2),
+        load_after=round(os.getloadavg()[0], 2),
+        python=platform.python_version(),
+    )
+    write_json(Path(out) / 'service.json', dict(about=about, rows=rows))
+    write_atomic(Path(out) / 'service.md', page(about, rows))
     return rows
 
 def page(about:dict, rows:list[dict]) -> str:
     "The figures as a page."
-    table = [f'| {r["promise"]} | {r["what"]} | {r["figure"]:g} {r["unit"]} | {r["goal"]} | {"yes" if r["kept"] else "**no**"} | `{r.get("command", "")}` |' for r in sorted(rows, key=lambda r: r['promise'])]
-    return '\n'.join(['# The promises of the service', '', f'Measured on {about["measured"]} by `{about["command"]}`: {about["hardware"]}, Python {about["python"]}. The load average was {about["load_before"]} before and {about["load_after"]} after; '
-                      'a load well above the number of cores means that others worked on the machine, and figures of time are then pessimistic.', '', '| promise | measured | figure | goal | kept | by |', '|---|---|---|---|---|---|', *table, '',
-                      'Kept by tests rather than by a clock: hostile requests, pixels, neighbours, abandoned work, keys, jobs, canary and metrics in `tests/test_serve.py` and `tests/test_service_life.py`; the Bento and the process in `tests/test_bento.py`.', ''])
+    table = [
+        f'| {r["promise"]} | {r["what"]} | {r["figure"]:g} {r["unit"]} | {r["goal"]} | {"yes" if r["kept"] else "**no**"} | `{r.get("command", "")}` |'
+        for r in sorted(rows, key=lambda r: r['promise'])
+    ]
+    return '\n'.join(
+        [
+            '# The promises of the service',
+            '',
+            f'Measured on {about["measured"]} by `{about["command"]}`: {about["hardware"]}, Python {about["python"]}. The load average was {about["load_before"]} before and {about["load_after"]} after; '
+            'a load well above the number of cores means that others worked on the machine, and figures of time are then pessimistic.',
+            '',
+            '| promise | measured | figure | goal | kept | by |',
+            '|---|---|---|---|---|---|',
+            *table,
+            '',
+            'Kept by tests rather than by a clock: hostile requests, pixels, neighbours, abandoned work, keys, jobs, canary and metrics in `tests/test_serve.py` and `tests/test_service_life.py`; the Bento and the process in `tests/test_bento.py`.',
+            '',
+        ]
+    )

@@ -16,26 +16,44 @@ from .pyramid import ConvNorm, Pyramid
 # %% ../nbs/19f_prototypes.ipynb #f1cd845a
 class Prototypes(nn.Module):
     "From the pyramid's finest map, and the backbone's finer ones, to maps of the image."
-    def __init__(self, coarse:int, fine:Sequence[int], width:int, number:int): # channels; channels of each finer map, finest first
+
+    def __init__(
+        self, coarse: int, fine: Sequence[int], width: int, number: int
+    ):  # channels; channels of each finer map, finest first
         super().__init__(); self.first = ConvNorm(coarse, width)
-        self.side = nn.ModuleList(nn.Sequential(nn.Conv2d(c, width, 1, bias=False), nn.BatchNorm2d(width)) for c in fine)
+        self.side = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(c, width, 1, bias=False), nn.BatchNorm2d(width)) for c in fine
+        )
         self.after, self.last = nn.ModuleList(ConvNorm(width, width) for _ in fine), nn.Conv2d(width, number, 1)
 
     def forward(self, coarse, fine:list): # -> (N, number, H/stride, W/stride)
         x = self.first(coarse)
-        for m, side, after in reversed(list(zip(fine, self.side, self.after))): x = after(F.interpolate(x, size=m.shape[-2:], mode='nearest') + side(m))
+        for m, side, after in reversed(list(zip(fine, self.side, self.after))):
+            x = after(F.interpolate(x, size=m.shape[-2:], mode='nearest') + side(m))
         return self.last(x)
 
 class MaskDetector(Detector):
     "A detector that also says, for every place, how the prototypes are to be mixed."
-    def __init__(self, pyramid:Pyramid, classes:int, depth:int=2, inside:tuple[int, float]|None=None, prototypes:int=16, mask_width:int=32):
+
+    def __init__(
+        self,
+        pyramid: Pyramid,
+        classes: int,
+        depth: int = 2,
+        inside: tuple[int, float] | None = None,
+        prototypes: int = 16,
+        mask_width: int = 32,
+    ):
         super().__init__(pyramid, classes, depth, inside)
         self.prototypes = Prototypes(pyramid.width, pyramid.features.channels[:pyramid.skip], mask_width, prototypes)
         self.mix = nn.Conv2d(pyramid.width, prototypes, 3, 1, 1)
 
-    def said(self, what, where, i:int) -> dict[str, torch.Tensor]: return super().said(what, where, i) | dict(coefficients=self.mix(where))
+    def said(self, what, where, i: int) -> dict[str, torch.Tensor]:
+        return super().said(what, where, i) | dict(coefficients=self.mix(where))
 
-    def forward(self, images): # (N, 3, H, W) uint8 -> logits (N, A, C), boxes (N, A, 4), coefficients (N, A, K), prototypes (N, K, H/stride, W/stride)
+    def forward(
+        self, images
+    ):  # (N, 3, H, W) uint8 -> logits (N, A, C), boxes (N, A, 4), coefficients (N, A, K), prototypes (N, K, H/stride, W/stride)
         maps, fine = self.pyramid.both(images); out = self.heads(maps) | dict(prototypes=self.prototypes(maps[0], fine))
         if self.inside and not self.training: out |= suppressed(out['logits'], out['boxes'], *self.inside)
         return out
@@ -46,11 +64,16 @@ def widened(box:torch.Tensor, margin:float) -> torch.Tensor: # (..., 4) xyxy
     more = (box[..., 2:] - box[..., :2])*margin
     return torch.cat([box[..., :2] - more, box[..., 2:] + more], -1)
 
-def mask_loss(out:dict,             # of a `MaskDetector`
-              masks:torch.Tensor,   # (N, M, h, w) uint8, how much of each cell of the prototypes an object covers: 0 to 255
-              known:torch.Tensor,   # (N, M) bool: there is a mask to learn from
-              objects:torch.Tensor, which:torch.Tensor, target:torch.Tensor, # of `detector.answering`
-              stride:float, margin:float=.1) -> torch.Tensor: # pixels per cell; of `widened`
+def mask_loss(
+    out: dict,  # of a `MaskDetector`
+    masks: torch.Tensor,  # (N, M, h, w) uint8, how much of each cell of the prototypes an object covers: 0 to 255
+    known: torch.Tensor,  # (N, M) bool: there is a mask to learn from
+    objects: torch.Tensor,
+    which: torch.Tensor,
+    target: torch.Tensor,  # of `detector.answering`
+    stride: float,
+    margin: float = 0.1,
+) -> torch.Tensor: # pixels per cell; of `widened`
     "Cross-entropy and Dice of the masks of all answering places, over the sum of the targets."
     h, w = out['prototypes'].shape[-2:]; on = out['prototypes'].device
     x, y = ((torch.arange(n, device=on) + .5)*stride for n in (w, h)); total = out['prototypes'].float().sum()*0
@@ -58,9 +81,21 @@ def mask_loss(out:dict,             # of a `MaskDetector`
         for n in range(len(which)):
             a = (which[n] >= 0).nonzero()[:, 0]; a = a[known[n, which[n, a]]]; o = which[n, a]
             if not len(a): continue
-            z = (out['coefficients'][n, a].float() @ out['prototypes'][n].float().flatten(1)).unflatten(1, (h, w)); t = masks[n, o].float()/255
+            z = (out['coefficients'][n, a].float() @ out['prototypes'][n].float().flatten(1)).unflatten(1, (h, w))
+            t = masks[n, o].float() / 255
             x1, y1, x2, y2 = widened(objects[n, o, 1:], margin)[:, :, None].unbind(1)
-            here = (((y > y1) & (y < y2))[:, :, None] & ((x > x1) & (x < x2))[:, None]).float(); size = lambda v, here=here: (v*here).sum((1, 2))
+            here = (((y > y1) & (y < y2))[:, :, None] & ((x > x1) & (x < x2))[:, None]).float()
+            size = lambda v, here=here: (v * here).sum((1, 2))
             p = z.sigmoid(); dice = 1 - (2*size(p*t) + 1)/(size(p) + size(t) + 1)
-            total = total + ((size(F.binary_cross_entropy_with_logits(z, t, reduction='none'))/size(torch.ones_like(z)).clamp(min=1) + dice)*target[n, a]).sum()
+            total = (
+                total
+                + (
+                    (
+                        size(F.binary_cross_entropy_with_logits(z, t, reduction='none'))
+                        / size(torch.ones_like(z)).clamp(min=1)
+                        + dice
+                    )
+                    * target[n, a]
+                ).sum()
+            )
     return total/target.sum().clamp(min=1.)

@@ -27,7 +27,11 @@ class Features(nn.Module):
         probe = timm_network(name, features_only=True, **kwargs).feature_info
         at = {r: i for i, r in enumerate(probe.reduction())}; own = [s for s in strides if s in at]
         if not own or any(b not in at and b != 2*a or b <= a for a, b in zip([0, *strides], strides)):
-            raise BadInput(f'{name} has no features of the strides {list(strides)}', f'strides among {sorted(at)}, ascending, or twice the last', 'correct `strides`')
+            raise BadInput(
+                f'{name} has no features of the strides {list(strides)}',
+                f'strides among {sorted(at)}, ascending, or twice the last',
+                'correct `strides`',
+            )
         self.body = timm_network(name, pretrained, features_only=True, out_indices=[at[s] for s in own], **kwargs)
         self.first = FromUint8(*self._colours(name))
         self.channels = self.body.feature_info.channels()
@@ -36,7 +40,9 @@ class Features(nn.Module):
         if frozen: self.body.requires_grad_(False)
 
     @staticmethod
-    def _colours(name): cfg = timm.get_pretrained_cfg(name); return (cfg.mean, cfg.std) if cfg else ((.485, .456, .406), (.229, .224, .225))
+    def _colours(name):
+        cfg = timm.get_pretrained_cfg(name)
+        return (cfg.mean, cfg.std) if cfg else ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
     def train(self, mode:bool=True):
         super().train(mode)
@@ -45,7 +51,9 @@ class Features(nn.Module):
 
     def forward(self, images) -> list: # (N, 3, H, W) uint8 -> (N, C, H/stride, W/stride) each
         maps = list(self.body(self.first(images)))
-        if getattr(self.body, 'output_fmt', '') == 'NHWC' or (maps[0].shape[1] != self.channels[0] and maps[0].shape[-1] == self.channels[0]):
+        if getattr(self.body, 'output_fmt', '') == 'NHWC' or (
+            maps[0].shape[1] != self.channels[0] and maps[0].shape[-1] == self.channels[0]
+        ):
             maps = [m.permute(0, 3, 1, 2) for m in maps]   # Swin and its kin
         for halve in self.more: maps.append(halve(maps[-1]))
         return maps
@@ -53,10 +61,16 @@ class Features(nn.Module):
 # %% ../nbs/19b_pyramid.ipynb #45c9de24
 class Pyramid(nn.Module):
     "Features of one width at every stride."
-    def __init__(self, features:Features, width:int=64, up:bool=True, skip:int=0): # `skip`: the first maps, which are left as they are
-        super().__init__(); self.features, self.width, self.skip, self.strides = features, width, skip, features.strides[skip:]
+
+    def __init__(
+        self, features: Features, width: int = 64, up: bool = True, skip: int = 0
+    ):  # `skip`: the first maps, which are left as they are
+        super().__init__()
+        self.features, self.width, self.skip, self.strides = features, width, skip, features.strides[skip:]
         n = len(self.strides)
-        self.side = nn.ModuleList(nn.Sequential(nn.Conv2d(c, width, 1, bias=False), nn.BatchNorm2d(width)) for c in features.channels[skip:])
+        self.side = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(c, width, 1, bias=False), nn.BatchNorm2d(width)) for c in features.channels[skip:]
+        )
         self.down = nn.ModuleList(ConvNorm(width, width) for _ in range(n - 1))
         self.halve = nn.ModuleList(ConvNorm(width, width, 3, 2) for _ in range(n - 1)) if up else None
         self.up = nn.ModuleList(ConvNorm(width, width) for _ in range(n - 1)) if up else None
@@ -71,8 +85,15 @@ class Pyramid(nn.Module):
             for i in range(1, len(maps)): maps[i] = self.up[i-1](maps[i] + self.halve[i-1](maps[i-1]))
         return maps, raw[:self.skip]
 
-def pyramid(name:str, strides:Sequence[int]=(8, 16, 32), width:int=64, pretrained:bool|str=False, frozen:bool=False, up:bool=True,
-            fine:Sequence[int]=(), # strides finer than the pyramid's, for `Pyramid.both`
-            **kwargs) -> Pyramid:
+def pyramid(
+    name: str,
+    strides: Sequence[int] = (8, 16, 32),
+    width: int = 64,
+    pretrained: bool | str = False,
+    frozen: bool = False,
+    up: bool = True,
+    fine: Sequence[int] = (),  # strides finer than the pyramid's, for `Pyramid.both`
+    **kwargs,
+) -> Pyramid:
     "A timm backbone with a feature pyramid on it; takes (N, 3, H, W) uint8."
     return Pyramid(Features(name, [*fine, *strides], pretrained, frozen, **kwargs), width, up, len(fine))

@@ -17,13 +17,25 @@ class Reader(nn.Module):
     "Images in; a map of characters and a map of lines out."
     def __init__(self, pyramid:Pyramid, characters:int, drop:float=.1):
         super().__init__(); self.pyramid = pyramid; w = pyramid.width; self.stride = pyramid.strides[1]
-        self.look = nn.Sequential(nn.Conv2d(w, w, (3, 5), padding=(1, 2), bias=False), nn.BatchNorm2d(w), nn.ReLU(inplace=True), nn.Dropout2d(drop))
+        self.look = nn.Sequential(
+            nn.Conv2d(w, w, (3, 5), padding=(1, 2), bias=False),
+            nn.BatchNorm2d(w),
+            nn.ReLU(inplace=True),
+            nn.Dropout2d(drop),
+        )
         self.chars, self.find = nn.Conv2d(w, characters + 2, 1), nn.Sequential(ConvNorm(w, w), nn.Conv2d(w, 5, 1))
-        nn.init.zeros_(self.chars.bias); nn.init.constant_(self.find[1].bias, 0.); nn.init.constant_(self.find[1].bias[:1], -2.)
+        nn.init.zeros_(self.chars.bias)
+        nn.init.constant_(self.find[1].bias, 0.0)
+        nn.init.constant_(self.find[1].bias[:1], -2.0)
 
-    def forward(self, images): # (N, 3, H, W) uint8 -> chars (N, 1 + characters + 1, H/4, W/4), lines (N, 5, H/8, W/8): core (a logit), edges (pixels)
+    def forward(
+        self, images
+    ):  # (N, 3, H, W) uint8 -> chars (N, 1 + characters + 1, H/4, W/4), lines (N, 5, H/8, W/8): core (a logit), edges (pixels)
         fine, coarse = self.pyramid(images)[:2]; found = self.find(coarse).float()
-        return dict(chars=self.chars(self.look(fine)), lines=torch.cat([found[:, :1], found[:, 1:].clamp(max=5).exp()*2*self.stride], 1))
+        return dict(
+            chars=self.chars(self.look(fine)),
+            lines=torch.cat([found[:, :1], found[:, 1:].clamp(max=5).exp() * 2 * self.stride], 1),
+        )
 
 # %% ../nbs/19e_reader.ipynb #42d66aa3
 def core_places(boxes:torch.Tensor, # (M, 4) xyxy, pixels
@@ -36,7 +48,9 @@ def core_places(boxes:torch.Tensor, # (M, 4) xyxy, pixels
     near = lambda at, centre, reach: (at - centre[:, None]).abs() <= reach.clamp(min=stride/2)[:, None]
     core = near(y, cy, high/4)[:, :, None] & near(x, cx, wide/2 - torch.minimum(wide, high)/4)[:, None]
     area = torch.where(core, (wide*high)[:, None, None], torch.inf)
-    least = torch.full(shape, torch.inf, device=boxes.device, dtype=area.dtype).scatter_reduce_(0, image[:, None, None].expand_as(area), area, 'amin')
+    least = torch.full(shape, torch.inf, device=boxes.device, dtype=area.dtype).scatter_reduce_(
+        0, image[:, None, None].expand_as(area), area, 'amin'
+    )
     return core & (area == least[image])
 
 def finding_loss(lines, boxes, image, stride:int): # scalar tensor
@@ -54,17 +68,28 @@ def columns_at(boxes:torch.Tensor, pitch:float, least:int=4) -> tuple[torch.Tens
     "`lines.reading_columns`, for tensors."
     n = ((boxes[:, 2] - boxes[:, 0])/pitch).ceil().clamp(min=least); T = torch.arange(int(n.max()), device=boxes.device)
     x = boxes[:, :1] + (T + .5)/n[:, None]*(boxes[:, 2:3] - boxes[:, :1])
-    return x, boxes[:, 1:2] + torch.linspace(.15, .85, ROWS, device=boxes.device)*(boxes[:, 3:4] - boxes[:, 1:2]), n.long()
+    return (
+        x,
+        boxes[:, 1:2] + torch.linspace(0.15, 0.85, ROWS, device=boxes.device) * (boxes[:, 3:4] - boxes[:, 1:2]),
+        n.long(),
+    )
+
 
 def columns_of(chars, image, x, y, stride:int): # (M, T, 1 + characters) logits
     "`lines.line_logits`, for tensors."
-    def hat(at, cells): return (1 - ((at[..., None]/stride - .5).clamp(0, cells - 1) - torch.arange(cells, device=at.device)).abs()).clamp(min=0)
+
+    def hat(at, cells):
+        return (
+            1 - ((at[..., None] / stride - 0.5).clamp(0, cells - 1) - torch.arange(cells, device=at.device)).abs()
+        ).clamp(min=0)
+
     got = torch.einsum('mrh,mchw,mtw->mcrt', hat(y, chars.shape[2]), chars[image], hat(x, chars.shape[3]))
     return (got[:, :-1]*got[:, -1:].softmax(2)).sum(2).transpose(1, 2)
 
 def flat_start(lp, x, n, boxes, codes, spans): # (M,): cross-entropy of each line
     "What it would cost if every character were where it is assumed to be."
-    at = ((x - boxes[:, :1])/(boxes[:, 2:3] - boxes[:, :1]))[..., None]; there = (at > spans[:, None, :, 0]) & (at < spans[:, None, :, 1])
+    at = ((x - boxes[:, :1]) / (boxes[:, 2:3] - boxes[:, :1]))[..., None]
+    there = (at > spans[:, None, :, 0]) & (at < spans[:, None, :, 1])
     there &= (torch.arange(x.shape[1], device=x.device) < n[:, None])[..., None]
     cost = -lp.gather(2, codes[:, None].expand(-1, x.shape[1], -1))
     return (cost*there).sum((1, 2))/n
@@ -78,11 +103,24 @@ def reading_loss(chars, boxes, image, codes, length, spans, stride:int, flat:flo
     return (ctc + flat*(1 - torch.exp(-ctc.detach()))*flat_start(lp, x, n, boxes, codes, spans)).mean()
 
 # %% ../nbs/19e_reader.ipynb #3ede63de
-def reader_loss(out:dict,     # of a `Reader`
-                targets:dict, # image (M,), box (M, 4), codes (M, L) padded with 0, length (M,): 0 where the text is not known, spans (M, L, 2)
-                strides:tuple[int, int]=(4, 8), flat:float=1.): # scalar tensor
+def reader_loss(
+    out: dict,  # of a `Reader`
+    targets: dict,  # image (M,), box (M, 4), codes (M, L) padded with 0, length (M,): 0 where the text is not known, spans (M, L, 2)
+    strides: tuple[int, int] = (4, 8),
+    flat: float = 1.0,
+): # scalar tensor
     "Finding and reading."
-    chars, lines, box, image = out['chars'].float(), out['lines'].float(), targets['box'].float(), targets['image']; known = targets['length'] > 0
+    chars, lines, box, image = out['chars'].float(), out['lines'].float(), targets['box'].float(), targets['image']
+    known = targets['length'] > 0
     found = finding_loss(lines, box, image, strides[1])
     if not known.any(): return found + 0*chars.sum()
-    return found + reading_loss(chars, box[known], image[known], targets['codes'][known], targets['length'][known], targets['spans'][known].float(), strides[0], flat)
+    return found + reading_loss(
+        chars,
+        box[known],
+        image[known],
+        targets['codes'][known],
+        targets['length'][known],
+        targets['spans'][known].float(),
+        strides[0],
+        flat,
+    )

@@ -95,13 +95,20 @@ def _judge_gap(rule:Rule, gaps:list) -> dict:
     asked = dict(metric=rule.metric, between=rule.between, min_support=rule.min_support, judge=rule.judge)
     g = next((g for g in gaps if isinstance(g, dict) and all(g.get(k) == v for k, v in asked.items())), {})
     row = judge(rule, _figure(dict(gap=g), 'gap') if g else None)
-    return row | dict(said=f'{row["said"]}: {g["best"]} {g["best_value"]:.4g}, {g["worst"]} {g["worst_value"]:.4g}') if g.get('worst') else row
+    return (
+        row | dict(said=f'{row["said"]}: {g["best"]} {g["best_value"]:.4g}, {g["worst"]} {g["worst_value"]:.4g}')
+        if g.get('worst')
+        else row
+    )
 
 # %% ../nbs/60_release.ipynb #cc256dc8
 def _judge_parity(performance:dict, model:Path) -> dict:
     p = performance.get('parity'); row = dict(rule='parity with the checkpoint', why='what was judged is what answers')
     if not isinstance(p, dict): return row | dict(verdict='fail', measured=None, said='was not measured')
-    here, about = {n: h for n in _MODEL if (h := _hash(model/n))}, p.get('artifact') if isinstance(p.get('artifact'), dict) else {}
+    here, about = (
+        {n: h for n in _MODEL if (h := _hash(model / n))},
+        p.get('artifact') if isinstance(p.get('artifact'), dict) else {},
+    )
     if other := sorted(n for n in {*here, *about} if here.get(n) != about.get(n)):
         return row | dict(verdict='fail', measured=None, said=f'was measured with another {", ".join(other)}')
     worst = _figure(p, 'max_abs_diff'); worst = f'{worst["value"]:.2g}' if worst else 'unknown'
@@ -652,7 +659,11 @@ def _facts(folder:Path) -> dict[str, str]:
     out |= {f'figure: {k} on {s}': say(f) for s, x in m['slices'].items() for k, f in x['metrics'].items()}
     for n in ('bundle', 'lineage', 'thresholds', 'preprocess', 'model', 'evaluation/performance'):
         if (folder/f'{n}.json').is_file():
-            out |= {f'{Path(n).stem}: {k}': v for k, v in _flat(read_json(folder/f'{n}.json'), '') if not k.startswith('parity artifact')} # files are listed below
+            out |= {
+                f'{Path(n).stem}: {k}': v
+                for k, v in _flat(read_json(folder / f'{n}.json'), '')
+                if not k.startswith('parity artifact')
+            }  # files are listed below
     if (folder/'config.yaml').is_file():
         out |= {f'settings: {k}': v for k, v in _flat(yaml.safe_load((folder/'config.yaml').read_text()), '')}
     return out | {f'file: {n}': h[:16] for n, h in read_json(folder/'checksums.json').items()}

@@ -40,7 +40,8 @@ class Page:
         import io, matplotlib.pyplot as plt
         buffer = io.BytesIO(); fig.savefig(buffer, format='png', bbox_inches='tight'); plt.close(fig)
         write_atomic(self._path(f'{name}.png'), buffer.getvalue())
-        if data is not None: write_atomic(self._path(f'{name}.csv'), data.to_csv(index=not isinstance(data.index, pd.RangeIndex)))
+        if data is not None:
+            write_atomic(self._path(f'{name}.csv'), data.to_csv(index=not isinstance(data.index, pd.RangeIndex)))
         return fig
 
     def _path(self, name:str) -> Path:
@@ -67,11 +68,16 @@ def _card(name:str, f:dict|float|str) -> str:
     more = f'{low:.4g} … {high:.4g}' if low is not None and high is not None else f.get('note', '')
     return f'<div class="card"><b>{html.escape(text)}</b><span>{html.escape(name)}</span><small>{html.escape(str(more))}</small></div>'
 
+
 def headline_html(figures:dict,         # name -> figure (value, low, high), number or text
                   verdict:str|None=None, # pass or fail
                   said:str='') -> str:
     "Figures as a row of cards, with the verdict before them."
-    badge = dict(verdict=f'<div class="verdict {verdict}">{"accepted" if verdict == "pass" else "not accepted"}</div>') if verdict else {}
+    badge = (
+        dict(verdict=f'<div class="verdict {verdict}">{"accepted" if verdict == "pass" else "not accepted"}</div>')
+        if verdict
+        else {}
+    )
     sentence = f'<p>{html.escape(said)}</p>' if said else ''
     return (f'<div class="headline">{badge.get("verdict", "")}<div class="cards">'
             f'{"".join(_card(n, f) for n, f in figures.items())}</div>{sentence}</div>')
@@ -95,11 +101,20 @@ padding:.5rem .9rem;min-width:7rem}.card b{display:block;font-size:1.5rem;line-h
 color:#fff;background:#9a3412}.verdict.pass{background:#166534}</style>'''
 
 # %% ../nbs/90_report.ipynb #d1cdfd65
-def table_html(t:pd.DataFrame, mark:str|None=None, # the column whose words `pass`, `fail`, `error` ... colour the row's cell
-               index:bool=False) -> str:
+def table_html(
+    t: pd.DataFrame,
+    mark: str | None = None,  # the column whose words `pass`, `fail`, `error` ... colour the row's cell
+    index: bool = False,
+) -> str:
     "A table that scrolls by itself when the screen is narrow."
     def cell(name, v):
-        css = f' class="mark {html.escape(str(v)).replace(" ", "-")}"' if name == mark else ' class="num"' if isinstance(v, (int, float)) else ''
+        css = (
+            f' class="mark {html.escape(str(v)).replace(" ", "-")}"'
+            if name == mark
+            else ' class="num"'
+            if isinstance(v, (int, float))
+            else ''
+        )
         text = f'{v:.4g}' if isinstance(v, float) else str(v)
         return f'<td{css}>{html.escape(text)}</td>'
     names = ([t.index.name or ''] if index else []) + list(t.columns)
@@ -122,8 +137,10 @@ def gallery_html(pictures:list[tuple], # (image (H, W, 3) uint8, caption) pairs
         im = im.resize((max(1, round(im.width*scale)), height), how); buffer = io.BytesIO()
         im.save(buffer, 'JPEG', quality=88)
         text = html.escape(str(caption))
-        out.append(f'<figure><img alt="{text}" src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
-                   f'<figcaption>{text}</figcaption></figure>')
+        out.append(
+            f'<figure><img alt="{text}" src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+            f'<figcaption>{text}</figcaption></figure>'
+        )
     return f'<div class="gallery">{"".join(out)}</div>'
 
 # %% ../nbs/90_report.ipynb #7ae8c533
@@ -200,8 +217,12 @@ def render_html(notebook:str|Path,   # an executed notebook
         '@media (prefers-color-scheme:dark){' + dark + '.highlight{background:none}}'
     exporter = HTMLExporter(extra_loaders=[DictLoader({'report.html.j2': TEMPLATE})], template_file='report.html.j2')
     exporter.register_preprocessor('nbconvert.preprocessors.CoalesceStreamsPreprocessor', enabled=True)
-    body, _ = exporter.from_notebook_node(nb, resources=dict(page_style=style, page_note=html.escape(note),
-                                                             page_title=html.escape(first.splitlines()[0].lstrip('# '))))
+    body, _ = exporter.from_notebook_node(
+        nb,
+        resources=dict(
+            page_style=style, page_note=html.escape(note), page_title=html.escape(first.splitlines()[0].lstrip('# '))
+        ),
+    )
     return write_atomic(out, body)
 
 # %% ../nbs/90_report.ipynb #f2fb524e
@@ -218,6 +239,9 @@ def index_html(reports:str|Path) -> Path:
         rows.append(f'<h2><a href="{html.escape(where)}/{link}">{name}</a>{state}</h2>'
                     f'<p class="params">{html.escape(s.get("said", ""))}</p>{headline_html(found, verdict)}')
     body = ''.join(rows) or '<p>No report yet. Make one with: cvlab run train</p>'
-    return write_atomic(reports/'index.html', f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
-                        f'content="width=device-width,initial-scale=1"><title>Reports</title><style>{STYLE}</style></head>'
-                        f'<body><main><h1>Reports</h1>{body}</main></body></html>')
+    return write_atomic(
+        reports / 'index.html',
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
+        f'content="width=device-width,initial-scale=1"><title>Reports</title><style>{STYLE}</style></head>'
+        f'<body><main><h1>Reports</h1>{body}</main></body></html>',
+    )

@@ -33,7 +33,8 @@ def from_registry(home:str|Path, alias:str='production') -> Source:
     def look() -> dict[str, Path]:
         tags = {p.stem: registry.standing(p.stem).get(alias) for p in sorted((registry.home/'aliases').glob('*.json'))}
         for problem, tag in tags.items():
-            if tag and known.get(problem, (None,))[0] != tag: known[problem] = (tag, registry.path(problem, tag.partition(':')[2])) # verified when it changes
+            if tag and known.get(problem, (None,))[0] != tag:
+                known[problem] = (tag, registry.path(problem, tag.partition(':')[2]))  # verified when it changes
         return {p: known[p][1] for p, tag in tags.items() if tag}
     return look
 
@@ -58,8 +59,23 @@ def _lazily() -> Source:
     return look
 
 # %% ../nbs/70_serve.ipynb #5eef1901
-PACKAGES = ('bentoml', 'httpx', 'numpy', 'onnxruntime', 'pandas', 'pillow', 'prometheus-client', 'pyarrow', 'pycocotools', 'pydantic', 'python-multipart', 'pyyaml',
-            'scipy', 'starlette', 'filelock')
+PACKAGES = (
+    'bentoml',
+    'httpx',
+    'numpy',
+    'onnxruntime',
+    'pandas',
+    'pillow',
+    'prometheus-client',
+    'pyarrow',
+    'pycocotools',
+    'pydantic',
+    'python-multipart',
+    'pyyaml',
+    'scipy',
+    'starlette',
+    'filelock',
+)
 ROOT = Path(cv_lab.__file__).parents[1]
 
 class Carried(BentoModel):
@@ -67,7 +83,13 @@ class Carried(BentoModel):
     def to_info(self, alias=None):
         from bentoml._internal.container import BentoMLContainer
         from bentoml._internal.models import ModelStore, copy_model
-        if self.stored is None: copy_model(self.tag, src_model_store=ModelStore(_registry()/'bentoml/models'), target_model_store=BentoMLContainer.model_store.get())
+
+        if self.stored is None:
+            copy_model(
+                self.tag,
+                src_model_store=ModelStore(_registry() / 'bentoml/models'),
+                target_model_store=BentoMLContainer.model_store.get(),
+            )
         return super().to_info(alias)
 
     def resolve(self, base_path=None, **_): return None # serving from a workspace reads the registry itself
@@ -84,7 +106,11 @@ def carried() -> list[Carried]:
 def pinned() -> list[str]:
     "The service's packages at the versions of the lock file."
     lock = ROOT/'requirements.lock'
-    pins = dict(line.split(';')[0].strip().split('==') for line in lock.read_text().splitlines() if '==' in line) if lock.is_file() else {}
+    pins = (
+        dict(line.split(';')[0].strip().split('==') for line in lock.read_text().splitlines() if '==' in line)
+        if lock.is_file()
+        else {}
+    )
     return [f'{n}=={pins[n]}' if n in pins else n for n in sorted(PACKAGES)]
 
 # %% ../nbs/70_serve.ipynb #e5af31fc
@@ -116,10 +142,22 @@ def _settings() -> dict:
     "Settings of the service from the environment."
     number = lambda name, default: type(default)(os.environ.get(name, default))
     env = os.environ.get; kept, challenger = env('CVLAB_TELEMETRY'), env('CVLAB_CHALLENGER')
-    return dict(device=env('CVLAB_DEVICE', 'auto'), max_queue=number('CVLAB_MAX_QUEUE', 256), max_inflight=number('CVLAB_MAX_INFLIGHT', 128),
-                max_batch=number('CVLAB_MAX_BATCH', 0) or None, poll=number('CVLAB_POLL_SECONDS', 1.), kept=PredictionLog(kept) if kept else None,
-                guard=Guard(env('CVLAB_KEYS'), env('CVLAB_OPEN') == '1'), jobs=env('CVLAB_JOBS'),
-                challengers=(folders(challenger) if Path(challenger).is_dir() else from_registry(workspace().registry, challenger)) if challenger else None)
+    return dict(
+        device=env('CVLAB_DEVICE', 'auto'),
+        max_queue=number('CVLAB_MAX_QUEUE', 256),
+        max_inflight=number('CVLAB_MAX_INFLIGHT', 128),
+        max_batch=number('CVLAB_MAX_BATCH', 0) or None,
+        poll=number('CVLAB_POLL_SECONDS', 1.0),
+        kept=PredictionLog(kept) if kept else None,
+        guard=Guard(env('CVLAB_KEYS'), env('CVLAB_OPEN') == '1'),
+        jobs=env('CVLAB_JOBS'),
+        challengers=(
+            folders(challenger) if Path(challenger).is_dir() else from_registry(workspace().registry, challenger)
+        )
+        if challenger
+        else None,
+    )
+
 
 service = Service(_lazily())
 
@@ -128,7 +166,10 @@ def look_often(seconds:float=1.):
     "Let BentoML's parent look every second, not every ten, whether its worker still lives."
     from functools import partial
     from bentoml._internal.utils import circus
-    if not isinstance(circus.create_standalone_arbiter, partial): circus.create_standalone_arbiter = partial(circus.create_standalone_arbiter, check_delay=seconds)
+
+    if not isinstance(circus.create_standalone_arbiter, partial):
+        circus.create_standalone_arbiter = partial(circus.create_standalone_arbiter, check_delay=seconds)
+
 
 look_often()
 
@@ -161,8 +202,13 @@ def drain_on_signals(target:Service):
         if callable(before := signal.getsignal(number)): signal.signal(number, closing(number, before))
 
 # %% ../nbs/70_serve.ipynb #b80cd8ed
-@bentoml.service(service_class=Host, workers=1, metrics=dict(enabled=False), logging=dict(access=dict(enabled=False)),
-                 image=bentoml.images.Image(python_version='3.11', lock_python_packages=False).python_packages(*pinned()))
+@bentoml.service(
+    service_class=Host,
+    workers=1,
+    metrics=dict(enabled=False),
+    logging=dict(access=dict(enabled=False)),
+    image=bentoml.images.Image(python_version='3.11', lock_python_packages=False).python_packages(*pinned()),
+)
 @bentoml.asgi_app(service, path='/')
 class VisionService:
     "Answers about images."
@@ -181,9 +227,12 @@ class VisionService:
     @bentoml.api(route='/predict')
     async def predict(self, image:bytes, /) -> dict:
         "The bytes of an image file: for BentoML's own client."
-        try: return await service.answer(image)
+        try:
+            return await service.answer(image)
         except Refusal as e:
-            e = as_fault(e); raise bentoml.exceptions.BentoMLException(str(e), error_code=HTTPStatus(e.http_status)) from None
+            e = as_fault(e)
+            raise bentoml.exceptions.BentoMLException(str(e), error_code=HTTPStatus(e.http_status)) from None
+
 
 VisionService.models.extend(carried())
 
@@ -226,7 +275,14 @@ def start_service(port:int=0, # 0: a free one
     "Start the service, wait until it is ready, and stop it at the end."
     port = port or free_port(); more = (dict(CVLAB_MODEL=str(Path(model).resolve())) if model else {}) | (env or {})
     with tempfile.TemporaryDirectory() as d, open(Path(d)/'log', 'wb') as out:
-        process = subprocess.Popen(command(port, bento=bento, python=python), stdout=out, stderr=out, env=environment(**more), cwd=cwd or d, start_new_session=True)
+        process = subprocess.Popen(
+            command(port, bento=bento, python=python),
+            stdout=out,
+            stderr=out,
+            env=environment(**more),
+            cwd=cwd or d,
+            start_new_session=True,
+        )
         running = Running(f'http://127.0.0.1:{port}', process, Path(d)/'log')
         try: wait_until_ready(running, seconds); yield running
         finally: running.stop()
@@ -235,12 +291,22 @@ def wait_until_ready(running:Running, seconds:float=60.):
     "Ask `/readyz` until it says yes."
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        if running.process.poll() is not None: raise RunFailed(f'the service ended with status {running.process.returncode}:\n{running.tail()}', 'a service that starts', 'read the lines above')
+        if running.process.poll() is not None:
+            raise RunFailed(
+                f'the service ended with status {running.process.returncode}:\n{running.tail()}',
+                'a service that starts',
+                'read the lines above',
+            )
         try:
             if httpx.get(f'{running.url}/readyz', timeout=2).status_code == 200: return
         except httpx.TransportError: pass
         time.sleep(.1)
-    raise RunFailed(f'the service was not ready after {seconds:g} s:\n{running.tail()}', 'a service that is ready', 'read the lines above')
+    raise RunFailed(
+        f'the service was not ready after {seconds:g} s:\n{running.tail()}',
+        'a service that is ready',
+        'read the lines above',
+    )
+
 
 def serve(port:int=3000, host:str='127.0.0.1', model:str|Path|None=None):
     "Become the service: this process is replaced by `bentoml serve`."

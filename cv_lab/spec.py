@@ -57,15 +57,20 @@ def select(expression:str,               # for example "lighting == 'night' and 
     def value(node):
         if isinstance(node, ast.Constant): return node.value
         if isinstance(node, (ast.List, ast.Tuple)): return [value(e) for e in node.elts]
-        if isinstance(node, ast.UnaryOp): return ~value(node.operand) if isinstance(node.op, ast.Not) else -value(node.operand)
+        if isinstance(node, ast.UnaryOp):
+            return ~value(node.operand) if isinstance(node.op, ast.Not) else -value(node.operand)
         if isinstance(node, ast.BoolOp):
             parts = [value(v) for v in node.values]
             return np.logical_and.reduce(parts) if isinstance(node.op, ast.And) else np.logical_or.reduce(parts)
         if isinstance(node, ast.Compare):
             sides = [value(v) for v in (node.left, *node.comparators)]
             return np.logical_and.reduce([_compare(o, a, b) for o, a, b in zip(node.ops, sides, sides[1:])])
-        if node.id not in tags: raise BadInput(f'slice {expression!r} asks for the tag {node.id!r}',
-                f'one of the tags of this dataset: {", ".join(sorted(tags)) or "none"}', 'correct the name in the problem file')
+        if node.id not in tags:
+            raise BadInput(
+                f'slice {expression!r} asks for the tag {node.id!r}',
+                f'one of the tags of this dataset: {", ".join(sorted(tags)) or "none"}',
+                'correct the name in the problem file',
+            )
         return np.array(tags[node.id], dtype=object)
     return np.broadcast_to(np.asarray(value(_parse(expression)), bool), (n,))
 
@@ -89,16 +94,28 @@ class Rule(Strict):
     @model_validator(mode='after')
     def _one_bound(self):
         bounds = [b for b in ('at_least', 'at_most', 'lose_at_most', 'gap_at_most') if getattr(self, b) is not None]
-        if len(bounds) != 1: raise ValueError(f'a rule has one of at_least, at_most, lose_at_most, gap_at_most; this one has {bounds or "none"}')
-        if (self.against is None) != (self.lose_at_most is None): raise ValueError('against and lose_at_most belong together')
-        if (self.between is None) != (self.gap_at_most is None): raise ValueError('between and gap_at_most belong together')
-        if self.between and (self.slice or len(set(self.between)) < 2): raise ValueError('a rule on a gap names two slices or more in `between`, or each, and no `slice`')
+        if len(bounds) != 1:
+            raise ValueError(
+                f'a rule has one of at_least, at_most, lose_at_most, gap_at_most; this one has {bounds or "none"}'
+            )
+        if (self.against is None) != (self.lose_at_most is None):
+            raise ValueError('against and lose_at_most belong together')
+        if (self.between is None) != (self.gap_at_most is None):
+            raise ValueError('between and gap_at_most belong together')
+        if self.between and (self.slice or len(set(self.between)) < 2):
+            raise ValueError('a rule on a gap names two slices or more in `between`, or each, and no `slice`')
         return self
 
     def __str__(self):
-        if self.between: return f'{self.metric}, gap between {self.between + " slice" if self.between == "each" else ", ".join(self.between)} <= {self.gap_at_most:g}'
-        bound = (f'>= {self.at_least:g}' if self.at_least is not None else f'<= {self.at_most:g}' if self.at_most is not None
-                 else f'loses <= {self.lose_at_most:g} against {self.against}')
+        if self.between:
+            return f'{self.metric}, gap between {self.between + " slice" if self.between == "each" else ", ".join(self.between)} <= {self.gap_at_most:g}'
+        bound = (
+            f'>= {self.at_least:g}'
+            if self.at_least is not None
+            else f'<= {self.at_most:g}'
+            if self.at_most is not None
+            else f'loses <= {self.lose_at_most:g} against {self.against}'
+        )
         return f'{self.metric}{f" on {self.slice}" if self.slice else ""} {bound}'
 
 # %% ../nbs/01_spec.ipynb #c1781b71
@@ -113,8 +130,10 @@ class DataRules(Strict):
     "What a dataset must be before anything is trained on it."
     min_per_class: int = Field(1, ge=0)          # training items of each class
     max_broken: float = Field(0., ge=0, le=1)    # share of items that do not decode
-    allow_leaks: bool = False                    # the same group or content in two splits
-    allow_near_duplicates: bool = False          # in two splits; for pictures that are alike by nature, as before a fixed camera
+    allow_leaks: bool = False  # the same group or content in two splits
+    allow_near_duplicates: bool = (
+        False  # in two splits; for pictures that are alike by nature, as before a fixed camera
+    )
     require_license: bool = False                # of every item
     require_consent: bool = False                # the form or contract by which the people in it agreed, for every item
     require_source: bool = False                 # where it comes from, for every item
@@ -130,17 +149,21 @@ class Decision(Strict):
     "When an answer is given, and when the service says that it does not know."
     target_precision: float|None = Field(None, gt=0, le=1) # of the answers given, this share is right, on held-out data
     costs: Costs|None = None                               # or: answer where it is cheapest on held-out data
-    per_class: bool = False                                # a line of its own for every class; objects always have one
-    curve: Literal['task', 'isotonic'] = 'task'            # what corrects scores: the task's own (a temperature, a logistic curve), or stairs per class
+    per_class: bool = False  # a line of its own for every class; objects always have one
+    curve: Literal['task', 'isotonic'] = (
+        'task'  # what corrects scores: the task's own (a temperature, a logistic curve), or stairs per class
+    )
     threshold: float = Field(.5, ge=0, le=1)               # multi-label: a class is said from this probability on
 
     @model_validator(mode='after')
     def _one_aim(self):
-        if self.target_precision and self.costs: raise ValueError('target_precision and costs are two ways to draw one line: give one')
+        if self.target_precision and self.costs:
+            raise ValueError('target_precision and costs are two ways to draw one line: give one')
         return self
 
 class Budget(Strict):
     "What a smaller or faster form of the model may lose of the primary metric, against the checkpoint on the same items."
+
     lose_at_most: float = Field(.01, ge=0)       # on all items: one point
     slice_lose_at_most: float = Field(.03, ge=0) # on a slice with `min_support` items or more
     min_support: int = Field(30, ge=1)
@@ -161,15 +184,23 @@ class Range(Strict):
     @model_validator(mode='after')
     def _ascends(self):
         if not self.low < self.high: raise ValueError(f'low must lie below high, not {self.low} and {self.high}')
-        if self.log and self.low <= 0: raise ValueError(f'a range over orders of magnitude begins above 0, not at {self.low}')
+        if self.log and self.low <= 0:
+            raise ValueError(f'a range over orders of magnitude begins above 0, not at {self.low}')
         return self
 
 Choices = Annotated[list[bool|int|float|str], Field(min_length=1)]
-Where = Annotated[Annotated[Choices, Tag('choices')]|Annotated[Range, Tag('range')], Discriminator(lambda v: 'choices' if isinstance(v, list) else 'range')]
+Where = Annotated[
+    Annotated[Choices, Tag('choices')] | Annotated[Range, Tag('range')],
+    Discriminator(lambda v: 'choices' if isinstance(v, list) else 'range'),
+]
+
 
 class Sweep(Strict):
     "Where a sweep looks for better settings."
-    space: dict[str, Where] = {}  # name of a setting -> choices or a range; empty: learning rate, weight decay and warm-up
+
+    space: dict[
+        str, Where
+    ] = {}  # name of a setting -> choices or a range; empty: learning rate, weight decay and warm-up
     prune: bool = True            # stop trials early that are behind the others
     startup: int = Field(6, ge=1) # trials at random before the results decide where to look
 
@@ -205,21 +236,28 @@ class Problem(Strict):
             _parse(expression)
         for r in self.acceptance:
             if r.slice and r.slice != 'each' and r.slice not in self.slices:
-                raise ValueError(f'a rule asks for the slice {r.slice!r}; there are: {", ".join(self.slices) or "none"}')
+                raise ValueError(
+                    f'a rule asks for the slice {r.slice!r}; there are: {", ".join(self.slices) or "none"}'
+                )
             if r.between and r.between != 'each' and (unknown := set(r.between) - {'all', *self.slices}):
-                raise ValueError(f'a rule asks for the slices {sorted(unknown)}; there are: all, {", ".join(self.slices)}')
+                raise ValueError(
+                    f'a rule asks for the slices {sorted(unknown)}; there are: all, {", ".join(self.slices)}'
+                )
         return self
 
     @cached_property
-    def digest(self) -> str: return digest(self.model_dump(mode='json', exclude={'sweep'})) # where one looked is no part of what is asked
+    def digest(self) -> str:
+        return digest(self.model_dump(mode='json', exclude={'sweep'}))  # where one looked is no part of what is asked
 
 # %% ../nbs/01_spec.ipynb #acbbab32
 def _line(node:yaml.Node, loc:tuple) -> int:
     "The line of the deepest part of `loc` that is in the YAML tree."
     line = node.start_mark.line + 1
     for key in loc:
-        if isinstance(node, yaml.MappingNode): found = next(((k, v) for k, v in node.value if k.value == str(key)), None)
-        elif isinstance(node, yaml.SequenceNode) and isinstance(key, int) and key < len(node.value): found = (node.value[key],)*2
+        if isinstance(node, yaml.MappingNode):
+            found = next(((k, v) for k, v in node.value if k.value == str(key)), None)
+        elif isinstance(node, yaml.SequenceNode) and isinstance(key, int) and key < len(node.value):
+            found = (node.value[key],) * 2
         else: found = None
         if found is None: break
         line, node = found[0].start_mark.line + 1, found[1]
@@ -229,8 +267,11 @@ def parse_problem(text:str,        # YAML
                   name:str='text', # what to call it in errors
                  ) -> Problem:
     "Read a problem from YAML text; every fault is named with its line and field."
-    try: tree = yaml.compose(text, Loader=yaml.SafeLoader); raw = yaml.safe_load(text)
-    except yaml.YAMLError as e: raise BadInput(f'{name} is not YAML: {e}', 'a problem file', 'see nbs/01_spec.ipynb') from None
+    try:
+        tree = yaml.compose(text, Loader=yaml.SafeLoader)
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as e:
+        raise BadInput(f'{name} is not YAML: {e}', 'a problem file', 'see nbs/01_spec.ipynb') from None
     if not isinstance(raw, dict): raise BadInput(f'{name} is not a mapping', 'a problem file', 'see nbs/01_spec.ipynb')
     try: return Problem.model_validate(raw)
     except ValidationError as e:
@@ -242,8 +283,11 @@ def load_problem(path:str|Path) -> Problem:
     "Read a problem file."
     path = Path(path)
     if not path.is_file():
-        raise NotFound(f'there is no problem file {path}', f'one of: {", ".join(sorted(map(str, path.parent.glob("*.yaml")))) or "none here"}',
-                       'make one with: cvlab init DATASET')
+        raise NotFound(
+            f'there is no problem file {path}',
+            f'one of: {", ".join(sorted(map(str, path.parent.glob("*.yaml")))) or "none here"}',
+            'make one with: cvlab init DATASET',
+        )
     return parse_problem(path.read_text(encoding='utf8'), str(path))
 
 # %% ../nbs/01_spec.ipynb #360badb5
@@ -253,8 +297,13 @@ def judge(rule:Rule,          # what is asked
          ) -> dict: # verdict, measured, said
     "Does `figure` satisfy `rule`?"
     if figure is not None and (n := figure.get('support')) is not None and n < rule.min_support:
-        return dict(verdict='not judged' if rule.slice or rule.between else 'fail', measured=figure, said=f'{n} items, fewer than {rule.min_support}')
-    if figure is None or figure.get('value') is None: return dict(verdict='fail', measured=None, said='was not measured')
+        return dict(
+            verdict='not judged' if rule.slice or rule.between else 'fail',
+            measured=figure,
+            said=f'{n} items, fewer than {rule.min_support}',
+        )
+    if figure is None or figure.get('value') is None:
+        return dict(verdict='fail', measured=None, said='was not measured')
     v = figure['value']; low, high = figure.get('low'), figure.get('high')
     if rule.judge == 'point' or low is None: low = high = v
     if rule.at_least is not None: ok, seen = low >= rule.at_least, low
@@ -325,10 +374,30 @@ def draft_problem(name:str, task:str, classes:list[str], dataset:str,
     "A problem file to start from, with a comment beside every choice."
     import json
     name = re.sub(r'[^a-z0-9_-]+', '-', name.lower()).strip('-_')[:63] or 'mine'
-    batch = int(np.clip(2**np.round(np.log2(max(items, 1)/12)), 8, 64)); epochs = int(np.clip(round(600*batch/max(items, 1)), 10, 60))
-    cut = [(k, v) for k, values in sorted(tags.items()) if k.isidentifier() and 1 < len(values) <= 6 for v in sorted(values)]
-    slices = '\n'.join(f'  {json.dumps(f"{k} {v}", ensure_ascii=False)}: {json.dumps(f"{k} == {v!r}", ensure_ascii=False)}' for k, v in cut[:12])
+    batch = int(np.clip(2 ** np.round(np.log2(max(items, 1) / 12)), 8, 64))
+    epochs = int(np.clip(round(600 * batch / max(items, 1)), 10, 60))
+    cut = [
+        (k, v)
+        for k, values in sorted(tags.items())
+        if k.isidentifier() and 1 < len(values) <= 6
+        for v in sorted(values)
+    ]
+    slices = '\n'.join(
+        f'  {json.dumps(f"{k} {v}", ensure_ascii=False)}: {json.dumps(f"{k} == {v!r}", ensure_ascii=False)}'
+        for k, v in cut[:12]
+    )
     say = lambda v: json.dumps(v, ensure_ascii=False)
-    return DRAFT.format(name=name, task=task, dataset=say(str(dataset)), classes=say(classes), primary=metrics[0], report=say(metrics[:6]), batch=batch, epochs=epochs,
-                        size=f'\n  image: {{height: {size}, width: {size}}} # what the network sees; more pixels cost time' if size else '',
-                        slices=slices or '  # night: lighting == \'night\'\n  {}')
+    return DRAFT.format(
+        name=name,
+        task=task,
+        dataset=say(str(dataset)),
+        classes=say(classes),
+        primary=metrics[0],
+        report=say(metrics[:6]),
+        batch=batch,
+        epochs=epochs,
+        size=f'\n  image: {{height: {size}, width: {size}}} # what the network sees; more pixels cost time'
+        if size
+        else '',
+        slices=slices or '  # night: lighting == \'night\'\n  {}',
+    )

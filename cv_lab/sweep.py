@@ -27,19 +27,27 @@ from .train import Run, fit, run_config, run_name, settings
 def search_space(problem:Problem, **changes) -> dict[str, Range|list]: # setting -> where it is tried
     "Where a sweep looks, checked against the settings there are."
     how, _ = settings(problem, **changes); around = lambda v, by: Range(low=v/by, high=v*by, log=True)
-    space = dict(problem.sweep.space) or dict(lr=around(how.lr, 5), weight_decay=around(how.weight_decay or .01, 10), warmup=Range(low=.05, high=.5))
+    space = dict(problem.sweep.space) or dict(
+        lr=around(how.lr, 5), weight_decay=around(how.weight_decay or 0.01, 10), warmup=Range(low=0.05, high=0.5)
+    )
     for name, where in space.items():
-        for v in (where if isinstance(where, list) else (where.low, where.high)): settings(problem, **changed(problem, {name: v}, **changes))
+        for v in where if isinstance(where, list) else (where.low, where.high):
+            settings(problem, **changed(problem, {name: v}, **changes))
     return space
 
 def changed(problem:Problem, values:dict[str, Any], **changes) -> dict[str, Any]: # what `fit` takes
     "Settings with the values of a trial on top; dots lead into nested ones."
-    how, cfg = settings(problem, **changes); now = how.model_dump(mode='json') | cfg.model_dump(mode='json'); out = dict(changes)
+    how, cfg = settings(problem, **changes)
+    now = how.model_dump(mode='json') | cfg.model_dump(mode='json')
+    out = dict(changes)
     for name, v in values.items():
         first, *rest = name.split('.'); at = now
         for key in [first, *rest][:-1]:
             at = at.setdefault(key, {})
-            if not isinstance(at, dict): raise BadInput(f'{name}: {key} holds no settings, but {at!r}', 'a setting', 'correct `sweep` in the problem file')
+            if not isinstance(at, dict):
+                raise BadInput(
+                    f'{name}: {key} holds no settings, but {at!r}', 'a setting', 'correct `sweep` in the problem file'
+                )
         at[rest[-1] if rest else first] = v; out[first] = now[first]
     return out
 
@@ -53,9 +61,15 @@ class _Lock:
 def open_study(folder:Path, direction:str='maximize', prune:bool=True, warm_up:int=0) -> optuna.Study:
     "The study that is written in a folder; a new one where there is none."
     optuna.logging.set_verbosity(optuna.logging.ERROR); warnings.filterwarnings('ignore', module='optuna.*')
-    folder.mkdir(parents=True, exist_ok=True); storage = JournalStorage(JournalFileBackend(str(folder/'trials.log'), _Lock(folder/'.trials.lock')))
-    pruner = optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=warm_up) if prune else optuna.pruners.NopPruner()
-    return optuna.create_study(storage=storage, study_name='sweep', direction=direction, load_if_exists=True, pruner=pruner)
+    folder.mkdir(parents=True, exist_ok=True)
+    storage = JournalStorage(JournalFileBackend(str(folder / 'trials.log'), _Lock(folder / '.trials.lock')))
+    pruner = (
+        optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=warm_up) if prune else optuna.pruners.NopPruner()
+    )
+    return optuna.create_study(
+        storage=storage, study_name='sweep', direction=direction, load_if_exists=True, pruner=pruner
+    )
+
 
 def _mend(log:Path) -> None:
     "Cut off a last line that was not written to its end."
@@ -84,7 +98,13 @@ class Plan:
     def metric(self) -> str: return self.problem.metrics.primary
     def study(self) -> optuna.Study:
         up = get_task(self.problem.task).METRICS[self.metric]
-        return open_study(self.folder, 'maximize' if up else 'minimize', self.problem.sweep.prune, settings(self.problem, **self.changes)[0].epochs//3)
+        return open_study(
+            self.folder,
+            'maximize' if up else 'minimize',
+            self.problem.sweep.prune,
+            settings(self.problem, **self.changes)[0].epochs // 3,
+        )
+
 
 def suggested(trial:Trial, space:dict[str, Range|list]) -> dict[str, Any]: # setting -> value
     "The values of a trial; those that it has already stay."
@@ -97,24 +117,39 @@ def suggested(trial:Trial, space:dict[str, Range|list]) -> dict[str, Any]: # set
 # %% ../nbs/32_sweep.ipynb #7be39455
 def run_trial(plan:Plan, study:optuna.Study, trial:Trial) -> None:
     "Train with the values of a trial and note what came of it."
-    how = changed(plan.problem, suggested(trial, plan.space), **plan.changes); runs = plan.folder/'runs'; (plan.folder/'logs').mkdir(exist_ok=True)
+    how = changed(plan.problem, suggested(trial, plan.space), **plan.changes)
+    runs = plan.folder / 'runs'
+    (plan.folder / 'logs').mkdir(exist_ok=True)
     try:
-        with open(plan.folder/f'logs/{trial.number:04}.txt', 'a') as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        with (
+            open(plan.folder / f'logs/{trial.number:04}.txt', 'a') as log,
+            contextlib.redirect_stdout(log),
+            contextlib.redirect_stderr(log),
+        ):
             run = fit(plan.problem, plan.dataset, runs, callbacks=[Watch(trial, plan.metric)], **how)
         best = run.history.set_index('epoch').loc[run.done['best_epoch'], f'val_{plan.metric}']
         if not np.isfinite(best): raise ValueError(f'{plan.metric} is {best}')
-        trial.set_user_attr('run', run.name); trial.set_user_attr('seconds', run.done['seconds']); study.tell(trial, float(best))
+        trial.set_user_attr('run', run.name)
+        trial.set_user_attr('seconds', run.done['seconds'])
+        study.tell(trial, float(best))
     except optuna.TrialPruned:
         study.tell(trial, state=TrialState.PRUNED)
-        shutil.rmtree(runs/run_name(run_config(plan.problem, plan.dataset, settings(plan.problem, **how)[0]))/'checkpoints', ignore_errors=True)
-    except BadInput: raise
-    except Exception as e: trial.set_user_attr('error', f'{type(e).__name__}: {e}'[:500]); study.tell(trial, state=TrialState.FAIL)
+        shutil.rmtree(
+            runs / run_name(run_config(plan.problem, plan.dataset, settings(plan.problem, **how)[0])) / 'checkpoints',
+            ignore_errors=True,
+        )
+    except BadInput:
+        raise
+    except Exception as e:
+        trial.set_user_attr('error', f'{type(e).__name__}: {e}'[:500])
+        study.tell(trial, state=TrialState.FAIL)
 
 # %% ../nbs/32_sweep.ipynb #843293f2
 def next_trial(plan:Plan, study:optuna.Study) -> Trial|None:
     "A trial that was left behind, or a new one while there are any."
     with FileLock(plan.folder/'.next.lock'):
-        known = study.get_trials(deepcopy=False); left = [t for t in known if t.state == TrialState.RUNNING and t.user_attrs.get('session') != plan.session]
+        known = study.get_trials(deepcopy=False)
+        left = [t for t in known if t.state == TrialState.RUNNING and t.user_attrs.get('session') != plan.session]
         begun = [t for t in known if t.state != TrialState.WAITING]
         seed = int(np.random.SeedSequence([plan.seed, left[0].number if left else len(begun)]).generate_state(1)[0])
         study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=plan.problem.sweep.startup)
@@ -135,7 +170,13 @@ def _in_process(plan:Plan, i:int, jobs:int, gpu:str|None) -> None:
     threading.Thread(target=watch, daemon=True).start()
     if gpu is not None: os.environ['CUDA_VISIBLE_DEVICES'] = gpu
     torch.set_num_threads(max(1, torch.get_num_threads()//jobs))
-    with open(plan.folder/f'process-{i}.txt', 'w') as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log), FileLock(plan.folder/f'.process-{i}.lock', timeout=10): _take_part(plan)
+    with (
+        open(plan.folder / f'process-{i}.txt', 'w') as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+        FileLock(plan.folder / f'.process-{i}.lock', timeout=10),
+    ):
+        _take_part(plan)
 
 # %% ../nbs/32_sweep.ipynb #b9099a09
 def sweep(problem:Problem, dataset:Dataset, runs:str|Path|None=None, # the folder of all runs; the workspace's when None
@@ -146,28 +187,57 @@ def sweep(problem:Problem, dataset:Dataset, runs:str|Path|None=None, # the folde
          ) -> 'Swept':
     "Try settings, or go on with it."
     space = search_space(problem, **changes); how, _ = settings(problem, **changes)
-    if trials < 1 or jobs < 1: raise BadInput(f'{trials} trials in {jobs} processes', 'at least one of each', 'correct `trials` or `jobs`')
-    if how.devices > 1: raise BadInput(f'{how.devices} devices for each trial', 'one: a sweep spreads over devices by `jobs`', 'take `devices` out')
-    root = Path(runs or workspace().runs).resolve(); told = dict(space={k: v.model_dump() if isinstance(v, Range) else v for k, v in space.items()}, seed=seed, run=run_config(problem, dataset, how))
-    plan = Plan(problem, dataset, space, changes, root/f'sweeps/{problem.name}-{digest(told)[:8]}', trials, seed, f'{os.getpid()} {time.time()}')
+    if trials < 1 or jobs < 1:
+        raise BadInput(f'{trials} trials in {jobs} processes', 'at least one of each', 'correct `trials` or `jobs`')
+    if how.devices > 1:
+        raise BadInput(
+            f'{how.devices} devices for each trial', 'one: a sweep spreads over devices by `jobs`', 'take `devices` out'
+        )
+    root = Path(runs or workspace().runs).resolve()
+    told = dict(
+        space={k: v.model_dump() if isinstance(v, Range) else v for k, v in space.items()},
+        seed=seed,
+        run=run_config(problem, dataset, how),
+    )
+    plan = Plan(
+        problem,
+        dataset,
+        space,
+        changes,
+        root / f'sweeps/{problem.name}-{digest(told)[:8]}',
+        trials,
+        seed,
+        f'{os.getpid()} {time.time()}',
+    )
     plan.folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(plan.folder/'.lock', timeout=0):
             _mend(plan.folder/'trials.log'); write_json(plan.folder/'sweep.json', told); study = plan.study()
             if not study.get_trials(deepcopy=False): study.enqueue_trial(as_it_stands(problem, space, **changes))
             _all(plan, jobs)
-    except Timeout: raise RunFailed(f'{plan.folder.name} is being swept by another process', 'one at a time', 'wait for it, or stop it') from None
+    except Timeout:
+        raise RunFailed(
+            f'{plan.folder.name} is being swept by another process', 'one at a time', 'wait for it, or stop it'
+        ) from None
     out = Swept(plan)
-    if out.best is None: raise RunFailed(f'no trial of {plan.folder.name} came to its end: {next((t.user_attrs["error"] for t in out.trials if "error" in t.user_attrs), "none began")}', 'one at least', f'see {plan.folder.name}/logs')
+    if out.best is None:
+        raise RunFailed(
+            f'no trial of {plan.folder.name} came to its end: {next((t.user_attrs["error"] for t in out.trials if "error" in t.user_attrs), "none began")}',
+            'one at least',
+            f'see {plan.folder.name}/logs',
+        )
     return out
 
-def as_it_stands(problem:Problem, space:dict, **changes) -> dict[str, Any]: # setting -> the value it has now, where that may be tried
+def as_it_stands(
+    problem: Problem, space: dict, **changes
+) -> dict[str, Any]:  # setting -> the value it has now, where that may be tried
     "The settings before the sweep, as far as they lie in its space."
     how, cfg = settings(problem, **changes); out = {}
     for name, where in space.items():
         v = how.model_dump(mode='json') | cfg.model_dump(mode='json')
         for key in name.split('.'): v = v.get(key) if isinstance(v, dict) else None
-        if v in where if isinstance(where, list) else isinstance(v, int|float) and where.low <= v <= where.high: out[name] = v
+        if v in where if isinstance(where, list) else isinstance(v, int | float) and where.low <= v <= where.high:
+            out[name] = v
     return out
 
 # %% ../nbs/32_sweep.ipynb #740ce15c
@@ -180,7 +250,10 @@ def _all(plan:Plan, jobs:int) -> None:
     if seen: print(f'{plan.folder.name}: {len(seen)} trials are there already', flush=True)
     if jobs == 1: return _take_part(plan, tell)
     gpus, start = torch.cuda.device_count(), multiprocessing.get_context('spawn')
-    procs = [start.Process(target=_in_process, args=(plan, i, jobs, str(i % gpus) if gpus > 1 else None)) for i in range(jobs)]
+    procs = [
+        start.Process(target=_in_process, args=(plan, i, jobs, str(i % gpus) if gpus > 1 else None))
+        for i in range(jobs)
+    ]
     try:
         for p in procs: p.start()
         study = plan.study()
@@ -188,12 +261,24 @@ def _all(plan:Plan, jobs:int) -> None:
     finally:
         for p in procs: p.terminate(); p.join()
     tell(study)
-    if bad := [i for i, p in enumerate(procs) if p.exitcode]: raise RunFailed(f'process {bad[0]} of the sweep ended with {procs[bad[0]].exitcode}', 'a process that ends by itself', f'see process-{bad[0]}.txt in {plan.folder.name}; the sweep goes on when it is called again')
+    if bad := [i for i, p in enumerate(procs) if p.exitcode]:
+        raise RunFailed(
+            f'process {bad[0]} of the sweep ended with {procs[bad[0]].exitcode}',
+            'a process that ends by itself',
+            f'see process-{bad[0]}.txt in {plan.folder.name}; the sweep goes on when it is called again',
+        )
+
 
 def said_of(t:FrozenTrial, plan:Plan) -> str:
     "A trial in one line."
     how = ' '.join(f'{k}={v:.3g}' if isinstance(v, float) else f'{k}={v}' for k, v in t.params.items())
-    end = f'{plan.metric} {t.value:.4f}' if t.state == TrialState.COMPLETE else f'given up after epoch {t.last_step}' if t.state == TrialState.PRUNED else f'failed: {t.user_attrs.get("error", "")}'
+    end = (
+        f'{plan.metric} {t.value:.4f}'
+        if t.state == TrialState.COMPLETE
+        else f'given up after epoch {t.last_step}'
+        if t.state == TrialState.PRUNED
+        else f'failed: {t.user_attrs.get("error", "")}'
+    )
     return f'trial {t.number + 1:>3}/{plan.trials}  {end:26} {how}'
 
 # %% ../nbs/32_sweep.ipynb #0531a67c
@@ -206,22 +291,50 @@ class Swept:
     @property
     def trials(self) -> list[FrozenTrial]: return self.study.get_trials(deepcopy=False)
     @property
-    def best(self) -> FrozenTrial|None: # the first of the best ones
-        done = [t for t in self.trials if t.state == TrialState.COMPLETE]; up = self.study.direction == optuna.study.StudyDirection.MAXIMIZE
+    def best(self) -> FrozenTrial|None:  # the first of the best ones
+        done = [t for t in self.trials if t.state == TrialState.COMPLETE]
+        up = self.study.direction == optuna.study.StudyDirection.MAXIMIZE
         return min(done, key=lambda t: (-t.value if up else t.value, t.number), default=None)
     @property
-    def table(self) -> pd.DataFrame: # a row per trial
-        words = {TrialState.COMPLETE: 'done', TrialState.PRUNED: 'given up', TrialState.FAIL: 'failed', TrialState.RUNNING: 'running'}
-        return pd.DataFrame([dict(trial=t.number + 1, state=words.get(t.state, 'waiting'), **{self.plan.metric: t.value if t.value is not None else np.nan}, epochs=len(t.intermediate_values),
-                                  **t.params, run=t.user_attrs.get('run', ''), error=t.user_attrs.get('error', '')) for t in self.trials])
+    def table(self) -> pd.DataFrame:  # a row per trial
+        words = {
+            TrialState.COMPLETE: 'done',
+            TrialState.PRUNED: 'given up',
+            TrialState.FAIL: 'failed',
+            TrialState.RUNNING: 'running',
+        }
+        return pd.DataFrame(
+            [
+                dict(
+                    trial=t.number + 1,
+                    state=words.get(t.state, 'waiting'),
+                    **{self.plan.metric: t.value if t.value is not None else np.nan},
+                    epochs=len(t.intermediate_values),
+                    **t.params,
+                    run=t.user_attrs.get('run', ''),
+                    error=t.user_attrs.get('error', ''),
+                )
+                for t in self.trials
+            ]
+        )
 
     def keep(self, runs:str|Path|None=None) -> Run: # the folder of all runs; the workspace's when None
         "Put the best run among the ordinary ones."
-        name = self.best.user_attrs['run']; to = Path(runs or workspace().runs).resolve()/name; to.mkdir(parents=True, exist_ok=True)
+        name = self.best.user_attrs['run']
+        to = Path(runs or workspace().runs).resolve() / name
+        to.mkdir(parents=True, exist_ok=True)
         with FileLock(to/'.lock', timeout=60):
             if not (to/'done.json').exists():
-                shutil.copytree(self.plan.folder/'runs'/name, to, dirs_exist_ok=True, ignore=shutil.ignore_patterns('done.json', '.lock', 'wandb'))
-                write_json(to/'sweep.json', dict(sweep=self.plan.folder.name, trial=self.best.number + 1, trials=len(self.trials)))
+                shutil.copytree(
+                    self.plan.folder / 'runs' / name,
+                    to,
+                    dirs_exist_ok=True,
+                    ignore=shutil.ignore_patterns('done.json', '.lock', 'wandb'),
+                )
+                write_json(
+                    to / 'sweep.json',
+                    dict(sweep=self.plan.folder.name, trial=self.best.number + 1, trials=len(self.trials)),
+                )
                 write_json(to/'done.json', Run(self.plan.folder/'runs'/name).done)      # last: now it is one
         return Run(to)
 
@@ -229,41 +342,85 @@ class Swept:
 def importance(found:Swept) -> pd.DataFrame: # setting, importance; they sum to one; empty when there are too few trials
     "How much each setting decides whether a trial is among the best quarter."
     study = found.study
-    if sum(t.state == TrialState.COMPLETE for t in study.get_trials(deepcopy=False)) < 8: return pd.DataFrame(dict(setting=[], importance=[]))
-    said = optuna.importance.get_param_importances(study, evaluator=optuna.importance.PedAnovaImportanceEvaluator(target_quantile=.25))
+    if sum(t.state == TrialState.COMPLETE for t in study.get_trials(deepcopy=False)) < 8:
+        return pd.DataFrame(dict(setting=[], importance=[]))
+    said = optuna.importance.get_param_importances(
+        study, evaluator=optuna.importance.PedAnovaImportanceEvaluator(target_quantile=0.25)
+    )
     return pd.DataFrame(dict(setting=list(said), importance=list(said.values())))
 
 def plot_sweep(found:Swept): # a matplotlib figure
     "Left: every trial and the best so far; right: the course of each."
     import matplotlib.pyplot as plt
-    t = found.table; m = found.plan.metric; up = found.study.direction == optuna.study.StudyDirection.MAXIMIZE; done = t[t['state'] == 'done']
+
+    t = found.table
+    m = found.plan.metric
+    up = found.study.direction == optuna.study.StudyDirection.MAXIMIZE
+    done = t[t['state'] == 'done']
     fig, (a, b) = plt.subplots(1, 2, figsize=(9, 3))
     for ax in (a, b): ax.xaxis.get_major_locator().set_params(integer=True)
-    a.plot(done['trial'], done[m], 'o', ms=4, label='trial'); a.step(done['trial'], done[m].cummax() if up else done[m].cummin(), where='post', color='#D55E00', label='best so far')
+    a.plot(done['trial'], done[m], 'o', ms=4, label='trial')
+    a.step(
+        done['trial'], done[m].cummax() if up else done[m].cummin(), where='post', color='#D55E00', label='best so far'
+    )
     a.set(xlabel='trial', title=m); a.legend()
     for x in found.trials:
-        lost = x.state != TrialState.COMPLETE; b.plot(list(x.intermediate_values), list(x.intermediate_values.values()), marker='.', ms=3, lw=.8, color='#999999' if lost else '#0072B2', ls=':' if lost else '-')
-    if best := found.best: b.plot(list(best.intermediate_values), list(best.intermediate_values.values()), color='#D55E00', label='best'); b.legend()
+        lost = x.state != TrialState.COMPLETE
+        b.plot(
+            list(x.intermediate_values),
+            list(x.intermediate_values.values()),
+            marker='.',
+            ms=3,
+            lw=0.8,
+            color='#999999' if lost else '#0072B2',
+            ls=':' if lost else '-',
+        )
+    if best := found.best:
+        b.plot(list(best.intermediate_values), list(best.intermediate_values.values()), color='#D55E00', label='best')
+        b.legend()
     b.set(xlabel='epoch', title=f'{m} on its way; dotted: given up'); fig.tight_layout(); return fig
 
 def plot_importance(t:pd.DataFrame): # of `importance`
     "A bar per setting."
     import matplotlib.pyplot as plt
-    t = t[::-1]; fig, ax = plt.subplots(figsize=(6, .5 + .32*max(1, len(t)))); ax.barh(t['setting'], t['importance']); ax.set(xlim=(0, 1), title='importance'); fig.tight_layout(); return fig
+
+    t = t[::-1]
+    fig, ax = plt.subplots(figsize=(6, 0.5 + 0.32 * max(1, len(t))))
+    ax.barh(t['setting'], t['importance'])
+    ax.set(xlim=(0, 1), title='importance')
+    fig.tight_layout()
+    return fig
 
 # %% ../nbs/32_sweep.ipynb #d9080bd1
 def plot_parallel(found:Swept): # a matplotlib figure
     "An axis per setting and one for the figure; a line per finished trial, dark where it is good."
     import matplotlib.pyplot as plt
-    t = found.table; t = t[t['state'] == 'done']; m = found.plan.metric; names = [*found.plan.space, m]; up = found.study.direction == optuna.study.StudyDirection.MAXIMIZE
-    fig, ax = plt.subplots(figsize=(max(5, 1.6*len(names)), 3.2)); ranks = t[m].rank(ascending=up, pct=True); heights = []
+
+    t = found.table
+    t = t[t['state'] == 'done']
+    m = found.plan.metric
+    names = [*found.plan.space, m]
+    up = found.study.direction == optuna.study.StudyDirection.MAXIMIZE
+    fig, ax = plt.subplots(figsize=(max(5, 1.6 * len(names)), 3.2))
+    ranks = t[m].rank(ascending=up, pct=True)
+    heights = []
     for k, name in enumerate(names):
         where = found.plan.space.get(name); ax.axvline(k, color='#cccccc', lw=1)
-        if isinstance(where, list): y = t[name].map(lambda v, w=where: w.index(v)/max(1, len(w) - 1)); marks = [(i/max(1, len(where) - 1), str(v)) for i, v in enumerate(where)]
+        if isinstance(where, list):
+            y = t[name].map(lambda v, w=where: w.index(v) / max(1, len(w) - 1))
+            marks = [(i / max(1, len(where) - 1), str(v)) for i, v in enumerate(where)]
         else:
-            low, high = (where.low, where.high) if where else (t[m].min(), t[m].max()); f = np.log if where and where.log else lambda v: np.asarray(v, float)
-            y = (f(t[name]) - f(low))/max(float(f(high) - f(low)), 1e-12); marks = [(0, f'{low:.3g}'), (1, f'{high:.3g}')]
+            low, high = (where.low, where.high) if where else (t[m].min(), t[m].max())
+            f = np.log if where and where.log else lambda v: np.asarray(v, float)
+            y = (f(t[name]) - f(low)) / max(float(f(high) - f(low)), 1e-12)
+            marks = [(0, f'{low:.3g}'), (1, f'{high:.3g}')]
         heights.append(np.asarray(y, float))
-        for at, text in marks: ax.annotate(text, (k, at), xytext=(3, 2), textcoords='offset points', fontsize=7, color='#444444')
-    for row, rank in sorted(zip(np.transpose(heights), ranks), key=lambda x: x[1]): ax.plot(range(len(names)), row, color=plt.get_cmap('viridis_r')(rank), lw=.6 + 1.4*rank, alpha=.8)
-    ax.set(xticks=range(len(names)), yticks=[], ylim=(-.05, 1.12)); ax.set_xticklabels(names); ax.grid(False); fig.tight_layout(); return fig
+        for at, text in marks:
+            ax.annotate(text, (k, at), xytext=(3, 2), textcoords='offset points', fontsize=7, color='#444444')
+    for row, rank in sorted(zip(np.transpose(heights), ranks), key=lambda x: x[1]):
+        ax.plot(range(len(names)), row, color=plt.get_cmap('viridis_r')(rank), lw=0.6 + 1.4 * rank, alpha=0.8)
+    ax.set(xticks=range(len(names)), yticks=[], ylim=(-0.05, 1.12))
+    ax.set_xticklabels(names)
+    ax.grid(False)
+    fig.tight_layout()
+    return fig

@@ -18,26 +18,28 @@ from .image import Placement
 
 # %% ../nbs/20_task.ipynb #d0111f69
 CONTRACT = dict(
-    Config=  'the settings of the task: a pydantic model with defaults; has `image: Preprocess`',
-    network= '(cfg, classes) -> nn.Module; images (N, 3, H, W) uint8 -> dict of named tensors, batch first',
-    targets= '(annotations, cfg, classes) -> what the loss wants for one image: an array, or a dict of arrays',
-    loss=    '(outputs, targets, cfg) -> a scalar tensor',
-    decode=  '(outputs, cfg, classes, thresholds) -> one Prediction per image, from arrays; boxes and masks in pixels of the input',
-    score=   '(truth, predictions, problem) -> a function from item weights (B, N) to {metric: (B,)}',
-    METRICS= '{metric: is higher better}',
+    Config='the settings of the task: a pydantic model with defaults; has `image: Preprocess`',
+    network='(cfg, classes) -> nn.Module; images (N, 3, H, W) uint8 -> dict of named tensors, batch first',
+    targets='(annotations, cfg, classes) -> what the loss wants for one image: an array, or a dict of arrays',
+    loss='(outputs, targets, cfg) -> a scalar tensor',
+    decode='(outputs, cfg, classes, thresholds) -> one Prediction per image, from arrays; boxes and masks in pixels of the input',
+    score='(truth, predictions, problem) -> a function from item weights (B, N) to {metric: (B,)}',
+    METRICS='{metric: is higher better}',
     mistakes='(truth, predictions, problem) -> a DataFrame: id, kind, what, severity; kind from TAXONOMY',
     TAXONOMY='{kind of mistake: what it means}',
-    draw=    '(image, annotations) -> the image (H, W, 3) uint8 with what is said drawn on it',
-    example= '(folder) -> a tiny Dataset with real files, for pages and contract tests')
+    draw='(image, annotations) -> the image (H, W, 3) uint8 with what is said drawn on it',
+    example='(folder) -> a tiny Dataset with real files, for pages and contract tests',
+)
 
 OPTIONAL = dict(
     GEOMETRY='parts of an annotation that move with the image, of: bbox, mask, polygon. Then `targets` gets what is left after augmentation, in pixels of the input',
-    GAIN=    'the metric that the column `gain` of its mistakes is a part of',
-    whole=   '(annotations, width, height) -> annotations, with a place for those that have none and speak of the whole image',
-    collate= '(targets) -> a batch of them, where they are no arrays of one shape',
+    GAIN='the metric that the column `gain` of its mistakes is a part of',
+    whole='(annotations, width, height) -> annotations, with a place for those that have none and speak of the whole image',
+    collate='(targets) -> a batch of them, where they are no arrays of one shape',
     calibrate='(truth, predictions, problem) -> thresholds, fitted on held-out data',
-    answers= '(truth, predictions, problem) -> of every answer given: is it right, its confidence, index of its class, index of its item',
-    figures= '(truth, predictions, problem) -> {title: matplotlib figure}, for the report of its errors')
+    answers='(truth, predictions, problem) -> of every answer given: is it right, its confidence, index of its class, index of its item',
+    figures='(truth, predictions, problem) -> {title: matplotlib figure}, for the report of its errors',
+)
 
 # %% ../nbs/20_task.ipynb #20a563bf
 @dataclass
@@ -51,11 +53,17 @@ class Prediction:
     def said(self, classes:list[str]) -> dict: # ready for JSON
         "The prediction as the service answers it."
         say = lambda a: {k: v for k, v in a.said().items() if k != 'accepted'}
-        out = dict(accepted=bool(self.accepted), annotations=[say(a) for a in self.annotations if a.accepted is not False])
+        out = dict(
+            accepted=bool(self.accepted), annotations=[say(a) for a in self.annotations if a.accepted is not False]
+        )
         labels = [a.label for a in self.annotations if a.label is not None]
         if self.probs is not None:
-            out |= dict(labels=labels, label=labels[0] if labels else None, confidence=max((a.score or 0 for a in self.annotations), default=0.),
-                        probabilities={c: round(float(p), 6) for c, p in zip(classes, self.probs)})
+            out |= dict(
+                labels=labels,
+                label=labels[0] if labels else None,
+                confidence=max((a.score or 0 for a in self.annotations), default=0.0),
+                probabilities={c: round(float(p), 6) for c, p in zip(classes, self.probs)},
+            )
         return out
 
 def in_image(p:Prediction, place:Placement) -> Prediction:
@@ -65,8 +73,18 @@ def in_image(p:Prediction, place:Placement) -> Prediction:
 
 def predictions_table(ids:list[str], predictions:list[Prediction]) -> pa.Table: # PREDICTIONS columns
     "Predictions as the table that evaluation reads."
-    return make_table([dict(id=i, annotations=p.annotations, probs=None if p.probs is None else np.asarray(p.probs, float).tolist(),
-                            embedding=None if p.embedding is None else p.embedding.tolist()) for i, p in zip(ids, predictions)], PREDICTIONS)
+    return make_table(
+        [
+            dict(
+                id=i,
+                annotations=p.annotations,
+                probs=None if p.probs is None else np.asarray(p.probs, float).tolist(),
+                embedding=None if p.embedding is None else p.embedding.tolist(),
+            )
+            for i, p in zip(ids, predictions)
+        ],
+        PREDICTIONS,
+    )
 
 # %% ../nbs/20_task.ipynb #913d6bec
 def faults(module:ModuleType) -> list[str]: # empty when the contract is kept
@@ -83,17 +101,35 @@ def faults(module:ModuleType) -> list[str]: # empty when the contract is kept
 def tasks() -> dict[str, ModuleType]: # name -> module, sorted
     "Every task there is: the modules of `cv_lab.tasks`."
     import cv_lab.tasks as home
-    return {m.name: importlib.import_module(f'cv_lab.tasks.{m.name}') for m in sorted(pkgutil.iter_modules(home.__path__), key=lambda m: m.name)}
 
-def trained_config(task:ModuleType, settings:dict): # its Config
+    return {
+        m.name: importlib.import_module(f'cv_lab.tasks.{m.name}')
+        for m in sorted(pkgutil.iter_modules(home.__path__), key=lambda m: m.name)
+    }
+
+
+def trained_config(task:ModuleType, settings:dict):  # its Config
     "The settings of a trained network: it has weights of its own, so that none are fetched, where the task can fetch any."
-    return task.Config.model_validate(settings | ({'pretrained': False} if 'pretrained' in task.Config.model_fields else {}))
+    return task.Config.model_validate(
+        settings | ({'pretrained': False} if 'pretrained' in task.Config.model_fields else {})
+    )
+
 
 def get_task(name:str) -> ModuleType:
     "The task of that name, its contract checked."
     found = tasks()
-    if name not in found: raise BadInput(f'there is no task {name!r}', f'one of: {", ".join(found)}', 'correct `task` in the problem file, or add nbs/2x_tasks.NAME.ipynb')
-    if lacks := faults(found[name]): raise BadInput(f'the task {name!r} does not keep the contract:\n  ' + '\n  '.join(lacks), 'all names of task.CONTRACT', 'see nbs/20_task.ipynb')
+    if name not in found:
+        raise BadInput(
+            f'there is no task {name!r}',
+            f'one of: {", ".join(found)}',
+            'correct `task` in the problem file, or add nbs/2x_tasks.NAME.ipynb',
+        )
+    if lacks := faults(found[name]):
+        raise BadInput(
+            f'the task {name!r} does not keep the contract:\n  ' + '\n  '.join(lacks),
+            'all names of task.CONTRACT',
+            'see nbs/20_task.ipynb',
+        )
     return found[name]
 
 # %% ../nbs/20_task.ipynb #df1b1c8a
@@ -101,5 +137,10 @@ def guess_task(table:pa.Table, look:int=200) -> str:
     "The task that the first annotations of a table fit best."
     said = [a for anns in table['annotations'].slice(0, look).to_pylist() for a in anns or []]
     has = lambda name: any(a.get(name) is not None for a in said)
-    order = [('reading', has('text')), ('instances', has('mask') and has('bbox')), ('segmentation', has('mask') or has('polygon')), ('detection', has('bbox'))]
+    order = [
+        ('reading', has('text')),
+        ('instances', has('mask') and has('bbox')),
+        ('segmentation', has('mask') or has('polygon')),
+        ('detection', has('bbox')),
+    ]
     return next((name for name, fits in order if fits and name in tasks()), 'classification')

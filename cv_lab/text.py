@@ -15,11 +15,16 @@ from .core import Annotation
 EDITS = dict(substitution='a character was read as another one', deletion='a character was not read',
              insertion='a character was read that is not there')
 
-def edits(true:str, said:str) -> list[tuple[str, str, str]]: # kind, true character, said character; '' where there is none
+def edits(
+    true: str, said: str
+) -> list[tuple[str, str, str]]:  # kind, true character, said character; '' where there is none
     "The fewest changes that lead from one text to the other."
     from rapidfuzz.distance import Levenshtein # the service reads this module too, and counts no edits
     kinds = dict(replace='substitution', delete='deletion', insert='insertion')
-    return [(kinds[op], true[i] if op != 'insert' else '', said[j] if op != 'delete' else '') for op, i, j in Levenshtein.editops(true, said)]
+    return [
+        (kinds[op], true[i] if op != 'insert' else '', said[j] if op != 'delete' else '')
+        for op, i, j in Levenshtein.editops(true, said)
+    ]
 
 # %% ../nbs/04_text.ipynb #89e86434
 TEXT_METRICS = dict(cer=False, wer=False, exact_match=True, normalised_edit_distance=False) # is higher better
@@ -30,7 +35,15 @@ def text_counts(pairs:Sequence[tuple[str, str]], # true, said
     from rapidfuzz.distance import Levenshtein
     def one(true, said):
         d, words, theirs = Levenshtein.distance(true, said), true.split(), said.split()
-        return d, len(true), Levenshtein.distance(words, theirs), len(words), true == said, d/max(len(true), len(said), 1)
+        return (
+            d,
+            len(true),
+            Levenshtein.distance(words, theirs),
+            len(words),
+            true == said,
+            d / max(len(true), len(said), 1),
+        )
+
     return np.array([one(*p) for p in pairs], float).reshape(-1, 6)
 
 def text_metrics(pairs:Sequence[tuple[str, str]]): # a function from item weights (B, N) to {metric: (B,)}
@@ -38,15 +51,22 @@ def text_metrics(pairs:Sequence[tuple[str, str]]): # a function from item weight
     counts = text_counts(pairs); ratio = lambda a, b: np.divide(a, b, out=np.zeros(len(a)), where=b > 0)
     def at(w:np.ndarray) -> dict[str, np.ndarray]:
         e, c, we, wc, exact, ned = (w @ counts).T; n = w.sum(1)
-        return dict(cer=ratio(e, c), wer=ratio(we, wc), exact_match=ratio(exact, n), normalised_edit_distance=ratio(ned, n))
+        return dict(
+            cer=ratio(e, c), wer=ratio(we, wc), exact_match=ratio(exact, n), normalised_edit_distance=ratio(ned, n)
+        )
+
     return at
 
 # %% ../nbs/04_text.ipynb #c743c153
 def confusable(pairs:Sequence[tuple[str, str]], # true, said
               ) -> pd.DataFrame: # true, said, times, of: how often the true character is written; commonest first
     "How often each character was read as each other; '' stands for nothing."
-    written = Counter(c for true, _ in pairs for c in true); found = Counter((a, b) for t, s in pairs for _, a, b in edits(t, s))
-    rows = [dict(true=a, said=b, times=n, of=written[a]) for (a, b), n in sorted(found.items(), key=lambda kv: (-kv[1], kv[0]))]
+    written = Counter(c for true, _ in pairs for c in true)
+    found = Counter((a, b) for t, s in pairs for _, a, b in edits(t, s))
+    rows = [
+        dict(true=a, said=b, times=n, of=written[a])
+        for (a, b), n in sorted(found.items(), key=lambda kv: (-kv[1], kv[0]))
+    ]
     return pd.DataFrame(rows, columns=['true', 'said', 'times', 'of'])
 
 # %% ../nbs/04_text.ipynb #8dfad504
@@ -70,16 +90,26 @@ def reading_rows(boxes:np.ndarray,    # (N, 4) xyxy
 def page_text(lines:Sequence[Annotation|dict], # those with `text`; without a box in every one, their own order is kept
              ) -> str: # rows parted by line breaks, lines of one row by spaces
     "What a page says, in reading order."
-    said = [a if isinstance(a, dict) else a.said() for a in lines]; said = [a for a in said if a.get('text') and a.get('accepted') is not False]
+    said = [a if isinstance(a, dict) else a.said() for a in lines]
+    said = [a for a in said if a.get('text') and a.get('accepted') is not False]
     if any(a.get('bbox') is None for a in said): return '\n'.join(a['text'] for a in said)
     return '\n'.join(' '.join(said[i]['text'] for i in row) for row in reading_rows([a['bbox'] for a in said]))
 
-def compose(characters:Sequence[Annotation], # with a label and a box, as a detector finds them
-            gap:float=1.,                    # between neighbours of one text, in heights
-           ) -> list[Annotation]: # texts with the box around them, in reading order; the score is that of the weakest character
+def compose(
+    characters: Sequence[Annotation],  # with a label and a box, as a detector finds them
+    gap: float = 1.0,  # between neighbours of one text, in heights
+) -> list[Annotation]:  # texts with the box around them, in reading order; the score is that of the weakest character
     "Single characters as lines of text."
     found = [a for a in characters if a.label is not None and a.bbox is not None]; out = []
     for row in reading_rows([a.bbox for a in found], gap=gap):
-        mine = [found[i] for i in row]; b = np.array([a.bbox for a in mine]); scores = [a.score for a in mine if a.score is not None]
-        out.append(Annotation(text=''.join(a.label for a in mine), bbox=[*b[:, :2].min(0), *b[:, 2:].max(0)], score=min(scores, default=None)))
+        mine = [found[i] for i in row]
+        b = np.array([a.bbox for a in mine])
+        scores = [a.score for a in mine if a.score is not None]
+        out.append(
+            Annotation(
+                text=''.join(a.label for a in mine),
+                bbox=[*b[:, :2].min(0), *b[:, 2:].max(0)],
+                score=min(scores, default=None),
+            )
+        )
     return out

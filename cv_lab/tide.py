@@ -10,9 +10,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 from .coco import Matches, Objects, average_precision, match, pairs
 
-KINDS = dict(Cls='the right place, the wrong class', Loc='the right class, badly placed (overlap of 0.1 to 0.5)',
-             Both='neither the right class nor the right place, but near an object', Dupe='a second box for an object that has one',
-             Bkg='there is nothing', Miss='an object that no box speaks of')
+KINDS = dict(
+    Cls='the right place, the wrong class',
+    Loc='the right class, badly placed (overlap of 0.1 to 0.5)',
+    Both='neither the right class nor the right place, but near an object',
+    Dupe='a second box for an object that has one',
+    Bkg='there is nothing',
+    Miss='an object that no box speaks of',
+)
 POSITIVE, NEAR = .5, .1
 
 # %% ../nbs/18b_tide.ipynb #26ad362d
@@ -25,23 +30,38 @@ class Mistakes:
     rescued: np.ndarray  # (n,) bool: mended, it would be the box of its object
     missed: np.ndarray   # indices of objects
 
-def _best(n:int, d, g, value) -> tuple[np.ndarray, np.ndarray]: # per box: the highest value and its object, the first of equals
+def _best(
+    n: int, d, g, value
+) -> tuple[np.ndarray, np.ndarray]:  # per box: the highest value and its object, the first of equals
     top, which = np.zeros(n), np.full(n, -1)
     order = np.lexsort((-g, value)); top[d[order]], which[d[order]] = value[order], g[order]
     return top, which
 
 def mistakes_of(truth:Objects, said:Objects, limit:int=100) -> Mistakes: # `limit`: boxes per image, the most confident
     "Every wrong box sorted into its kind; crowds are set aside."
-    order = np.lexsort((np.arange(len(said)), -said.score, said.image)); new = np.r_[True, np.diff(said.image[order]) != 0][:len(order)]
+    order = np.lexsort((np.arange(len(said)), -said.score, said.image))
+    new = np.r_[True, np.diff(said.image[order]) != 0][: len(order)]
     rank = np.arange(len(order)) - np.flatnonzero(new)[np.cumsum(new) - 1] if len(order) else order
-    m = match(truth, said.take(np.sort(order[rank < limit])), np.array([POSITIVE]), dict(all=(0, 1e10)), limit); said = m.said; n = len(said)
+    m = match(truth, said.take(np.sort(order[rank < limit])), np.array([POSITIVE]), dict(all=(0, 1e10)), limit)
+    said = m.said
+    n = len(said)
     d, g, iou = pairs(truth, said, same_label=False); real = ~truth.crowd[g]; d, g, iou = d[real], g[real], iou[real]
     same = said.label[d] == truth.label[g]; used = np.zeros(len(truth), bool); used[m.which[0][m.right[0, 0]]] = True
-    own, own_at = _best(n, d, g, iou*same); other, other_at = _best(n, d, g, iou*~same); taken, taken_at = _best(n, d, g, iou*(same & used[g])); any_, _ = _best(n, d, g, iou)
+    own, own_at = _best(n, d, g, iou * same)
+    other, other_at = _best(n, d, g, iou * ~same)
+    taken, taken_at = _best(n, d, g, iou * (same & used[g]))
+    any_, _ = _best(n, d, g, iou)
     alone = ~np.isin(said.image, truth.image[~truth.crowd])
-    kind = np.select([m.right[0, 0], alone, (own >= NEAR) & (own <= POSITIVE), other >= POSITIVE, taken >= POSITIVE, any_ <= NEAR], ['', 'Bkg', 'Loc', 'Cls', 'Dupe', 'Bkg'], 'Both')
-    object_ = np.select([m.right[0, 0], kind == 'Loc', kind == 'Cls', kind == 'Dupe'], [m.which[0], own_at, other_at, taken_at], -1)
-    could = np.flatnonzero(np.isin(kind, ['Loc', 'Cls']) & ~used[object_]); best = could[np.lexsort((_turn(said)[could], -said.score[could], object_[could]))]
+    kind = np.select(
+        [m.right[0, 0], alone, (own >= NEAR) & (own <= POSITIVE), other >= POSITIVE, taken >= POSITIVE, any_ <= NEAR],
+        ['', 'Bkg', 'Loc', 'Cls', 'Dupe', 'Bkg'],
+        'Both',
+    )
+    object_ = np.select(
+        [m.right[0, 0], kind == 'Loc', kind == 'Cls', kind == 'Dupe'], [m.which[0], own_at, other_at, taken_at], -1
+    )
+    could = np.flatnonzero(np.isin(kind, ['Loc', 'Cls']) & ~used[object_])
+    best = could[np.lexsort((_turn(said)[could], -said.score[could], object_[could]))]
     rescued = np.zeros(n, bool); rescued[best[np.unique(object_[best], return_index=True)[1]]] = True
     missed = np.flatnonzero(~truth.crowd & ~used & ~np.isin(np.arange(len(truth)), object_[could]))
     return Mistakes(m, kind.astype(object), object_, rescued, missed)
@@ -55,12 +75,24 @@ def mended(x:Mistakes, kind:str) -> Matches:
     if kind == 'Miss': ignored[:, x.missed] = True
     right = m.right | (hit & x.rescued)[None, None]; label = m.said.label.copy(); now = hit & x.rescued
     label[now] = m.truth.label[x.object_[now]]; out = m.out & ~now[None, None]; keep = ~hit | now
-    said = replace(m.said, label=label).take(keep); order = np.lexsort((m.rank[keep], said.image, -said.score, said.label))
-    return replace(m, said=said.take(order), rank=m.rank[keep][order], right=right[..., keep][..., order], out=out[..., keep][..., order], ignored=ignored)
+    said = replace(m.said, label=label).take(keep)
+    order = np.lexsort((m.rank[keep], said.image, -said.score, said.label))
+    return replace(
+        m,
+        said=said.take(order),
+        rank=m.rank[keep][order],
+        right=right[..., keep][..., order],
+        out=out[..., keep][..., order],
+        ignored=ignored,
+    )
+
 
 def gains(truth:Objects, said:Objects, classes:int, limit:int=100):
     "A function from item weights (B, N) to {kind: (B,)}: what AP50 would gain."
-    x = mistakes_of(truth, said, limit); ap = average_precision(x.m, classes); parts = {k: average_precision(mended(x, k), classes) for k in KINDS}
+    x = mistakes_of(truth, said, limit)
+    ap = average_precision(x.m, classes)
+    parts = {k: average_precision(mended(x, k), classes) for k in KINDS}
+
     def mean(v):
         v = v[:, 0, 0]; ok = np.isfinite(v)
         with np.errstate(invalid='ignore'): return np.where(ok, v, 0).sum(1)/ok.sum(1)

@@ -39,9 +39,13 @@ class Fit(Strict):
     lr: float = Field(3e-3, gt=0)          # the peak of one cycle (Smith & Topin 2017)
     warmup: float = Field(.3, gt=0, lt=1)  # share of the steps in which it rises; then it falls, both along a cosine
     weight_decay: float = Field(.05, ge=0) # of weights, not of biases and norms (AdamW, Loshchilov & Hutter 2019)
-    clip: float = Field(0, ge=0)           # largest norm of a gradient; 0: any
-    ema: float = Field(0, ge=0, lt=1)      # decay of a running mean of the weights, which is then what is judged and kept; 0: none
-    balance: float = Field(0, ge=0, lt=1)  # items with classes rarer than this come more often (Gupta et al. 2019); 0: all alike
+    clip: float = Field(0, ge=0)  # largest norm of a gradient; 0: any
+    ema: float = Field(
+        0, ge=0, lt=1
+    )  # decay of a running mean of the weights, which is then what is judged and kept; 0: none
+    balance: float = Field(
+        0, ge=0, lt=1
+    )  # items with classes rarer than this come more often (Gupta et al. 2019); 0: all alike
     monitor: Literal['loss', 'metric'] = 'loss' # of the validation: what chooses the best epoch
     patience: int = Field(8, ge=1)         # validations without a better one
     val_every: int = Field(1, ge=1)        # epochs between validations
@@ -50,7 +54,7 @@ class Fit(Strict):
     devices: int = Field(1, ge=1)
     strategy: str = 'auto'                 # Lightning's: ddp, fsdp, ...
     precision: Literal['auto', '32-true', 'bf16-mixed', '16-mixed'] = 'auto'
-    workers: int = Field(-1, ge=-1)        # loader processes; -1: none when the images fit into memory, else one per core
+    workers: int = Field(-1, ge=-1)  # loader processes; -1: none when the images fit into memory, else one per core
     memory_gb: float = Field(2, ge=0)      # images that fit into this are decoded once and kept
     task: dict[str, Any] = {}              # the task's Config
 
@@ -59,26 +63,63 @@ def settings(problem:Problem, **changes) -> tuple[Fit, Any]: # training settings
     given = dict(problem.train) | {k: v for k, v in changes.items() if v is not None}
     task = get_task(problem.task); own = {k: v for k, v in given.items() if k not in Fit.model_fields}
     try:
-        cfg = task.Config.model_validate(dict(given.pop('task', {})) | own | ({'multilabel': True} if problem.multilabel else {}))
-        return Fit.model_validate({k: v for k, v in given.items() if k in Fit.model_fields} | {'task': cfg.model_dump(mode='json')}), cfg
+        cfg = task.Config.model_validate(
+            dict(given.pop('task', {})) | own | ({'multilabel': True} if problem.multilabel else {})
+        )
+        return Fit.model_validate(
+            {k: v for k, v in given.items() if k in Fit.model_fields} | {'task': cfg.model_dump(mode='json')}
+        ), cfg
     except ValidationError as e:
         known = [*Fit.model_fields, *task.Config.model_fields]
-        raise BadInput('\n'.join(f'{".".join(map(str, x["loc"]))}: {x["msg"]}' for x in e.errors()), f'settings among: {", ".join(known)}', 'correct `train` in the problem file, or the parameter') from None
+        raise BadInput(
+            '\n'.join(f'{".".join(map(str, x["loc"]))}: {x["msg"]}' for x in e.errors()),
+            f'settings among: {", ".join(known)}',
+            'correct `train` in the problem file, or the parameter',
+        ) from None
 
 # %% ../nbs/30_train.ipynb #f48bf734
 class Images(torch.utils.data.Dataset):
     "Items of a manifest as (image uint8 (3, H, W), target)."
-    def __init__(self, dataset:Dataset, rows:pa.Table, problem:Problem, cfg, steps:list[dict]=(), memory_gb:float=2, title:str=''):
-        self.task, self.cfg, self.classes, self.read, self.uris = get_task(problem.task), cfg, problem.classes, dataset.read, rows['uri'].to_pylist()
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        rows: pa.Table,
+        problem: Problem,
+        cfg,
+        steps: list[dict] = (),
+        memory_gb: float = 2,
+        title: str = '',
+    ):
+        self.task, self.cfg, self.classes, self.read, self.uris = (
+            get_task(problem.task),
+            cfg,
+            problem.classes,
+            dataset.read,
+            rows['uri'].to_pylist(),
+        )
         self.parts, said = getattr(self.task, 'GEOMETRY', ()), rows['annotations'].to_pylist()
         self.augment = Augment(steps, self.parts) if self.parts else augmentation(steps)
-        self.said, self.targets = ([[Annotation(**a) for a in s or []] for s in said], None) if self.parts else (None, [self.target(s) for s in said])
+        self.said, self.targets = (
+            ([[Annotation(**a) for a in s or []] for s in said], None)
+            if self.parts
+            else (None, [self.target(s) for s in said])
+        )
         self.progress = torch.zeros(1).share_memory_()        # of the training, also for the loader's processes
         self.seed, self.begun = 0, None                       # see `begin`
         self.kept, self.sizes = None, list(zip(rows['width'].to_pylist(), rows['height'].to_pylist()))
         if 3*cfg.image.height*cfg.image.width*len(self.uris) > memory_gb*1e9: return
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            self.kept = torch.stack(list(tqdm(pool.map(self.load, range(len(self.uris))), total=len(self.uris), desc=f'decoding {title}', leave=False)))
+            self.kept = torch.stack(
+                list(
+                    tqdm(
+                        pool.map(self.load, range(len(self.uris))),
+                        total=len(self.uris),
+                        desc=f'decoding {title}',
+                        leave=False,
+                    )
+                )
+            )
 
     def load(self, i):
         rgb = decode(self.read(self.uris[i])); self.sizes[i] = rgb.shape[1::-1]
@@ -95,16 +136,24 @@ class Images(torch.utils.data.Dataset):
         if None in self.sizes[i]: self.load(i)
         return self.sizes[i]
 
-    def place(self, i) -> Placement: return placement(*self.size(i), self.cfg.image) # of the image in the network's input
+    def place(self, i) -> Placement:
+        return placement(*self.size(i), self.cfg.image)  # of the image in the network's input
 
     def item(self, i): # image and annotations, before augmentation
         image = self.load(i) if self.kept is None else self.kept[i]
-        if self.said[i] and isinstance(self.said[i][0], Annotation): self.said[i] = [to_input(a, self.place(i)).said() for a in self.whole(self.said[i], *self.size(i))]
+        if self.said[i] and isinstance(self.said[i][0], Annotation):
+            self.said[i] = [to_input(a, self.place(i)).said() for a in self.whole(self.said[i], *self.size(i))]
         return image, self.said[i]
 
-    def begin(self): # a loader's process draws other random numbers in every epoch, but the same when the training is resumed there
+    def begin(
+        self,
+    ):  # a loader's process draws other random numbers in every epoch, but the same when the training is resumed there
         worker, now = torch.utils.data.get_worker_info(), float(self.progress)
-        if worker is not None and now != self.begun: self.begun = now; torch.manual_seed(int(np.random.SeedSequence([self.seed, round(1e6*now), worker.id]).generate_state(1)[0]))
+        if worker is not None and now != self.begun:
+            self.begun = now
+            torch.manual_seed(
+                int(np.random.SeedSequence([self.seed, round(1e6 * now), worker.id]).generate_state(1)[0])
+            )
 
     def __len__(self): return len(self.uris)
     def __getitem__(self, i):
@@ -119,19 +168,32 @@ class Images(torch.utils.data.Dataset):
 def contact_sheet(images:Images, items:int=4, times:int=6, seed:int=0): # a matplotlib figure
     "A row per item: plain, then augmented `times` times, with what is left of its annotations drawn."
     import matplotlib.pyplot as plt
-    n = min(items, len(images)); fig, axes = plt.subplots(n, times + 1, figsize=(1.5*(times + 1), 1.5*n*images.cfg.image.height/images.cfg.image.width + .3), squeeze=False)
+
+    n = min(items, len(images))
+    fig, axes = plt.subplots(
+        n,
+        times + 1,
+        figsize=(1.5 * (times + 1), 1.5 * n * images.cfg.image.height / images.cfg.image.width + 0.3),
+        squeeze=False,
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for i, row in enumerate(axes):
             for k, ax in enumerate(row):
-                if images.parts: px, said = images.augment(images.item, i, len(images)) if k else images.item(i)
-                else: px, said = images.load(i) if images.kept is None else images.kept[i], []; px = images.augment(px) if k and images.augment else px
-                px = px.permute(1, 2, 0).numpy(); ax.imshow(images.task.draw(px, [a for a in said if a.get('label') is not None]) if said else px); ax.axis('off')
+                if images.parts:
+                    px, said = images.augment(images.item, i, len(images)) if k else images.item(i)
+                else:
+                    px, said = images.load(i) if images.kept is None else images.kept[i], []
+                    px = images.augment(px) if k and images.augment else px
+                px = px.permute(1, 2, 0).numpy()
+                ax.imshow(images.task.draw(px, [a for a in said if a.get('label') is not None]) if said else px)
+                ax.axis('off')
     fig.tight_layout(pad=.2); return fig
 
 # %% ../nbs/30_train.ipynb #86d46ddb
 class Shuffled(Sampler):
     "This process's share of the items, in an order that depends only on the seed and the epoch; seeds what is random in it."
+
     def __init__(self, n:int, seed:int,
                  often:np.ndarray|None=None,       # (n,) how often each item should come, relative to the others
                  on_epoch=lambda epoch: None):     # told of every epoch that begins
@@ -168,17 +230,23 @@ def repeat_factors(annotations:list[list[dict]], # of each item
 def one_cycle(net, fit:Fit, steps:int) -> tuple: # optimizer, schedule
     "AdamW, and a learning rate that rises and falls once; norms and biases do not decay."
     decay, rest = ([p for p in net.parameters() if (p.ndim > 1) == big] for big in (True, False))
-    opt = torch.optim.AdamW([dict(params=decay, weight_decay=fit.weight_decay), dict(params=rest, weight_decay=0)], fit.lr, fused=not fit.clip) # a fused step cannot be clipped in mixed precision
+    opt = torch.optim.AdamW(
+        [dict(params=decay, weight_decay=fit.weight_decay), dict(params=rest, weight_decay=0)],
+        fit.lr,
+        fused=not fit.clip,
+    )  # a fused step cannot be clipped in mixed precision
     return opt, torch.optim.lr_scheduler.OneCycleLR(opt, fit.lr, total_steps=steps, pct_start=fit.warmup)
 
 class Fitter(L.LightningModule):
     "The loop's side of a task."
     def __init__(self, net, problem:Problem, fit:Fit, cfg, truth:pa.Table, places:list[Placement]):
-        super().__init__(); self.net, self.problem, self.fit, self.cfg, self.truth, self.places = net, problem, fit, cfg, truth, places
+        super().__init__()
+        self.net, self.problem, self.fit, self.cfg, self.truth, self.places = net, problem, fit, cfg, truth, places
         self.said, self.losses = [], []
 
     @property
-    def task(self): return get_task(self.problem.task) # a module cannot be copied, as a running mean does with all of this
+    def task(self):
+        return get_task(self.problem.task)  # a module cannot be copied, as a running mean does with all of this
 
     def on_after_batch_transfer(self, batch, _): return batch[0].contiguous(memory_format=torch.channels_last), batch[1]
 
@@ -189,14 +257,20 @@ class Fitter(L.LightningModule):
 
     def validation_step(self, batch, _):
         out = self.net(batch[0]); arrays = {k: v.float().cpu().numpy() for k, v in out.items()}
-        self.said += [in_image(p, self.places[len(self.said) + i]) for i, p in enumerate(self.task.decode(arrays, self.cfg, self.problem.classes, {}))]
+        self.said += [
+            in_image(p, self.places[len(self.said) + i])
+            for i, p in enumerate(self.task.decode(arrays, self.cfg, self.problem.classes, {}))
+        ]
         self.log('val_loss', self.task.loss(out, batch[1], self.cfg), batch_size=len(batch[0]))
 
     def on_validation_epoch_end(self):
         self.log('train_loss', torch.stack(self.losses).mean(), sync_dist=True); self.losses = []
         said = predictions_table(self.truth['id'].to_pylist(), self.said); self.said = []
         metric = self.problem.metrics.primary
-        self.log(f'val_{metric}', float(self.task.score(self.truth, said, self.problem)(np.ones((1, len(self.truth))))[metric][0]))
+        self.log(
+            f'val_{metric}',
+            float(self.task.score(self.truth, said, self.problem)(np.ones((1, len(self.truth))))[metric][0]),
+        )
 
     def configure_optimizers(self):
         opt, cycle = one_cycle(self.net, self.fit, int(self.trainer.estimated_stepping_batches))
@@ -213,16 +287,26 @@ class History(Callback):
     def on_validation_end(self, trainer, module):
         if not trainer.is_global_zero: return
         figures = {k: round(float(v), 6) for k, v in trainer.callback_metrics.items()}
-        self.rows.append(dict(epoch=trainer.current_epoch + 1, **figures, lr=trainer.optimizers[0].param_groups[0]['lr']))
+        self.rows.append(
+            dict(epoch=trainer.current_epoch + 1, **figures, lr=trainer.optimizers[0].param_groups[0]['lr'])
+        )
         write_atomic(self.path, pd.DataFrame(self.rows).to_csv(index=False))
         n = trainer.current_epoch + 1; bar = '█'*round(20*n/self.epochs)
-        print(f'epoch {n:>3}/{self.epochs} {bar:·<20}', *(f'{k} {v:.4f}' for k, v in sorted(figures.items())), f'{time.perf_counter() - self.since:.1f} s', flush=True)
+        print(
+            f'epoch {n:>3}/{self.epochs} {bar:·<20}',
+            *(f'{k} {v:.4f}' for k, v in sorted(figures.items())),
+            f'{time.perf_counter() - self.since:.1f} s',
+            flush=True,
+        )
         self.since = time.perf_counter()
 
 # %% ../nbs/30_train.ipynb #fb9c5167
 def growing(decay:float): # for torch's AveragedModel
     "A running mean whose decay grows to `decay`."
-    return lambda mean, now, n: now + (mean - now)*torch.clamp((1 + n)/(10 + n), max=decay) if mean.is_floating_point() else now
+    return lambda mean, now, n: (
+        now + (mean - now) * torch.clamp((1 + n) / (10 + n), max=decay) if mean.is_floating_point() else now
+    )
+
 
 class RunningMean(WeightAveraging):
     "Weights averaged with a decay that grows to `decay`; validation and checkpoints use the mean."
@@ -243,21 +327,52 @@ def code_digest(task:str) -> str:
 def run_config(problem:Problem, dataset:Dataset, fit:Fit) -> dict:
     "Everything that decides the weights of a run."
     on_gpu = fit.accelerator == 'gpu' or (fit.accelerator == 'auto' and torch.cuda.is_available())
-    precision = fit.precision if fit.precision != 'auto' else 'bf16-mixed' if on_gpu and torch.cuda.is_bf16_supported() else '32-true'
-    return dict(problem=problem.name, task=problem.task, classes=problem.classes, multilabel=problem.multilabel, primary=problem.metrics.primary, dataset=dataset.version,
-                fit=fit.model_copy(update=dict(precision=precision, accelerator='gpu' if on_gpu else 'cpu')).model_dump(mode='json'),
-                code=code_digest(problem.task), torch=str(torch.__version__))
+    precision = (
+        fit.precision
+        if fit.precision != 'auto'
+        else 'bf16-mixed'
+        if on_gpu and torch.cuda.is_bf16_supported()
+        else '32-true'
+    )
+    return dict(
+        problem=problem.name,
+        task=problem.task,
+        classes=problem.classes,
+        multilabel=problem.multilabel,
+        primary=problem.metrics.primary,
+        dataset=dataset.version,
+        fit=fit.model_copy(update=dict(precision=precision, accelerator='gpu' if on_gpu else 'cpu')).model_dump(
+            mode='json'
+        ),
+        code=code_digest(problem.task),
+        torch=str(torch.__version__),
+    )
 
 def run_name(config:dict) -> str: return f'{config["problem"]}-{digest(config)[:8]}'
 
 def lineage(config:dict, root:Path) -> dict:
     "Where a run comes from: data, code, settings, machine."
-    git = lambda *a: subprocess.run(['git', '-C', str(root), *a], capture_output=True, text=True).stdout.strip() if shutil.which('git') else ''
+    git = lambda *a: (
+        subprocess.run(['git', '-C', str(root), *a], capture_output=True, text=True).stdout.strip()
+        if shutil.which('git')
+        else ''
+    )
     lock = next((f for p in (root, *root.parents) if (f := p/'requirements.lock').exists()), root/'requirements.lock')
-    return dict(dataset=config['dataset'], config=digest(config), code=config['code'], commit=git('rev-parse', 'HEAD') or None,
-                dirty=bool(git('status', '--porcelain')), lock=file_digest(lock) if lock.exists() else None, seed=config['fit']['seed'],
-                python=platform.python_version(), torch=str(torch.__version__), machine=platform.machine(), cores=os.cpu_count(), threads=torch.get_num_threads(),
-                gpu=torch.cuda.get_device_name() if config['fit']['accelerator'] == 'gpu' else None)
+    return dict(
+        dataset=config['dataset'],
+        config=digest(config),
+        code=config['code'],
+        commit=git('rev-parse', 'HEAD') or None,
+        dirty=bool(git('status', '--porcelain')),
+        lock=file_digest(lock) if lock.exists() else None,
+        seed=config['fit']['seed'],
+        python=platform.python_version(),
+        torch=str(torch.__version__),
+        machine=platform.machine(),
+        cores=os.cpu_count(),
+        threads=torch.get_num_threads(),
+        gpu=torch.cuda.get_device_name() if config['fit']['accelerator'] == 'gpu' else None,
+    )
 
 # %% ../nbs/30_train.ipynb #bd716c3f
 @dataclass
@@ -276,41 +391,93 @@ class Run:
 def make_trainer(run:Run, fit:Fit, problem:Problem, config:dict, loggers:list, callbacks:list) -> L.Trainer:
     "Lightning's trainer with our settings: two checkpoints, the best and the last, a history, early stopping."
     keep, primary = run.path/'checkpoints', problem.metrics.primary
-    watch, mode = ('val_loss', 'min') if fit.monitor == 'loss' else (f'val_{primary}', 'max' if get_task(problem.task).METRICS[primary] else 'min')
-    calls = [*([RunningMean(fit.ema)] if fit.ema else []), History(run.path/'history.csv', fit.epochs), EarlyStopping(watch, patience=fit.patience, mode=mode),
-             ModelCheckpoint(keep, 'best', monitor=watch, mode=mode, enable_version_counter=False),
-             ModelCheckpoint(keep, 'last', save_top_k=1, every_n_epochs=1, save_on_train_epoch_end=True, enable_version_counter=False)]
-    return L.Trainer(max_epochs=fit.epochs, accelerator=config['fit']['accelerator'], devices=fit.devices, strategy=fit.strategy, precision=config['fit']['precision'],
-                     callbacks=calls + callbacks, logger=loggers, gradient_clip_val=fit.clip or None, check_val_every_n_epoch=fit.val_every, deterministic='warn', num_sanity_val_steps=0, use_distributed_sampler=False, enable_progress_bar=False, enable_model_summary=False,
-                     log_every_n_steps=1_000_000, default_root_dir=run.path)
+    watch, mode = (
+        ('val_loss', 'min')
+        if fit.monitor == 'loss'
+        else (f'val_{primary}', 'max' if get_task(problem.task).METRICS[primary] else 'min')
+    )
+    calls = [
+        *([RunningMean(fit.ema)] if fit.ema else []),
+        History(run.path / 'history.csv', fit.epochs),
+        EarlyStopping(watch, patience=fit.patience, mode=mode),
+        ModelCheckpoint(keep, 'best', monitor=watch, mode=mode, enable_version_counter=False),
+        ModelCheckpoint(
+            keep, 'last', save_top_k=1, every_n_epochs=1, save_on_train_epoch_end=True, enable_version_counter=False
+        ),
+    ]
+    return L.Trainer(
+        max_epochs=fit.epochs,
+        accelerator=config['fit']['accelerator'],
+        devices=fit.devices,
+        strategy=fit.strategy,
+        precision=config['fit']['precision'],
+        callbacks=calls + callbacks,
+        logger=loggers,
+        gradient_clip_val=fit.clip or None,
+        check_val_every_n_epoch=fit.val_every,
+        deterministic='warn',
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=1_000_000,
+        default_root_dir=run.path,
+    )
 
 def make_loaders(problem:Problem, dataset:Dataset, fit:Fit, cfg) -> tuple[DataLoader, DataLoader]:
     "Training and validation items in batches."
     parts = {s: dataset.split(s) for s in ('train', 'val')}
     for s, rows in parts.items():
-        if not len(rows): raise BadInput(f'the split {s!r} of {dataset.name} is empty', 'at least one item in train and in val', 'split the dataset again')
-    a, b = (Images(dataset, rows, problem, cfg, cfg.augment if s == 'train' else (), fit.memory_gb, s) for s, rows in parts.items())
+        if not len(rows):
+            raise BadInput(
+                f'the split {s!r} of {dataset.name} is empty',
+                'at least one item in train and in val',
+                'split the dataset again',
+            )
+    a, b = (
+        Images(dataset, rows, problem, cfg, cfg.augment if s == 'train' else (), fit.memory_gb, s)
+        for s, rows in parts.items()
+    )
     workers = fit.workers if fit.workers >= 0 else 0 if a.kept is not None else os.cpu_count()
     joined = getattr(get_task(problem.task), 'collate', None)
-    kw = dict(num_workers=workers, persistent_workers=workers > 0, pin_memory=torch.cuda.is_available(), collate_fn=functools.partial(_collate, joined) if joined else None)
-    size = min(fit.batch_size, len(a)); often = repeat_factors(parts['train']['annotations'].to_pylist(), fit.balance) if fit.balance else None
+    kw = dict(
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        collate_fn=functools.partial(_collate, joined) if joined else None,
+    )
+    size = min(fit.batch_size, len(a))
+    often = repeat_factors(parts['train']['annotations'].to_pylist(), fit.balance) if fit.balance else None
     a.seed = fit.seed; order = Shuffled(len(a), fit.seed, often, lambda epoch: a.progress.fill_(epoch/fit.epochs))
     return DataLoader(a, size, sampler=order, drop_last=True, **kw), DataLoader(b, 4*size, **kw)
 
-def _collate(joined, batch:list) -> tuple: return default_collate([image for image, _ in batch]), joined([target for _, target in batch])
+def _collate(joined, batch: list) -> tuple:
+    return default_collate([image for image, _ in batch]), joined([target for _, target in batch])
 
 # %% ../nbs/30_train.ipynb #34af85f4
 def _loggers(run:Run, config:dict) -> list:
     "W&B, offline unless WANDB_MODE says otherwise; none with WANDB_MODE=disabled."
     if os.environ.get('WANDB_MODE') == 'disabled': return []
     from lightning.pytorch.loggers import WandbLogger
-    return [WandbLogger(project=config['problem'], name=run.name, id=run.name, save_dir=run.path, config=config, offline=os.environ.get('WANDB_MODE', 'offline') != 'online')]
+
+    return [
+        WandbLogger(
+            project=config['problem'],
+            name=run.name,
+            id=run.name,
+            save_dir=run.path,
+            config=config,
+            offline=os.environ.get('WANDB_MODE', 'offline') != 'online',
+        )
+    ]
+
 
 def _quietly():
     "Lightning's advice is for its first hour; ours is in the report."
     for name in ('lightning.pytorch', 'lightning.fabric', 'wandb'): logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings('ignore', module='lightning.*')
-    for said in ('.*isinstance.treespec.*', '.*does not have many workers.*', '.*srun.*'): warnings.filterwarnings('ignore', said)
+    for said in ('.*isinstance.treespec.*', '.*does not have many workers.*', '.*srun.*'):
+        warnings.filterwarnings('ignore', said)
 
 # %% ../nbs/30_train.ipynb #99de8dbe
 def fit(problem:Problem, dataset:Dataset, runs:str|Path|None=None, # the folder of all runs; the workspace's when None
@@ -322,26 +489,46 @@ def fit(problem:Problem, dataset:Dataset, runs:str|Path|None=None, # the folder 
     root = Path(runs or workspace().runs).resolve(); how, cfg = settings(problem, **changes)
     refuse_terms(problem.data, dataset.table)
     if (leaks := shared_groups(dataset.table)) and not problem.data.allow_leaks:
-        raise BadInput(f'{len(leaks)} groups or contents lie in more than one split: {", ".join(leaks[:3])}', 'no group in two splits', 'split the dataset again, or set data: {allow_leaks: true}')
-    config = run_config(problem, dataset, how); run = Run(root/run_name(config)); run.path.mkdir(parents=True, exist_ok=True)
+        raise BadInput(
+            f'{len(leaks)} groups or contents lie in more than one split: {", ".join(leaks[:3])}',
+            'no group in two splits',
+            'split the dataset again, or set data: {allow_leaks: true}',
+        )
+    config = run_config(problem, dataset, how)
+    run = Run(root / run_name(config))
+    run.path.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(run.path/'.lock', timeout=0):
             if force:
                 for p in [run.path/'done.json', *(run.path/'checkpoints').glob('*.ckpt')]: p.unlink(missing_ok=True)
             if run.done: print(f'{run.name}: nothing has changed, so nothing is trained'); return run
             return _train(run, problem, dataset, how, cfg, config, list(callbacks))
-    except Timeout: raise RunFailed(f'{run.name} is being trained by another process', 'one process per run', 'wait for it, or stop it') from None
+    except Timeout:
+        raise RunFailed(
+            f'{run.name} is being trained by another process', 'one process per run', 'wait for it, or stop it'
+        ) from None
+
 
 def _train(run:Run, problem:Problem, dataset:Dataset, how:Fit, cfg, config:dict, callbacks:list) -> Run:
     _quietly(); L.seed_everything(how.seed, workers=True, verbose=False)
-    write_atomic(run.path/'config.yaml', yaml.safe_dump(config, sort_keys=False)); write_json(run.path/'lineage.json', lineage(config, run.path.parent.parent))
+    write_atomic(run.path / 'config.yaml', yaml.safe_dump(config, sort_keys=False))
+    write_json(run.path / 'lineage.json', lineage(config, run.path.parent.parent))
     train, val = make_loaders(problem, dataset, how, cfg)
     net = get_task(problem.task).network(cfg, problem.classes).to(memory_format=torch.channels_last)
     last, loggers = run.path/'checkpoints/last.ckpt', _loggers(run, config)
-    print(f'{run.name}: {len(train.dataset)} items, {sum(p.numel() for p in net.parameters())/1e6:.2f} M weights, {config["fit"]["accelerator"]}, {config["fit"]["precision"]}'
-          + (', resumed from the last finished epoch' if last.exists() else ''), flush=True)
+    print(
+        f'{run.name}: {len(train.dataset)} items, {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M weights, {config["fit"]["accelerator"]}, {config["fit"]["precision"]}'
+        + (', resumed from the last finished epoch' if last.exists() else ''),
+        flush=True,
+    )
     since, trainer = time.perf_counter(), make_trainer(run, how, problem, config, loggers, callbacks)
-    trainer.fit(Fitter(net, problem, how, cfg, dataset.split('val'), [val.dataset.place(i) for i in range(len(val.dataset))]), train, val, ckpt_path=last if last.exists() else None, weights_only=True)
+    trainer.fit(
+        Fitter(net, problem, how, cfg, dataset.split('val'), [val.dataset.place(i) for i in range(len(val.dataset))]),
+        train,
+        val,
+        ckpt_path=last if last.exists() else None,
+        weights_only=True,
+    )
     if trainer.is_global_zero: _finish(run, net, trainer, time.perf_counter() - since)
     for log in loggers: log.experiment.finish()
     return run
@@ -349,11 +536,21 @@ def _train(run:Run, problem:Problem, dataset:Dataset, how:Fit, cfg, config:dict,
 def _finish(run:Run, net, trainer:L.Trainer, seconds:float) -> None:
     "The best weights as safetensors, then the note that the run is done."
     best = torch.load(run.path/'checkpoints/best.ckpt', map_location='cpu', weights_only=True)
-    weights = {k.removeprefix('net.'): v.contiguous().cpu() for k, v in best['state_dict'].items() if k.startswith('net.')}
+    weights = {
+        k.removeprefix('net.'): v.contiguous().cpu() for k, v in best['state_dict'].items() if k.startswith('net.')
+    }
     (run.path/'export').mkdir(exist_ok=True); tmp = run.path/'export/.model.safetensors'
     save_file(weights, tmp); os.replace(tmp, run.path/'export/model.safetensors')
-    write_json(run.path/'done.json', dict(weights=file_digest(run.path/'export/model.safetensors'), best_epoch=int(best['epoch']) + 1, epochs=trainer.current_epoch,
-                                          seconds=round(seconds, 1), steps=trainer.global_step))
+    write_json(
+        run.path / 'done.json',
+        dict(
+            weights=file_digest(run.path / 'export/model.safetensors'),
+            best_epoch=int(best['epoch']) + 1,
+            epochs=trainer.current_epoch,
+            seconds=round(seconds, 1),
+            steps=trainer.global_step,
+        ),
+    )
 
 # %% ../nbs/30_train.ipynb #f8fc55f2
 def _now() -> float:
@@ -371,13 +568,22 @@ class StepTimer(Callback):
 def bare_loop(problem:Problem, dataset:Dataset, **changes) -> list[float]: # seconds per step of each epoch
     "The same training as `fit`, with nothing around it."
     how, cfg = settings(problem, **changes); torch.manual_seed(how.seed); task = get_task(problem.task)
-    on = 'cuda' if torch.cuda.is_available() and how.accelerator != 'cpu' else 'cpu'; half = run_config(problem, dataset, how)['fit']['precision'] == 'bf16-mixed'
-    net = task.network(cfg, problem.classes).to(on, memory_format=torch.channels_last); train, _ = make_loaders(problem, dataset, how, cfg); took = []
-    opt, cycle = one_cycle(net, how, how.epochs*len(train)); mean = torch.optim.swa_utils.AveragedModel(net, avg_fn=growing(how.ema), use_buffers=True) if how.ema else None
+    on = 'cuda' if torch.cuda.is_available() and how.accelerator != 'cpu' else 'cpu'
+    half = run_config(problem, dataset, how)['fit']['precision'] == 'bf16-mixed'
+    net = task.network(cfg, problem.classes).to(on, memory_format=torch.channels_last)
+    train, _ = make_loaders(problem, dataset, how, cfg)
+    took = []
+    opt, cycle = one_cycle(net, how, how.epochs * len(train))
+    mean = torch.optim.swa_utils.AveragedModel(net, avg_fn=growing(how.ema), use_buffers=True) if how.ema else None
     for epoch in range(how.epochs):
         train.sampler.set_epoch(epoch); net.train(); batches = iter(train); batch = next(batches); since, n = _now(), 0
         while batch is not None:
-            with torch.autocast(on, torch.bfloat16, enabled=half): loss = task.loss(net(batch[0].to(on, non_blocking=True).contiguous(memory_format=torch.channels_last)), move_data_to_device(batch[1], on), cfg)
+            with torch.autocast(on, torch.bfloat16, enabled=half):
+                loss = task.loss(
+                    net(batch[0].to(on, non_blocking=True).contiguous(memory_format=torch.channels_last)),
+                    move_data_to_device(batch[1], on),
+                    cfg,
+                )
             opt.zero_grad(); loss.backward()
             if how.clip: torch.nn.utils.clip_grad_norm_(net.parameters(), how.clip)
             opt.step(); cycle.step(); n += 1; batch = next(batches, None)

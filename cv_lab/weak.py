@@ -27,46 +27,87 @@ def _cuts(name:str, values:list, few:int) -> list[str]: # expressions
 def slices_of(facts:dict[str, list], least:int=20, few:int=8) -> dict[str, np.ndarray]: # expression -> (N,) bool
     "The slices to look at: one fact, or two at once."
     def enough(m): return least <= m.sum() <= len(m) - least
-    one = {e: (k, m) for k, v in facts.items() if k.isidentifier() and k not in OMIT for e in _cuts(k, v, few) if enough(m := select(e, facts))}
+
+    one = {
+        e: (k, m)
+        for k, v in facts.items()
+        if k.isidentifier() and k not in OMIT
+        for e in _cuts(k, v, few)
+        if enough(m := select(e, facts))
+    }
     out, names = {e: m for e, (_, m) in one.items()}, list(one)
     for i, a in enumerate(names):
         for b in names[i + 1:]:
             both = one[a][1] & one[b][1]
-            if one[a][0] != one[b][0] and enough(both) and both.sum() < min(one[a][1].sum(), one[b][1].sum()): out[f'{a} and {b}'] = both
+            if one[a][0] != one[b][0] and enough(both) and both.sum() < min(one[a][1].sum(), one[b][1].sum()):
+                out[f'{a} and {b}'] = both
     return out
 
 # %% ../nbs/43_weak.ipynb #a8a2770f
 def _dealt(value:np.ndarray, groups:np.ndarray, times:int, rng) -> np.ndarray: # (times, N)
     "The values dealt anew, whole groups at a time."
-    order = np.argsort(groups, kind='stable'); parts = np.split(order, np.flatnonzero(np.diff(groups[order])) + 1); out = np.empty((times, len(value)), np.float32)
-    for row in out: row[order] = value[np.concatenate([parts[k] for k in rng.permutation(len(parts))])] if len(parts) < len(value) else rng.permutation(value)
+    order = np.argsort(groups, kind='stable')
+    parts = np.split(order, np.flatnonzero(np.diff(groups[order])) + 1)
+    out = np.empty((times, len(value)), np.float32)
+    for row in out:
+        row[order] = (
+            value[np.concatenate([parts[k] for k in rng.permutation(len(parts))])]
+            if len(parts) < len(value)
+            else rng.permutation(value)
+        )
     return out
 
-def weak_slices(value:np.ndarray,             # (N,) how well each item was done; higher is better, NaN: no figure
-                slices:dict[str, np.ndarray], # of `slices_of`
-                groups=None,                  # (N,) what belongs together
-                resamples:int=2000, alpha:float=.05, seed:int=0) -> pd.DataFrame: # slice, items, value, elsewhere, gap, p; weakest first; `looked` in its attrs
+def weak_slices(
+    value: np.ndarray,  # (N,) how well each item was done; higher is better, NaN: no figure
+    slices: dict[str, np.ndarray],  # of `slices_of`
+    groups=None,  # (N,) what belongs together
+    resamples: int = 2000,
+    alpha: float = 0.05,
+    seed: int = 0,
+) -> pd.DataFrame:  # slice, items, value, elsewhere, gap, p; weakest first; `looked` in its attrs
     "The slices that are weaker than looking so often explains."
-    ok = np.isfinite(value); v = value[ok] - value[ok].mean(); names = [e for e, m in slices.items() if 0 < (m & ok).sum() < ok.sum()]; empty = pd.DataFrame(columns=['slice', 'items', 'value', 'elsewhere', 'gap', 'p'])
+    ok = np.isfinite(value)
+    v = value[ok] - value[ok].mean()
+    names = [e for e, m in slices.items() if 0 < (m & ok).sum() < ok.sum()]
+    empty = pd.DataFrame(columns=['slice', 'items', 'value', 'elsewhere', 'gap', 'p'])
     empty.attrs['looked'] = len(names)
     if not names or not v.std(): return empty
-    m = np.stack([slices[e][ok] for e in names], 1).astype(np.float32); n, N = m.sum(0), len(v); scale = v.std()*np.sqrt(1/n + 1/(N - n))
-    t = lambda rows: -((rows @ m)/n + (rows @ m)/(N - n))/scale                 # values sum to nought, so the rest's sum is minus the slice's
+    m = np.stack([slices[e][ok] for e in names], 1).astype(np.float32)
+    n, N = m.sum(0), len(v)
+    scale = v.std() * np.sqrt(1 / n + 1 / (N - n))
+    t = lambda rows: (
+        -((rows @ m) / n + (rows @ m) / (N - n)) / scale
+    )  # values sum to nought, so the rest's sum is minus the slice's
     g = np.unique(np.asarray(groups)[ok], return_inverse=True)[1] if groups is not None else np.arange(N)
     top = t(_dealt(v.astype(np.float32), g, resamples, np.random.default_rng(seed))).max(1); seen = t(v[None])[0]
-    p = (1 + (top[:, None] >= seen[None] - 1e-6).sum(0))/(1 + resamples); at = dict(zip(names, seen)); rows, kept = [], []
+    p = (1 + (top[:, None] >= seen[None] - 1e-6).sum(0)) / (1 + resamples)
+    at = dict(zip(names, seen))
+    rows, kept = [], []
     for k in np.argsort(-seen, kind='stable'):
         parts = names[k].split(' and ')
         if p[k] > alpha or (len(parts) > 1 and seen[k] <= max(at.get(x, -np.inf) for x in parts)): continue
         mine = m[:, k] > 0
         if any((mine & o).sum() > .8*(mine | o).sum() for o in kept): continue
-        kept.append(mine); mean = value[ok]; rows.append((names[k], int(n[k]), mean[mine].mean(), mean[~mine].mean(), mean[~mine].mean() - mean[mine].mean(), p[k]))
+        kept.append(mine)
+        mean = value[ok]
+        rows.append(
+            (names[k], int(n[k]), mean[mine].mean(), mean[~mine].mean(), mean[~mine].mean() - mean[mine].mean(), p[k])
+        )
     out = pd.DataFrame(rows, columns=empty.columns); out.attrs['looked'] = len(names); return out
 
 # %% ../nbs/43_weak.ipynb #d59e3748
-def find_weak(truth:pa.Table, predictions:pa.Table, problem:Problem, least:int=20, resamples:int=2000, alpha:float=.05, seed:int=0) -> pd.DataFrame:
+def find_weak(
+    truth: pa.Table,
+    predictions: pa.Table,
+    problem: Problem,
+    least: int = 20,
+    resamples: int = 2000,
+    alpha: float = 0.05,
+    seed: int = 0,
+) -> pd.DataFrame:
     "The weak slices of a model."
-    up = 1 if get_task(problem.task).METRICS[problem.metrics.primary] else -1; each = per_item(truth, predictions, problem)
+    up = 1 if get_task(problem.task).METRICS[problem.metrics.primary] else -1
+    each = per_item(truth, predictions, problem)
     groups = [g or s for g, s in zip(truth['group'].to_pylist(), truth['sha256'].to_pylist())]
     t = weak_slices(up*each, slices_of(facts_of(truth), least), groups, resamples, alpha, seed)
     return t.assign(value=up*t['value'], elsewhere=up*t['elsewhere'])

@@ -27,10 +27,16 @@ def _along(length:int, side:int, overlap:float) -> list[tuple[int, int, int]]: #
     cuts = [0, *((b + a + side)//2 for a, b in zip(at, at[1:])), length]
     return list(zip(at, cuts, cuts[1:]))
 
-def windows(width:int, height:int, cfg:Preprocess) -> list[Window]: # row by row; one where the image is looked at as a whole
+def windows(
+    width: int, height: int, cfg: Preprocess
+) -> list[Window]:  # row by row; one where the image is looked at as a whole
     "The windows of an image of this size."
     w, h = (round(v*cfg.shrink) if cfg.shrink else big for v, big in ((cfg.width, width), (cfg.height, height)))
-    return [Window(x, y, min(w, width), min(h, height), (x1, y1, x2, y2)) for y, y1, y2 in _along(height, h, cfg.overlap) for x, x1, x2 in _along(width, w, cfg.overlap)]
+    return [
+        Window(x, y, min(w, width), min(h, height), (x1, y1, x2, y2))
+        for y, y1, y2 in _along(height, h, cfg.overlap)
+        for x, x1, x2 in _along(width, w, cfg.overlap)
+    ]
 
 # %% ../nbs/44_windows.ipynb #04064e4b
 def joined(found:Sequence[tuple[Window, Prediction]], # predictions in pixels of their window
@@ -40,22 +46,40 @@ def joined(found:Sequence[tuple[Window, Prediction]], # predictions in pixels of
     for at, p in found:
         for a in p.annotations:
             box = a.bbox or (a.polygon and _hull(a.polygon))
-            if box: objects += [_moved(a, at, width, height)] if _inside((box[0] + box[2])/2 + at.x, (box[1] + box[3])/2 + at.y, at.core) else []
-            elif a.mask: _add(regions.setdefault((a.label, a.accepted), [a, np.zeros((height, width), bool), 0., 0]), a, at)
-    said = [replace(a, mask=rle_encode(page), score=None if a.score is None else min(1., score/n)) for a, page, score, n in regions.values() if n]
+            if box:
+                objects += (
+                    [_moved(a, at, width, height)]
+                    if _inside((box[0] + box[2]) / 2 + at.x, (box[1] + box[3]) / 2 + at.y, at.core)
+                    else []
+                )
+            elif a.mask:
+                _add(regions.setdefault((a.label, a.accepted), [a, np.zeros((height, width), bool), 0.0, 0]), a, at)
+    said = [
+        replace(a, mask=rle_encode(page), score=None if a.score is None else min(1.0, score / n))
+        for a, page, score, n in regions.values()
+        if n
+    ]
     return Prediction(said + sorted(objects, key=lambda a: -(a.score or 0)), accepted=all(p.accepted for _, p in found))
 
-def _hull(polygon) -> list[float]: p = np.concatenate([np.reshape(r, (-1, 2)) for r in polygon]); return [*p.min(0).tolist(), *p.max(0).tolist()]
+def _hull(polygon) -> list[float]:
+    p = np.concatenate([np.reshape(r, (-1, 2)) for r in polygon])
+    return [*p.min(0).tolist(), *p.max(0).tolist()]
+
 
 def _inside(x:float, y:float, core) -> bool: return core[0] <= x < core[2] and core[1] <= y < core[3]
 
-def _add(into:list, a:Annotation, at:Window) -> None: # into: the first annotation, its page, sum of the score over pixels, pixels
+def _add(
+    into: list, a: Annotation, at: Window
+) -> None:  # into: the first annotation, its page, sum of the score over pixels, pixels
     x1, y1, x2, y2 = at.core; part = rle_decode(a.mask)[y1 - at.y:y2 - at.y, x1 - at.x:x2 - at.x]; n = int(part.sum())
     into[1][y1:y2, x1:x2] |= part; into[2] += (a.score or 0)*n; into[3] += n
 
 def _moved(a:Annotation, at:Window, width:int, height:int) -> Annotation:
     "An annotation of a window where it lies in the image."
     page = None
-    if a.mask: page = np.zeros((height, width), bool); page[at.y:at.y + at.h, at.x:at.x + at.w] = rle_decode(a.mask); page = rle_encode(page)
+    if a.mask:
+        page = np.zeros((height, width), bool)
+        page[at.y : at.y + at.h, at.x : at.x + at.w] = rle_decode(a.mask)
+        page = rle_encode(page)
     shift = lambda points: (np.reshape(points, (-1, 2)) + [at.x, at.y]).ravel().tolist()
     return replace(a, bbox=a.bbox and shift(a.bbox), polygon=a.polygon and [shift(r) for r in a.polygon], mask=page)

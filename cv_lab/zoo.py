@@ -20,37 +20,73 @@ ZOO_STRIDES = [8, 16, 32, 64, 128]
 # %% ../nbs/19d_zoo.ipynb #f53a1960
 class ZooDetector(nn.Module):
     "The body and head of one of torchvision's detectors: a box, and a logit per class, for every place."
-    def __init__(self, name:str, classes:int, pretrained:str|bool=False, frozen:bool=False, inside:tuple[int, float]|None=None):
+
+    def __init__(
+        self,
+        name: str,
+        classes: int,
+        pretrained: str | bool = False,
+        frozen: bool = False,
+        inside: tuple[int, float] | None = None,
+    ):
         super().__init__()
         if name not in ZOO: raise BadInput(f'no detector {name!r}', f'one of: {", ".join(ZOO)}', 'correct `network`')
         model = getattr(detection, name)(weights=None, weights_backbone=None, num_classes=classes)
-        if pretrained: self.load(model, name, pretrained)
-        elif name.startswith('fcos'): nn.init.constant_(model.head.regression_head.bbox_reg.bias, 2.) # objects of four cells, to begin with
-        self.first, self.body, self.head, self.inside, self.strides = FromUint8((.485, .456, .406), (.229, .224, .225)), model.backbone, model.head, inside, ZOO_STRIDES
-        for i, a in enumerate(model.anchor_generator.cell_anchors or [model.anchor_generator.generate_anchors(s, r) for s, r in zip(model.anchor_generator.sizes, model.anchor_generator.aspect_ratios)]):
-            self.register_buffer(f'anchors{i}', a.float(), persistent=False)                # (per place, 4), around the origin
+        if pretrained:
+            self.load(model, name, pretrained)
+        elif name.startswith('fcos'):
+            nn.init.constant_(model.head.regression_head.bbox_reg.bias, 2.0)  # objects of four cells, to begin with
+        self.first, self.body, self.head, self.inside, self.strides = (
+            FromUint8((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+            model.backbone,
+            model.head,
+            inside,
+            ZOO_STRIDES,
+        )
+        for i, a in enumerate(
+            model.anchor_generator.cell_anchors
+            or [
+                model.anchor_generator.generate_anchors(s, r)
+                for s, r in zip(model.anchor_generator.sizes, model.anchor_generator.aspect_ratios)
+            ]
+        ):
+            self.register_buffer(f'anchors{i}', a.float(), persistent=False)  # (per place, 4), around the origin
         if frozen: self.body.body.requires_grad_(False)
 
     @staticmethod
     def load(model, name, path):
-        if path is True: raise NotFound(f'the weights of {name} are not fetched', 'a local .safetensors file', 'give its path as `pretrained`')
-        if not str(path).endswith('.safetensors') or not Path(path).is_file(): raise NotFound(f'there are no weights at {path}', 'a .safetensors file', 'check the path')
+        if path is True:
+            raise NotFound(
+                f'the weights of {name} are not fetched', 'a local .safetensors file', 'give its path as `pretrained`'
+            )
+        if not str(path).endswith('.safetensors') or not Path(path).is_file():
+            raise NotFound(f'there are no weights at {path}', 'a .safetensors file', 'check the path')
         from safetensors.torch import load_file
-        own = model.state_dict(); model.load_state_dict({k: v for k, v in load_file(path).items() if k in own and v.shape == own[k].shape}, strict=False) # the classes may differ
 
-    def anchors(self, i:int, height:int, width:int) -> torch.Tensor: # (places, 4)
-        a, s = getattr(self, f'anchors{i}'), self.strides[i]; y, x = torch.meshgrid(torch.arange(height, device=a.device)*s, torch.arange(width, device=a.device)*s, indexing='ij')
+        own = model.state_dict()
+        model.load_state_dict(
+            {k: v for k, v in load_file(path).items() if k in own and v.shape == own[k].shape}, strict=False
+        )  # the classes may differ
+
+    def anchors(self, i:int, height:int, width:int) -> torch.Tensor:  # (places, 4)
+        a, s = getattr(self, f'anchors{i}'), self.strides[i]
+        y, x = torch.meshgrid(
+            torch.arange(height, device=a.device) * s, torch.arange(width, device=a.device) * s, indexing='ij'
+        )
         return (torch.stack([x, y, x, y], -1).reshape(-1, 1, 4) + a).reshape(-1, 4)
 
     def forward(self, images): # (N, 3, H, W) uint8 -> logits (N, A, C), boxes (N, A, 4)
         maps = list(self.body(self.first(images)).values()); out = self.head(maps); d = out['bbox_regression'].float()
-        at = torch.cat([self.anchors(i, *m.shape[-2:]) for i, m in enumerate(maps)]); centre, size = (at[:, :2] + at[:, 2:])/2, at[:, 2:] - at[:, :2]
+        at = torch.cat([self.anchors(i, *m.shape[-2:]) for i, m in enumerate(maps)])
+        centre, size = (at[:, :2] + at[:, 2:]) / 2, at[:, 2:] - at[:, :2]
         logits = out['cls_logits']
-        if 'bbox_ctrness' in out:                                                            # FCOS: distances to the edges, and a second score
+        if 'bbox_ctrness' in out:  # FCOS: distances to the edges, and a second score
             boxes = torch.cat([centre - d[..., :2]*size, centre + d[..., 2:]*size], -1)
-            z = (nn.functional.logsigmoid(logits.float()) + nn.functional.logsigmoid(out['bbox_ctrness'].float()))/2; logits = z - torch.log1p(-z.exp().clamp(max=1 - 1e-6))
-        else:                                                                                # RetinaNet: shifts and scales of anchor boxes
-            c, half = centre + d[..., :2]*size, size*d[..., 2:].clamp(max=4.135).exp()/2; boxes = torch.cat([c - half, c + half], -1)
+            z = (nn.functional.logsigmoid(logits.float()) + nn.functional.logsigmoid(out['bbox_ctrness'].float())) / 2
+            logits = z - torch.log1p(-z.exp().clamp(max=1 - 1e-6))
+        else:  # RetinaNet: shifts and scales of anchor boxes
+            c, half = centre + d[..., :2] * size, size * d[..., 2:].clamp(max=4.135).exp() / 2
+            boxes = torch.cat([c - half, c + half], -1)
         out = dict(logits=logits, boxes=boxes)
         if self.inside and not self.training: out |= suppressed(logits, boxes, *self.inside)
         return out

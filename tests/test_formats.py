@@ -27,10 +27,23 @@ def every_kind(root):
     rgb = Image.fromarray(rng.integers(0, 255, (20, 30, 3), np.uint8))
     grey, root = rgb.convert('L'), root/'a'
     root.mkdir(parents=True)
-    for name, im, kw in [('rgb.JPG', rgb, {}), ('rgb.Jpeg', rgb, dict(exif=exif)), ('rgb.png', rgb, dict(exif=exif)), ('rgb.WebP', rgb, dict(exif=exif)),
-                         ('rgb.bmp', rgb, {}), ('pal.gif', rgb.convert('P'), {}), ('grey.png', grey, {}), ('grey.jpg', grey, {}), ('rgba.png', rgb.convert('RGBA'), {}),
-                         ('pal.png', rgb.convert('P'), {}), ('one.png', grey.convert('1'), {}), ('cmyk.jpg', rgb.convert('CMYK'), {}), ('la.png', rgb.convert('LA'), {}),
-                         ('sixteen.png', Image.fromarray(rng.integers(0, 65535, (20, 30), np.uint16)), {}), ('Größe 犬.png', rgb, {})]:
+    for name, im, kw in [
+        ('rgb.JPG', rgb, {}),
+        ('rgb.Jpeg', rgb, dict(exif=exif)),
+        ('rgb.png', rgb, dict(exif=exif)),
+        ('rgb.WebP', rgb, dict(exif=exif)),
+        ('rgb.bmp', rgb, {}),
+        ('pal.gif', rgb.convert('P'), {}),
+        ('grey.png', grey, {}),
+        ('grey.jpg', grey, {}),
+        ('rgba.png', rgb.convert('RGBA'), {}),
+        ('pal.png', rgb.convert('P'), {}),
+        ('one.png', grey.convert('1'), {}),
+        ('cmyk.jpg', rgb.convert('CMYK'), {}),
+        ('la.png', rgb.convert('LA'), {}),
+        ('sixteen.png', Image.fromarray(rng.integers(0, 65535, (20, 30), np.uint16)), {}),
+        ('Größe 犬.png', rgb, {}),
+    ]:
         im.save(root/name, **kw)
     return root.parent
 
@@ -62,7 +75,9 @@ def test_what_is_cut_short_is_found_whatever_its_format(cut):
         assert not look(data).fault and look(data[:int(len(data)*cut)]).fault, fmt
 
 
-@pytest.mark.parametrize('top', [('train', 'val', 'test'), ('Training', 'valid', 'Testing'), ('TRAIN', 'validation', 'test')])
+@pytest.mark.parametrize(
+    'top', [('train', 'val', 'test'), ('Training', 'valid', 'Testing'), ('TRAIN', 'validation', 'test')]
+)
 def test_split_folders(tmp_path, top):
     for s in top:
         for c in ('cat', 'dog'): put(tmp_path/'src'/s/c/f'{s}.png')
@@ -78,30 +93,49 @@ def test_items_without_a_split_get_one_and_copies_stay_together(tmp_path):
         if i % 3 == 0: shutil.copy(p, p.with_name(f'copy{i}.png'))
     r = import_dataset(tmp_path/'src', 'imagefolder', tmp_path/'out')
     assert set(r.tally['splits']) == {'train', 'val', 'test'} and not shared_groups(r.dataset.table)
-    assert import_dataset(tmp_path/'src', 'imagefolder', tmp_path/'o2', splits='keep').tally['splits'] == {'unsplit': 54}
+    assert import_dataset(tmp_path / 'src', 'imagefolder', tmp_path / 'o2', splits='keep').tally['splits'] == {
+        'unsplit': 54
+    }
 
 
 def test_faults_are_set_aside_with_a_reason(tmp_path):
     src = tmp_path/'src'; good = put(src/'cat/good.png')
-    (src/'cat/empty.jpg').write_bytes(b''); (src/'cat/text.png').write_text('no image'); (src/'cat/cut.png').write_bytes(good.read_bytes()[:-50])
+    (src / 'cat/empty.jpg').write_bytes(b'')
+    (src / 'cat/text.png').write_text('no image')
+    (src / 'cat/cut.png').write_bytes(good.read_bytes()[:-50])
     (src/'cat/photo.heic').write_bytes(b'x'); (tmp_path/'secret.png').write_bytes(good.read_bytes())
-    (src/'cat/out.png').symlink_to(tmp_path/'secret.png'); (src/'cat/in.png').symlink_to(good); (src/'cat/gone.png').symlink_to(src/'nowhere.png')
+    (src / 'cat/out.png').symlink_to(tmp_path / 'secret.png')
+    (src / 'cat/in.png').symlink_to(good)
+    (src / 'cat/gone.png').symlink_to(src / 'nowhere.png')
     (src/'loop').symlink_to(src); (src/'.hidden.png').write_bytes(b'x'); (src/'readme.txt').write_text('x')
     r = import_dataset(src, 'imagefolder', tmp_path/'out')
     assert sorted(r.dataset.table['id'].to_pylist()) == ['cat/good.png', 'cat/in.png']
     why = dict(zip(r.quarantine['item'], r.quarantine['reason']))
-    assert why == {'cat/empty.jpg': 'empty file', 'cat/text.png': 'not an image that is read', 'cat/cut.png': 'cannot be decoded',
-                   'cat/photo.heic': 'an image format that is not read', 'cat/out.png': 'link leads out of the folder', 'cat/gone.png': 'link leads nowhere'}
+    assert why == {
+        'cat/empty.jpg': 'empty file',
+        'cat/text.png': 'not an image that is read',
+        'cat/cut.png': 'cannot be decoded',
+        'cat/photo.heic': 'an image format that is not read',
+        'cat/out.png': 'link leads out of the folder',
+        'cat/gone.png': 'link leads nowhere',
+    }
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path/'out/quarantine.csv', keep_default_na=False), r.quarantine)
     with pytest.raises(Quarantined) as e: import_dataset(src, 'imagefolder', tmp_path/'strict', strict=True)
-    assert e.value.exit_code == 3 and not (tmp_path/'strict/dataset.json').exists() and (tmp_path/'strict/quarantine.csv').exists()
+    assert (
+        e.value.exit_code == 3
+        and not (tmp_path / 'strict/dataset.json').exists()
+        and (tmp_path / 'strict/quarantine.csv').exists()
+    )
 
 
 def test_twice_is_once(tmp_path):
     for i in range(6): put(tmp_path/f'src/c{i % 2}/{i}.png')
-    one = import_dataset(tmp_path/'src', 'imagefolder', tmp_path/'out'); was = {p: p.read_bytes() for p in (tmp_path/'out').rglob('*')}
+    one = import_dataset(tmp_path / 'src', 'imagefolder', tmp_path / 'out')
+    was = {p: p.read_bytes() for p in (tmp_path / 'out').rglob('*')}
     two = import_dataset(tmp_path/'src', 'imagefolder', tmp_path/'out')
-    assert one.dataset.version == two.dataset.version and was == {p: p.read_bytes() for p in (tmp_path/'out').rglob('*')}
+    assert one.dataset.version == two.dataset.version and was == {
+        p: p.read_bytes() for p in (tmp_path / 'out').rglob('*')
+    }
 
 
 def test_copied_images_outlive_the_source(tmp_path):
@@ -134,22 +168,39 @@ def test_archives_that_would_escape_are_refused_whole(tmp_path, monkeypatch):
         with z.open('zeros', 'w') as f:
             for _ in range(4): f.write(bytes(1 << 20))
     (tmp_path/'torn.zip').write_bytes(bomb.read_bytes()[:300])
-    for bad in (tmp_path/'x.zip', bomb, tmp_path/'torn.zip', tar('../../x'), tar('/etc/x'), tar('l', type=tarfile.SYMTYPE, linkname='/etc'), tar('d', type=tarfile.CHRTYPE)):
+    for bad in (
+        tmp_path / 'x.zip',
+        bomb,
+        tmp_path / 'torn.zip',
+        tar('../../x'),
+        tar('/etc/x'),
+        tar('l', type=tarfile.SYMTYPE, linkname='/etc'),
+        tar('d', type=tarfile.CHRTYPE),
+    ):
         with pytest.raises(BadInput): unpack(bad, tmp_path/'into')
-    assert not (tmp_path/'out.png').exists() and not list((tmp_path/'into').glob('*/*') if (tmp_path/'into').exists() else [])
+    assert not (tmp_path / 'out.png').exists() and not list(
+        (tmp_path / 'into').glob('*/*') if (tmp_path / 'into').exists() else []
+    )
 
 
 def test_many_files_are_looked_at_in_order_by_all_cores(tmp_path):
     paths = [put(tmp_path/f'{i}.png', np.full((4, 4 + i % 50, 3), i % 256, np.uint8)) for i in range(1100)]
-    many = list(look_all(paths, 2)); assert many == list(look_all(paths, 1)) and [l.width for l in many] == [4 + i % 50 for i in range(1100)]
+    many = list(look_all(paths, 2))
+    assert many == list(look_all(paths, 1)) and [l.width for l in many] == [4 + i % 50 for i in range(1100)]
 
 
 def test_a_name_is_found_however_it_is_written(tmp_path):
     for n in ('a/x.JPG', 'b/x.JPG', 'b/y.png', 'c/d/é.png'): put(tmp_path/n, format='PNG')
     s = Source(tmp_path)
-    assert s.locate('A\\X.jpg') == 'a/x.JPG' and s.locate('x.jpg') is None and s.locate('x.jpg', near=['b']) == 'b/x.JPG'
+    assert (
+        s.locate('A\\X.jpg') == 'a/x.JPG' and s.locate('x.jpg') is None and s.locate('x.jpg', near=['b']) == 'b/x.JPG'
+    )
     assert s.locate('D:\\data\\b\\x.jpg') == 'b/x.JPG' and s.locate('y', suffix=False) == 'b/y.png'
-    assert s.locate('e\u0301.png') == 'c/d/é.png' and s.locate('../../../etc/passwd') is None and s.locate('/etc/y.png') == 'b/y.png'
+    assert (
+        s.locate('e\u0301.png') == 'c/d/é.png'
+        and s.locate('../../../etc/passwd') is None
+        and s.locate('/etc/y.png') == 'b/y.png'
+    )
 
 
 def test_nothing_there_is_said(tmp_path):
@@ -158,17 +209,21 @@ def test_nothing_there_is_said(tmp_path):
         with pytest.raises(BadInput): import_dataset(bad, 'imagefolder', tmp_path/'out')
     with pytest.raises(BadInput, match='no format'): import_dataset(tmp_path/'empty', 'nonsense', tmp_path/'out')
     put(tmp_path/'src/a/1.png')
-    with pytest.raises(BadInput, match='no option wrong'): import_dataset(tmp_path/'src', 'imagefolder', tmp_path/'out', wrong=1)
+    with pytest.raises(BadInput, match='no option wrong'):
+        import_dataset(tmp_path / 'src', 'imagefolder', tmp_path / 'out', wrong=1)
 
 
 def test_an_export_is_whole_or_not_there(tmp_path):
-    put(tmp_path/'src/a/1.png'); put(tmp_path/'src/b/2.png'); d = import_dataset(tmp_path/'src', 'imagefolder', tmp_path/'out').dataset
+    put(tmp_path / 'src/a/1.png')
+    put(tmp_path / 'src/b/2.png')
+    d = import_dataset(tmp_path / 'src', 'imagefolder', tmp_path / 'out').dataset
     os.remove(tmp_path/'src/b/2.png')
     with pytest.raises(BadInput): export_dataset(d, 'imagefolder', tmp_path/'dst')
     assert not (tmp_path/'dst').exists() and not list(tmp_path.glob('.dst*'))
     (tmp_path/'full').mkdir(); (tmp_path/'full/x').write_text('mine')
     with pytest.raises(BadInput, match='not empty'): export_dataset(d, 'imagefolder', tmp_path/'full')
-    with pytest.raises(BadInput, match='nothing to export'): export_dataset(tmp_path/'out', 'imagefolder', tmp_path/'dst', split='golden')
+    with pytest.raises(BadInput, match='nothing to export'):
+        export_dataset(tmp_path / 'out', 'imagefolder', tmp_path / 'dst', split='golden')
 
 
 def test_the_command_line(tmp_path):
@@ -177,7 +232,10 @@ def test_the_command_line(tmp_path):
     r = run('import', tmp_path/'src', '--format', 'imagefolder', '--out', tmp_path/'out', '--json')
     assert r.exit_code == 0 and json.loads(r.stdout)['items'] == 4 and json.loads(r.stdout)['classes'] == ['c0', 'c1']
     assert 'images in 2 folders' in run('import', tmp_path/'src', '--out', tmp_path/'out').stdout
-    assert run('export', tmp_path/'out', '-f', 'imagefolder', '--out', tmp_path/'dst').exit_code == 0 and len(list((tmp_path/'dst').rglob('*.png'))) == 4
+    assert (
+        run('export', tmp_path / 'out', '-f', 'imagefolder', '--out', tmp_path / 'dst').exit_code == 0
+        and len(list((tmp_path / 'dst').rglob('*.png'))) == 4
+    )
     (tmp_path/'src/c0/bad.jpg').write_text('x')
     assert isinstance(run('import', tmp_path/'src', '--out', tmp_path/'out', '--strict').exception, Quarantined)
     assert run('import', '--help').exit_code == 0 and 'imagefolder' in run('formats').stdout

@@ -3,7 +3,19 @@ import numpy as np, pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 
-from cv_lab.data.formats import CONTRACT, COLUMNS, FIELDS, KINDS, content, export_dataset, formats, get_format, import_dataset, little_dataset, losses
+from cv_lab.data.formats import (
+    CONTRACT,
+    COLUMNS,
+    FIELDS,
+    KINDS,
+    content,
+    export_dataset,
+    formats,
+    get_format,
+    import_dataset,
+    little_dataset,
+    losses,
+)
 from cv_lab.data.manifest import Dataset, make_table
 from cv_lab.core import file_digest
 from cv_lab.geometry import mask_box, rle_encode
@@ -24,8 +36,12 @@ LIMITS = dict(
     yolo=dict(rings=1, alone=True, own_box=True, one_label=True, safe_labels=True))
 
 W, H = 48, 40
-words = st.text(st.characters(codec='utf-8', exclude_categories=('C', 'Z')), min_size=1, max_size=8).filter(lambda s: s == s.strip() and s.casefold() not in ('unknown', 'unsplit', 'none'))
-labels = st.one_of(st.sampled_from(['cat', 'red dog', 'Fuß', '犬', 'a,b', "l'été \"x\" <&>", '10', '007', 'NA', 'null', 'true']), words)
+words = st.text(st.characters(codec='utf-8', exclude_categories=('C', 'Z')), min_size=1, max_size=8).filter(
+    lambda s: s == s.strip() and s.casefold() not in ('unknown', 'unsplit', 'none')
+)
+labels = st.one_of(
+    st.sampled_from(['cat', 'red dog', 'Fuß', '犬', 'a,b', "l'été \"x\" <&>", '10', '007', 'NA', 'null', 'true']), words
+)
 safe = st.sampled_from(['cat', 'red dog', 'Fuß', '犬', '10', '007', 'NA'])
 grid = lambda lo, hi: st.integers(lo*8, hi*8).map(lambda v: v/8)
 texts = st.text(st.characters(codec='utf-8', exclude_categories=('C', 'Zl', 'Zp', 'Zs')), min_size=1, max_size=12)
@@ -40,7 +56,8 @@ def boxes(draw):
 @st.composite
 def rings(draw, points):
     "A quadrilateral (or more) that is no upright rectangle, around a centre, so that it has an area."
-    n = points or draw(st.integers(3, 7)); cx, cy, r = draw(st.integers(14, W - 14)), draw(st.integers(14, H - 14)), draw(st.integers(3, 13))
+    n = points or draw(st.integers(3, 7))
+    cx, cy, r = draw(st.integers(14, W - 14)), draw(st.integers(14, H - 14)), draw(st.integers(3, 13))
     t = 2*np.pi*(np.arange(n) + .3)/n
     return np.round(np.stack([cx + r*np.cos(t), cy + r*np.sin(t)], 1)*8).ravel().__truediv__(8).tolist()
 
@@ -54,10 +71,19 @@ def annotations(draw, module, keeps, limit, cells):
         a = dict(label=limit.get('label') or draw(safe if limit.get('safe_labels') else labels))
         if limit.get('no_blanks'): a['label'] = '_'.join(a['label'].split())
         if kind == 'box': a['bbox'] = draw(boxes())
-        if kind == 'polygon': a['polygon'] = [draw(rings(limit.get('points'))) for _ in range(draw(st.integers(1, limit.get('rings', 2))))]; a['bbox'] = outline(a['polygon'])
+        if kind == 'polygon':
+            a['polygon'] = [
+                draw(rings(limit.get('points'))) for _ in range(draw(st.integers(1, limit.get('rings', 2))))
+            ]
+            a['bbox'] = outline(a['polygon'])
         if kind == 'mask':
             if not cells: continue
-            m = np.zeros((H, W), bool); y, x = cells.pop(); m[y:y + 10, x:x + 12] = np.array(draw(st.lists(st.booleans(), min_size=120, max_size=120))).reshape(10, 12); m[y, x] = True
+            m = np.zeros((H, W), bool)
+            y, x = cells.pop()
+            m[y : y + 10, x : x + 12] = np.array(draw(st.lists(st.booleans(), min_size=120, max_size=120))).reshape(
+                10, 12
+            )
+            m[y, x] = True
             a['mask'] = rle_encode(m); a['bbox'] = mask_box(m)
         if kind == 'line': a = dict(text=draw(texts))
         if kind == 'caption': a = dict(caption=draw(texts))
@@ -65,14 +91,23 @@ def annotations(draw, module, keeps, limit, cells):
             if 'text' in keeps and draw(st.booleans()): a['text'] = draw(texts)
             if 'track_id' in keeps and draw(st.booleans()): a['track_id'] = str(draw(st.integers(1, 99)))
             if 'score' in keeps and draw(st.booleans()): a['score'] = draw(st.integers(0, 100))/100
-            if 'annotator' in keeps and draw(st.booleans()): a['annotator'] = draw(st.sampled_from(['Ada', 'b@c.org', '7']))
-            if 'attributes' in keeps and draw(st.booleans()): a['attributes'] = {draw(st.sampled_from(['occluded', 'farbe', 'of day'])): draw(st.sampled_from(['1', 'rot', 'true', '12.5', 'ä b']))}
+            if 'annotator' in keeps and draw(st.booleans()):
+                a['annotator'] = draw(st.sampled_from(['Ada', 'b@c.org', '7']))
+            if 'attributes' in keeps and draw(st.booleans()):
+                a['attributes'] = {
+                    draw(st.sampled_from(['occluded', 'farbe', 'of day'])): draw(
+                        st.sampled_from(['1', 'rot', 'true', '12.5', 'ä b'])
+                    )
+                }
             if (some := getattr(module, 'ATTRIBUTES', None)) and draw(st.booleans()):
                 k = draw(st.sampled_from(sorted(some))); a['attributes'] = {k: some[k]}
                 if k == 'ignore': a.pop('text', None)
-        if limit.get('whole') and kind == 'box': a['bbox'] = [float(round(v)) for v in a['bbox'][:2]] + [float(round(v) + 1) for v in a['bbox'][2:]]; a['bbox'] = np.minimum(a['bbox'], [W - 1, H - 1, W, H]).tolist()
+        if limit.get('whole') and kind == 'box':
+            a['bbox'] = [float(round(v)) for v in a['bbox'][:2]] + [float(round(v) + 1) for v in a['bbox'][2:]]
+            a['bbox'] = np.minimum(a['bbox'], [W - 1, H - 1, W, H]).tolist()
         out.append(a)
-    if limit.get('one_label') and (c := [a for a in out if set(a) == {'label'}]): out = [a for a in out if set(a) > {'label'}] + c[:1]
+    if limit.get('one_label') and (c := [a for a in out if set(a) == {'label'}]):
+        out = [a for a in out if set(a) > {'label'}] + c[:1]
     return out
 
 
@@ -89,31 +124,44 @@ def datasets(draw, module, limit, folder, files):
         cells = [(y, x) for y in range(0, H - 10, 10) for x in range(0, W - 12, 12)]
         anns = draw(annotations(module, keeps, limit, cells))
         columns = {c: draw(st.one_of(st.none(), words)) for c in COLUMNS if c in keeps and c not in ('split', 'tags')}
-        if 'split' in keeps: columns['split'] = draw(st.sampled_from(limit.get('splits', ['train', 'val', 'test', None])))
-        if 'tags' in keeps: columns['tags'] = draw(st.dictionaries(st.sampled_from(['light', 'site no', 'größe']), words, max_size=2))
-        columns['group'] = columns.get('group') or (draw(st.sampled_from(['film 1', 'Fuß'])) if limit.get('groups') else dict(files)[name])
+        if 'split' in keeps:
+            columns['split'] = draw(st.sampled_from(limit.get('splits', ['train', 'val', 'test', None])))
+        if 'tags' in keeps:
+            columns['tags'] = draw(st.dictionaries(st.sampled_from(['light', 'site no', 'größe']), words, max_size=2))
+        columns['group'] = columns.get('group') or (
+            draw(st.sampled_from(['film 1', 'Fuß'])) if limit.get('groups') else dict(files)[name]
+        )
         rows.append(dict(id=name, uri=name, sha256=dict(files)[name], width=W, height=H, annotations=anns, **columns))
-    t = make_table(rows); return Dataset(t, 'drawn', folder, sorted({a['label'] for r in rows for a in r['annotations'] if a.get('label')}))
+    t = make_table(rows)
+    return Dataset(t, 'drawn', folder, sorted({a['label'] for r in rows for a in r['annotations'] if a.get('label')}))
 
 
 @pytest.fixture(scope='module')
 def pictures(tmp_path_factory):
     root = tmp_path_factory.mktemp('pictures'); out = []
     for i, n in enumerate(['a.png', 'sub/b 1.PNG', 'sub/a.png', 'Größe_犬.jpg', 'x.y.png']):
-        (root/n).parent.mkdir(exist_ok=True); Image.fromarray(np.random.default_rng(i).integers(0, 255, (H, W, 3), np.uint8)).save(root/n); out.append((n, file_digest(root/n)))
+        (root / n).parent.mkdir(exist_ok=True)
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (H, W, 3), np.uint8)).save(root / n)
+        out.append((n, file_digest(root / n)))
     return root, out
 
 
 @pytest.mark.parametrize('name', list(FORMATS))
 def test_it_keeps_the_contract(name):
-    m = get_format(name); assert set(CONTRACT) <= set(dir(m)) and set(m.KEEPS) <= {*KINDS, *FIELDS, *COLUMNS} and m.LOSES.endswith('.')
+    m = get_format(name)
+    assert set(CONTRACT) <= set(dir(m)) and set(m.KEEPS) <= {*KINDS, *FIELDS, *COLUMNS} and m.LOSES.endswith('.')
 
 
 @pytest.mark.parametrize('name', list(FORMATS))
 def test_it_is_recognised_and_says_why(name, tmp_path):
     m = FORMATS[name]; d = little_dataset(tmp_path/'little', m)
     export_dataset(d, name, tmp_path/'out'); r = import_dataset(tmp_path/'out', 'auto', tmp_path/'back')
-    assert r.dataset.about['format'] == name and len(r.dataset.about['why']) > 10 and len(r.dataset) == 3 and not len(r.quarantine)
+    assert (
+        r.dataset.about['format'] == name
+        and len(r.dataset.about['why']) > 10
+        and len(r.dataset) == 3
+        and not len(r.quarantine)
+    )
 
 
 @pytest.mark.parametrize('name', list(FORMATS))
@@ -135,8 +183,12 @@ def test_round_trip(name, pictures, tmp_path_factory):
 def test_what_it_cannot_keep_is_counted(name, tmp_path):
     "A dataset that says everything, exported: what does not come back was announced."
     full = FORMATS['csv']; d = little_dataset(tmp_path/'little', full); m = FORMATS[name]
-    lost = losses(d.table, m); assert set(lost) == ({*KINDS, *FIELDS, *COLUMNS} - set(m.KEEPS)) - ({'attributes'} if 'occluded' in getattr(m, 'ATTRIBUTES', ()) else set())
-    out = export_dataset(d, name, tmp_path/'out'); back = import_dataset(tmp_path/'out', name, tmp_path/'back', splits='keep')
+    lost = losses(d.table, m)
+    assert set(lost) == ({*KINDS, *FIELDS, *COLUMNS} - set(m.KEEPS)) - (
+        {'attributes'} if 'occluded' in getattr(m, 'ATTRIBUTES', ()) else set()
+    )
+    out = export_dataset(d, name, tmp_path / 'out')
+    back = import_dataset(tmp_path / 'out', name, tmp_path / 'back', splits='keep')
     assert len(back.dataset) == len(d) and set(lost) <= set(out.lost)
 
 

@@ -16,7 +16,9 @@ def encoded(im, format='JPEG', **kw):
 
 
 def picture(i, size=(160, 120)):
-    rng = np.random.default_rng(i); w, h = size; im = Image.new('RGB', (2*w, 2*h), tuple(int(v) for v in rng.integers(90, 170, 3)))
+    rng = np.random.default_rng(i)
+    w, h = size
+    im = Image.new('RGB', (2 * w, 2 * h), tuple(int(v) for v in rng.integers(90, 170, 3)))
     pen = ImageDraw.Draw(im)
     for x, y, r in zip(rng.uniform(0, 2*w, 60), rng.uniform(0, 2*h, 60), rng.uniform(4, 30, 60)):
         pen.ellipse([x - r, y - r*.7, x + r, y + r*.7], tuple(int(v) for v in rng.integers(20, 240, 3)))
@@ -28,8 +30,15 @@ def dataset(folder, files, labels=None, **columns):
     rows = []
     for k, (name, data) in enumerate(files.items()):
         (folder/name).write_bytes(data)
-        rows.append(dict(id=name, uri=name, sha256=digest(data), annotations=[Annotation((labels or {}).get(name, 'ab'[k % 2]))],
-                         **{c: v[name] for c, v in columns.items()}))
+        rows.append(
+            dict(
+                id=name,
+                uri=name,
+                sha256=digest(data),
+                annotations=[Annotation((labels or {}).get(name, 'ab'[k % 2]))],
+                **{c: v[name] for c, v in columns.items()},
+            )
+        )
     return Dataset(make_table(rows), 'test', folder, ['a', 'b'])
 
 
@@ -37,13 +46,27 @@ def cut(data, i): return data[:int(len(data)*(.2 + .6*(i % 7)/7))]
 def zeroed(data, i): return data[:len(data)//2] + bytes(len(data) - len(data)//2)
 
 FAULTS = dict(
-    unreadable=lambda im, i: [cut(encoded(im), i), zeroed(encoded(im), i), cut(encoded(im, 'PNG'), i), b'', b'no image', cut(encoded(im, 'WEBP'), i)][i % 6],
-    blank=lambda im, i: encoded(Image.fromarray((np.full((120, 160), 40 + i*6.) + np.random.default_rng(i).normal(0, i % 3, (120, 160))).clip(0, 255).astype(np.uint8))),
-    dark=lambda im, i: encoded(im.point(lambda v: int(v*(.05 + .12*(i % 10)/10)))),
-    blown_out=lambda im, i: encoded(im.point(lambda v: int(min(255, v*2.2 + 110 + 5*(i % 10))))),
+    unreadable=lambda im, i: [
+        cut(encoded(im), i),
+        zeroed(encoded(im), i),
+        cut(encoded(im, 'PNG'), i),
+        b'',
+        b'no image',
+        cut(encoded(im, 'WEBP'), i),
+    ][i % 6],
+    blank=lambda im, i: encoded(
+        Image.fromarray(
+            (np.full((120, 160), 40 + i * 6.0) + np.random.default_rng(i).normal(0, i % 3, (120, 160)))
+            .clip(0, 255)
+            .astype(np.uint8)
+        )
+    ),
+    dark=lambda im, i: encoded(im.point(lambda v: int(v * (0.05 + 0.12 * (i % 10) / 10)))),
+    blown_out=lambda im, i: encoded(im.point(lambda v: int(min(255, v * 2.2 + 110 + 5 * (i % 10))))),
     blurred=lambda im, i: encoded(im.filter(ImageFilter.GaussianBlur(2.5 + (i % 5)))),
-    odd_size=lambda im, i: encoded(im.resize((im.width//(3 + i % 3), im.height//(3 + i % 3)))),
-    odd_aspect=lambda im, i: encoded(im.rotate(90, expand=True)))
+    odd_size=lambda im, i: encoded(im.resize((im.width // (3 + i % 3), im.height // (3 + i % 3)))),
+    odd_aspect=lambda im, i: encoded(im.rotate(90, expand=True)),
+)
 
 
 @pytest.fixture(scope='module')
@@ -61,8 +84,10 @@ def planted(tmp_path_factory):
 @pytest.mark.parametrize('kind', [*FAULTS, 'duplicate'])
 def test_finds_what_was_planted(planted, kind):
     _, truth, report = planted
-    want = {n for n, k in truth.items() if k == kind}; got = set(report.findings.loc[report.findings['kind'] == kind, 'id'])
-    if kind == 'duplicate': got = {f'{int(g) - 30:04}' if int(g) >= 460 else g for g in got}   # either of the two may be named
+    want = {n for n, k in truth.items() if k == kind}
+    got = set(report.findings.loc[report.findings['kind'] == kind, 'id'])
+    if kind == 'duplicate':
+        got = {f'{int(g) - 30:04}' if int(g) >= 460 else g for g in got}  # either of the two may be named
     assert len(want & got)/len(want) >= .9 and len(want & got)/len(got) >= .9, (sorted(want - got), sorted(got - want))
 
 
@@ -83,12 +108,20 @@ def test_leaks_are_errors_and_the_test_item_stays(tmp_path):
     group = {n: 'g1' if n in ('1.png', '5.png') else n for n in files}
     r = q.check(dataset(tmp_path, files, {'7.png': 'b', '0.png': 'a'}, split=split, group=group))
     kinds = r.findings.groupby('kind')['id'].agg(list)
-    assert kinds['leaked_content'] == ['7.png'] and kinds['leaked_group'] == ['5.png'] and kinds['conflict'] == ['7.png']
+    assert (
+        kinds['leaked_content'] == ['7.png'] and kinds['leaked_group'] == ['5.png'] and kinds['conflict'] == ['7.png']
+    )
     assert not r.ok and {x['rule']: x['verdict'] for x in r.rules}['nothing shared between splits'] == 'fail'
 
 
 def test_same_pixels_in_another_file(tmp_path):
-    im = picture(1); r = q.check(dataset(tmp_path, {'a': encoded(im, 'PNG'), 'b': encoded(im, 'PNG', compress_level=1), 'c': encoded(picture(2), 'PNG')}))
+    im = picture(1)
+    r = q.check(
+        dataset(
+            tmp_path,
+            {'a': encoded(im, 'PNG'), 'b': encoded(im, 'PNG', compress_level=1), 'c': encoded(picture(2), 'PNG')},
+        )
+    )
     assert r.findings.loc[r.findings['kind'] == 'duplicate', 'id'].tolist() == ['b']
 
 
@@ -102,13 +135,35 @@ def test_changed_missing_and_escaping_files(tmp_path):
 
 
 def test_rules_of_the_problem(tmp_path):
-    d = dataset(tmp_path, {f'{i}': encoded(picture(i)) for i in range(6)} | {'bad': b'x'}, split={**{str(i): 'train' for i in range(6)}, 'bad': 'train'})
+    d = dataset(
+        tmp_path,
+        {f'{i}': encoded(picture(i)) for i in range(6)} | {'bad': b'x'},
+        split={**{str(i): 'train' for i in range(6)}, 'bad': 'train'},
+    )
+
     def verdicts(**data):
-        p = Problem(name='p', task='classification', classes=['a', 'b'], owner='o', intended_use='t', acceptance=[dict(metric='accuracy', at_least=.5)], data=data)
+        p = Problem(
+            name='p',
+            task='classification',
+            classes=['a', 'b'],
+            owner='o',
+            intended_use='t',
+            acceptance=[dict(metric='accuracy', at_least=0.5)],
+            data=data,
+        )
         return {r['rule']: r['verdict'] for r in q.check(d, p).rules}
-    assert verdicts()['items that can be read'] == 'fail' and verdicts(max_broken=.2)['items that can be read'] == 'pass'
-    assert verdicts(min_per_class=3)['training items of each class'] == 'pass' and verdicts(min_per_class=4)['training items of each class'] == 'fail'
-    assert verdicts(require_license=True)['a licence for every item'] == 'fail' and verdicts()['a licence for every item'] == 'pass'
+
+    assert (
+        verdicts()['items that can be read'] == 'fail' and verdicts(max_broken=0.2)['items that can be read'] == 'pass'
+    )
+    assert (
+        verdicts(min_per_class=3)['training items of each class'] == 'pass'
+        and verdicts(min_per_class=4)['training items of each class'] == 'fail'
+    )
+    assert (
+        verdicts(require_license=True)['a licence for every item'] == 'fail'
+        and verdicts()['a licence for every item'] == 'pass'
+    )
 
 
 def test_report_is_json(planted):
@@ -127,100 +182,209 @@ def test_pictures(planted):
 
 def test_blur_effect_is_the_formula_of_the_paper():
     px = np.asarray(picture(3).convert('L'), float)[:60, :70]
-    def naive(a, floor):   # along the rows; Crete et al. 2007, with loops
-        pad = np.pad(a, ((0, 0), (5, 5)), 'symmetric'); b = np.array([[pad[y, x:x + 11].mean() for x in range(a.shape[1])] for y in range(a.shape[0])])
+    def naive(a, floor):  # along the rows; Crete et al. 2007, with loops
+        pad = np.pad(a, ((0, 0), (5, 5)), 'symmetric')
+        b = np.array([[pad[y, x : x + 11].mean() for x in range(a.shape[1])] for y in range(a.shape[0])])
         d = [[max(abs(a[y, x + 1] - a[y, x]) - floor, 0) for x in range(a.shape[1] - 1)] for y in range(a.shape[0])]
         e = [[abs(b[y, x + 1] - b[y, x]) for x in range(a.shape[1] - 1)] for y in range(a.shape[0])]
         return 1 - sum(max(0, p - r) for u, v in zip(d, e) for p, r in zip(u, v))/sum(map(sum, d))
-    for floor in (0, 2): assert measures.blur_effect(px.astype(np.uint8), floor=floor) == pytest.approx(max(naive(px, floor), naive(px.T, floor)), abs=1e-4)
+
+    for floor in (0, 2):
+        assert measures.blur_effect(px.astype(np.uint8), floor=floor) == pytest.approx(
+            max(naive(px, floor), naive(px.T, floor)), abs=1e-4
+        )
 
 
 def test_same_boxes_against_all_pairs():
-    rng = np.random.default_rng(0); n = 300; a = rng.uniform(0, 60, (n, 2)); b = np.hstack([a, a + rng.uniform(5, 40, (n, 2))])
-    b[200:] = b[:100] + rng.normal(0, .8, (100, 4)); item, label = np.arange(n) % 100 // 20, np.array(['u', 'v'])[np.arange(n) % 100 % 2]
+    rng = np.random.default_rng(0)
+    n = 300
+    a = rng.uniform(0, 60, (n, 2))
+    b = np.hstack([a, a + rng.uniform(5, 40, (n, 2))])
+    b[200:] = b[:100] + rng.normal(0, 0.8, (100, 4))
+    item, label = np.arange(n) % 100 // 20, np.array(['u', 'v'])[np.arange(n) % 100 % 2]
+
     def iou(p, r):
         w, h = min(p[2], r[2]) - max(p[0], r[0]), min(p[3], r[3]) - max(p[1], r[1]); x = max(w, 0)*max(h, 0)
         return x/((p[2] - p[0])*(p[3] - p[1]) + (r[2] - r[0])*(r[3] - r[1]) - x)
-    want = {(i, j) for i in range(n) for j in range(i + 1, n) if item[i] == item[j] and label[i] == label[j] and iou(b[i], b[j]) >= .8}
+
+    want = {
+        (i, j)
+        for i in range(n)
+        for j in range(i + 1, n)
+        if item[i] == item[j] and label[i] == label[j] and iou(b[i], b[j]) >= 0.8
+    }
     assert {tuple(sorted(p)) for p in zip(*q.same_boxes(b, item, label, .8))} == want and len(want) > 20
 
 
 def test_class_counts_against_a_loop(tmp_path):
-    t = assign_splits(make_table([dict(id=str(i), sha256=digest(str(i)), annotations=[Annotation(c) for c in 'abc'[:i % 4]]) for i in range(50)]))
+    t = assign_splits(
+        make_table(
+            [
+                dict(id=str(i), sha256=digest(str(i)), annotations=[Annotation(c) for c in 'abc'[: i % 4]])
+                for i in range(50)
+            ]
+        )
+    )
     got = q.class_counts(t, ['a', 'b', 'c', 'd'])
     for s in ('train', 'val', 'test'):
-        for c in 'abcd': assert got.loc[c, s] == sum(r['split'] == s and c in {a['label'] for a in r['annotations']} for r in t.to_pylist())
+        for c in 'abcd':
+            assert got.loc[c, s] == sum(
+                r['split'] == s and c in {a['label'] for a in r['annotations']} for r in t.to_pylist()
+            )
     assert first_labels(t)[1] == 'a'
 
 
 def test_boxes_and_labels_of_the_table(tmp_path):
     d = dataset(tmp_path, {str(i): encoded(picture(i)) for i in range(4)})
     rows = [dict(r, tags={}) for r in d.table.to_pylist()]
-    rows[0]['annotations'] = [Annotation('a', [10, 10, 170, 50])]                                          # out of 160
-    rows[1]['annotations'] = [Annotation('a', [10, 10, 50, 50]), Annotation('a', [10, 10, 50, 51]), Annotation('b', [10, 10, 50, 50])]
+    rows[0]['annotations'] = [Annotation('a', [10, 10, 170, 50])]  # out of 160
+    rows[1]['annotations'] = [
+        Annotation('a', [10, 10, 50, 50]),
+        Annotation('a', [10, 10, 50, 51]),
+        Annotation('b', [10, 10, 50, 50]),
+    ]
     rows[2]['annotations'] = [Annotation('z', [10, 10, 50, 50])]; rows[3]['annotations'] = []
     f = q.check(Dataset(make_table(rows), 'd', tmp_path, ['a', 'b'])).findings.groupby('kind')['id'].agg(list)
-    assert f['box_outside'] == ['0'] and f['box_twice'] == ['1'] and f['unknown_label'] == ['2'] and f['unlabelled'] == ['3']
+    assert (
+        f['box_outside'] == ['0']
+        and f['box_twice'] == ['1']
+        and f['unknown_label'] == ['2']
+        and f['unlabelled'] == ['3']
+    )
 
 
 def test_forgotten_classes_and_slips_of_the_mouse(tmp_path):
-    d = dataset(tmp_path, {str(i): encoded(picture(i)) for i in range(30)}); both = [Annotation('a', [10, 10, 50, 60]), Annotation('b', [70, 20, 120, 90])]
-    rows = [dict(r, tags={}, annotations=both[:1] if i == 7 else both + [Annotation('a', [90, 90, 91, 91])] if i == 9 else both) for i, r in enumerate(d.table.to_pylist())]
-    f = q.check(Dataset(make_table(rows), 'd', tmp_path, ['a', 'b'])).findings.groupby('kind')['id'].agg(list); assert f['absent'] == ['7'] and f['box_tiny'] == ['9']
+    d = dataset(tmp_path, {str(i): encoded(picture(i)) for i in range(30)})
+    both = [Annotation('a', [10, 10, 50, 60]), Annotation('b', [70, 20, 120, 90])]
+    rows = [
+        dict(
+            r,
+            tags={},
+            annotations=both[:1] if i == 7 else both + [Annotation('a', [90, 90, 91, 91])] if i == 9 else both,
+        )
+        for i, r in enumerate(d.table.to_pylist())
+    ]
+    f = q.check(Dataset(make_table(rows), 'd', tmp_path, ['a', 'b'])).findings.groupby('kind')['id'].agg(list)
+    assert f['absent'] == ['7'] and f['box_tiny'] == ['9']
 
 
 def test_held_out_predictions_name_labels(tmp_path):
     from cv_lab.data.manifest import PREDICTIONS
     d = dataset(tmp_path, {f'{i}': encoded(picture(i)) for i in range(30)}); labels = first_labels(d.table)
-    said = make_table([dict(id=f'{i}', probs=[.03, .97] if (labels[i] == 'b') != (i == 4) else [.97, .03]) for i in range(30)], PREDICTIONS)
+    said = make_table(
+        [dict(id=f'{i}', probs=[0.03, 0.97] if (labels[i] == 'b') != (i == 4) else [0.97, 0.03]) for i in range(30)],
+        PREDICTIONS,
+    )
     f = q.check(d, predictions=said).findings; assert f.loc[f['kind'] == 'label_error', 'id'].tolist() == ['4']
 
 
 def test_drift_is_named_where_it_is_and_nowhere_else():
-    rng = np.random.default_rng(0); part = lambda n, light, size: make_table([dict(id=str(i), sha256=digest(str(i)), width=100, height=100, tags=dict(light=str(rng.choice(['day', 'night'], p=[light, 1 - light]))),
-        annotations=[Annotation('a', [0, 0, (w := float(rng.normal(size, 4))), w])]) for i in range(n)])
-    a, same, other = part(400, .8, 40), part(400, .8, 40), part(400, .3, 30); named = lambda x, y: set((t := coverage.drift(coverage.described(x), coverage.described(y))).loc[t['drifted'], 'what'])
+    rng = np.random.default_rng(0)
+    part = lambda n, light, size: make_table(
+        [
+            dict(
+                id=str(i),
+                sha256=digest(str(i)),
+                width=100,
+                height=100,
+                tags=dict(light=str(rng.choice(['day', 'night'], p=[light, 1 - light]))),
+                annotations=[Annotation('a', [0, 0, (w := float(rng.normal(size, 4))), w])],
+            )
+            for i in range(n)
+        ]
+    )
+    a, same, other = part(400, 0.8, 40), part(400, 0.8, 40), part(400, 0.3, 30)
+    named = lambda x, y: set(
+        (t := coverage.drift(coverage.described(x), coverage.described(y))).loc[t['drifted'], 'what']
+    )
     assert named(a, same) == set() and named(a, other) == {'tag light', 'object size'}
 
 
 def test_cooccurrence_against_a_loop():
     rng = np.random.default_rng(1); sets = [set(rng.choice(list('abc'), rng.integers(0, 4))) for _ in range(80)]
-    t = make_table([dict(id=str(i), sha256=digest(str(i)), annotations=[Annotation(c) for c in sorted(s)]) for i, s in enumerate(sets)]); both, lift = coverage.cooccurrence(t, list('abc'))
+    t = make_table(
+        [
+            dict(id=str(i), sha256=digest(str(i)), annotations=[Annotation(c) for c in sorted(s)])
+            for i, s in enumerate(sets)
+        ]
+    )
+    both, lift = coverage.cooccurrence(t, list('abc'))
     for x in 'abc':
-        for y in 'abc': n = sum(x in s and y in s for s in sets); assert both.loc[x, y] == n and lift.loc[x, y] == pytest.approx(n*80/(sum(x in s for s in sets)*sum(y in s for s in sets)))
+        for y in 'abc':
+            n = sum(x in s and y in s for s in sets)
+            assert both.loc[x, y] == n and lift.loc[x, y] == pytest.approx(
+                n * 80 / (sum(x in s for s in sets) * sum(y in s for s in sets))
+            )
 
 
 def test_found_table_counts():
     from cv_lab.data.planted import found_table
-    planted = pd.DataFrame([('a', 'blank', None), ('b', 'blank', None), ('n', 'near_crop', 'o'), ('m', 'near_jpeg', 'p')], columns=['id', 'kind', 'of'])
-    findings = pd.DataFrame([('a', 'blank', None), ('x', 'blank', None), ('o', 'near_duplicate', 'n'), ('y', 'leaked_near', 'z')], columns=['id', 'kind', 'other'])
+
+    planted = pd.DataFrame(
+        [('a', 'blank', None), ('b', 'blank', None), ('n', 'near_crop', 'o'), ('m', 'near_jpeg', 'p')],
+        columns=['id', 'kind', 'of'],
+    )
+    findings = pd.DataFrame(
+        [('a', 'blank', None), ('x', 'blank', None), ('o', 'near_duplicate', 'n'), ('y', 'leaked_near', 'z')],
+        columns=['id', 'kind', 'other'],
+    )
     t = found_table(findings, planted)
-    assert t['found'].to_dict() == dict(blank=1, near_crop=1, near_jpeg=0) and t.loc['blank', 'precision'] == .5 and t.loc['near_crop', 'precision'] == .5
+    assert (
+        t['found'].to_dict() == dict(blank=1, near_crop=1, near_jpeg=0)
+        and t.loc['blank', 'precision'] == 0.5
+        and t.loc['near_crop', 'precision'] == 0.5
+    )
 
 
 def test_what_the_dataset_had_already_is_no_false_alarm():
     from types import SimpleNamespace
     from cv_lab.data.planted import found_table
     planted = pd.DataFrame([('a', 'blank', None), ('n', 'near_crop', 'o')], columns=['id', 'kind', 'of'])
-    findings = pd.DataFrame([('a', 'blank', None), ('old', 'blank', None), ('wrong', 'blank', None), ('n', 'near_duplicate', 'o'), ('f2', 'near_duplicate', 'f1'), ('x', 'near_duplicate', 'y')], columns=['id', 'kind', 'other'])
-    table = make_table([dict(id=i, sha256=digest(i), group='film' if i[0] == 'f' else i) for i in ('a', 'old', 'wrong', 'o', 'f1', 'f2', 'x', 'y')])
-    t = found_table(findings, planted, SimpleNamespace(findings=findings.iloc[1:2], dataset=SimpleNamespace(table=table)))
+    findings = pd.DataFrame(
+        [
+            ('a', 'blank', None),
+            ('old', 'blank', None),
+            ('wrong', 'blank', None),
+            ('n', 'near_duplicate', 'o'),
+            ('f2', 'near_duplicate', 'f1'),
+            ('x', 'near_duplicate', 'y'),
+        ],
+        columns=['id', 'kind', 'other'],
+    )
+    table = make_table(
+        [
+            dict(id=i, sha256=digest(i), group='film' if i[0] == 'f' else i)
+            for i in ('a', 'old', 'wrong', 'o', 'f1', 'f2', 'x', 'y')
+        ]
+    )
+    t = found_table(
+        findings, planted, SimpleNamespace(findings=findings.iloc[1:2], dataset=SimpleNamespace(table=table))
+    )
     assert t['own'].tolist() == [1, 1] and t['precision'].tolist() == [.5, .5] and t['recall'].tolist() == [1, 1]
 
 
 
-def test_an_empty_dataset(tmp_path): assert q.check(Dataset(make_table([]), 'none', tmp_path, ['a'])).to_json()['items'] == 0
+def test_an_empty_dataset(tmp_path):
+    assert q.check(Dataset(make_table([]), 'none', tmp_path, ['a'])).to_json()['items'] == 0
 
 
 def gained(im, g): return im.point(lambda v: int(min(255, v*g)))
 
 
 NEAR = dict(
-    crop=lambda im, r: im.crop((x := int(r.integers(0, 12)), y := int(r.integers(0, 9)), x + int(160*r.uniform(.8, .92)), y + int(120*r.uniform(.8, .92)))),
-    resize=lambda im, r: im.resize((int(160*r.uniform(.4, .9)), int(120*r.uniform(.4, .9)))),
+    crop=lambda im, r: im.crop(
+        (
+            x := int(r.integers(0, 12)),
+            y := int(r.integers(0, 9)),
+            x + int(160 * r.uniform(0.8, 0.92)),
+            y + int(120 * r.uniform(0.8, 0.92)),
+        )
+    ),
+    resize=lambda im, r: im.resize((int(160 * r.uniform(0.4, 0.9)), int(120 * r.uniform(0.4, 0.9)))),
     jpeg=lambda im, r: Image.open(io.BytesIO(encoded(im, quality=int(r.integers(10, 50))))),
-    brightness=lambda im, r: gained(im, r.choice([r.uniform(.5, .8), r.uniform(1.2, 1.5)])),
-    together=lambda im, r: NEAR['brightness'](NEAR['jpeg'](NEAR['resize'](NEAR['crop'](im, r), r), r), r))
+    brightness=lambda im, r: gained(im, r.choice([r.uniform(0.5, 0.8), r.uniform(1.2, 1.5)])),
+    together=lambda im, r: NEAR['brightness'](NEAR['jpeg'](NEAR['resize'](NEAR['crop'](im, r), r), r), r),
+)
 
 
 @pytest.fixture(scope='module')
@@ -244,22 +408,32 @@ def test_near_duplicates_are_not_invented(near):
 
 
 def test_near_duplicates_through_the_index_are_those_of_all_pairs():
-    rng = np.random.default_rng(0); base = rng.integers(0, 256, (2500, 8, 8)).astype(np.uint8)   # enough for several cells
-    thumbs = np.stack([np.asarray(Image.fromarray(b).resize((64, 64), Image.Resampling.BICUBIC)) for b in base]); thumbs = np.concatenate([thumbs, (thumbs[:2000]*.8).astype(np.uint8)])
+    rng = np.random.default_rng(0)
+    base = rng.integers(0, 256, (2500, 8, 8)).astype(np.uint8)  # enough for several cells
+    thumbs = np.stack([np.asarray(Image.fromarray(b).resize((64, 64), Image.Resampling.BICUBIC)) for b in base])
+    thumbs = np.concatenate([thumbs, (thumbs[:2000] * 0.8).astype(np.uint8)])
     assert len(thumbs) > 4096
-    got = duplicates.near_duplicates(thumbs); pairs = {tuple(sorted(p)) for p in zip(got['a'].tolist(), got['b'].tolist())}
+    got = duplicates.near_duplicates(thumbs)
+    pairs = {tuple(sorted(p)) for p in zip(got['a'].tolist(), got['b'].tolist())}
     want = {(i, 2500 + i) for i in range(2000)}
     assert len(pairs & want) >= .99*len(want) and len(pairs - want) <= .01*len(want)
 
 
 def test_likeness_is_no_copy():
     from sklearn.datasets import load_digits
-    scans = np.stack([np.asarray(Image.fromarray((px*15).astype(np.uint8)).resize((64, 64), Image.Resampling.BILINEAR)) for px in load_digits().images[:600]])
+
+    scans = np.stack(
+        [
+            np.asarray(Image.fromarray((px * 15).astype(np.uint8)).resize((64, 64), Image.Resampling.BILINEAR))
+            for px in load_digits().images[:600]
+        ]
+    )
     assert len(duplicates.near_duplicates(scans)) <= 2
 
 
 def test_near_leak_names_the_item_outside_test(tmp_path):
-    files = {f'{i}': encoded(picture(i)) for i in range(30)}; files['3'] = encoded(picture(7).resize((120, 90)), quality=60)
+    files = {f'{i}': encoded(picture(i)) for i in range(30)}
+    files['3'] = encoded(picture(7).resize((120, 90)), quality=60)
     split = {n: 'test' if n in ('7', '8') else 'train' for n in files}
     r = q.check(dataset(tmp_path, files, split=split)); f = r.findings[r.findings['kind'] == 'leaked_near']
     assert f[['id', 'other']].to_numpy().tolist() == [['3', '7']] and not r.ok
@@ -268,7 +442,14 @@ def test_near_leak_names_the_item_outside_test(tmp_path):
 
 def test_turned_pictures_and_none_where_there_is_no_top():
     rng = np.random.default_rng(1); y = np.linspace(1, 0, 64)[:, None]
-    ims = np.stack([(60 + 120*y + 30*np.sin(np.arange(64)/rng.uniform(2, 9))*(y < .4) + rng.normal(0, 12, (64, 64))).clip(0, 255).astype(np.uint8) for _ in range(240)])
+    ims = np.stack(
+        [
+            (60 + 120 * y + 30 * np.sin(np.arange(64) / rng.uniform(2, 9)) * (y < 0.4) + rng.normal(0, 12, (64, 64)))
+            .clip(0, 255)
+            .astype(np.uint8)
+            for _ in range(240)
+        ]
+    )
     bad = rng.choice(240, 12, replace=False); k = 1 + np.arange(12) % 3
     for i, n in zip(bad, k): ims[i] = np.rot90(ims[i], n)
     found = turned(ims).set_index('item')['quarters']

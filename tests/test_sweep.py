@@ -12,7 +12,20 @@ from tests.test_train import problem as plain
 SPACE = dict(lr=dict(low=1e-4, high=1., log=True), weight_decay=dict(low=0., high=.2), batch_size=[8, 12])
 
 
-def problem(**kw): return plain(**dict(train=dict(epochs=6, batch_size=12, lr=5e-3, image=dict(height=16, width=16), network_args=dict(channels=[8, 8, 16, 16])), sweep=dict(space=SPACE, startup=4)) | kw)
+def problem(**kw):
+    return plain(
+        **dict(
+            train=dict(
+                epochs=6,
+                batch_size=12,
+                lr=5e-3,
+                image=dict(height=16, width=16),
+                network_args=dict(channels=[8, 8, 16, 16]),
+            ),
+            sweep=dict(space=SPACE, startup=4),
+        )
+        | kw
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -32,37 +45,74 @@ def pretend(monkeypatch):
         if how['lr'] > .5: raise RuntimeError('out of memory')
         for epoch in range(6):
             if state.die == (len(state.calls), epoch): raise KeyboardInterrupt
-            for c in callbacks: c.on_validation_end(Bag(callback_metrics={'val_accuracy': good*(epoch + 1)/6}, current_epoch=epoch), None)
-        return Bag(name=f'run-{how["lr"]:.6f}', done=dict(best_epoch=6, seconds=1.), history=pd.DataFrame(dict(epoch=[6], val_accuracy=[good])))
+            for c in callbacks:
+                c.on_validation_end(
+                    Bag(callback_metrics={'val_accuracy': good * (epoch + 1) / 6}, current_epoch=epoch), None
+                )
+        return Bag(
+            name=f'run-{how["lr"]:.6f}',
+            done=dict(best_epoch=6, seconds=1.0),
+            history=pd.DataFrame(dict(epoch=[6], val_accuracy=[good])),
+        )
+
     monkeypatch.setattr(room, 'fit', fit); return state
 
 
 def test_the_space_is_checked_before_anything_is_trained(stripes, tmp_path, pretend):
     assert set(search_space(problem(sweep={}))) == {'lr', 'weight_decay', 'warmup'}
-    for space, said in ((dict(learning_rate=[.1, .2]), 'learning_rate'), (dict(lr=dict(low=-1., high=.1)), 'lr'), ({'image.depth': [1, 2]}, 'depth'), ({'lr.x': [1, 2]}, 'no settings')):
-        with pytest.raises(BadInput, match=said): sweep(problem(sweep=dict(space=space)), stripes, tmp_path/'r', trials=2)
+    for space, said in (
+        (dict(learning_rate=[0.1, 0.2]), 'learning_rate'),
+        (dict(lr=dict(low=-1.0, high=0.1)), 'lr'),
+        ({'image.depth': [1, 2]}, 'depth'),
+        ({'lr.x': [1, 2]}, 'no settings'),
+    ):
+        with pytest.raises(BadInput, match=said):
+            sweep(problem(sweep=dict(space=space)), stripes, tmp_path / 'r', trials=2)
     with pytest.raises(BadInput, match='jobs'): sweep(problem(train=dict(devices=2)), stripes, tmp_path/'r', trials=2)
     assert not pretend.calls
 
 
 def test_dots_lead_into_nested_settings():
     how = changed(problem(), {'lr': .1, 'image.height': 32, 'network_args.drop_rate': .1}, epochs=3)
-    assert how['lr'] == .1 and how['epochs'] == 3 and (how['image']['height'], how['image']['width']) == (32, 16) and how['network_args'] == dict(channels=[8, 8, 16, 16], drop_rate=.1)
-    assert as_it_stands(problem(), {k: v for k, v in search_space(problem()).items()}) == dict(lr=5e-3, weight_decay=.05, batch_size=12)
+    assert (
+        how['lr'] == 0.1
+        and how['epochs'] == 3
+        and (how['image']['height'], how['image']['width']) == (32, 16)
+        and how['network_args'] == dict(channels=[8, 8, 16, 16], drop_rate=0.1)
+    )
+    assert as_it_stands(problem(), {k: v for k, v in search_space(problem()).items()}) == dict(
+        lr=5e-3, weight_decay=0.05, batch_size=12
+    )
 
 
 def test_it_finds_what_is_better_gives_up_what_is_not_and_notes_what_fails(stripes, tmp_path, pretend):
     found = sweep(problem(), stripes, tmp_path/'r', trials=30, seed=1); t = found.table
-    assert t.loc[0, 'lr'] == 5e-3 and len(t) == 30 and found.best.value >= t.loc[0, 'accuracy'] and abs(np.log10(found.best.params['lr']) + 2) < .2
-    lost = t[t['state'] == 'given up']; assert len(lost) and (lost['epochs'] < 6).all() and (lost['epochs'] >= 2).all()     # not before a third
-    failed = t[t['state'] == 'failed']; assert (failed['lr'] > .5).all() and failed['error'].str.contains('out of memory').all()
-    done = t[t['state'] == 'done']; figure = plot_parallel(found); assert len(figure.axes[0].lines) == len(done) + 4     # one each, and the axes
-    best = plot_sweep(found).axes[0].lines[1].get_ydata(); assert best[-1] == found.best.value and (np.diff(best) >= 0).all()
+    assert (
+        t.loc[0, 'lr'] == 5e-3
+        and len(t) == 30
+        and found.best.value >= t.loc[0, 'accuracy']
+        and abs(np.log10(found.best.params['lr']) + 2) < 0.2
+    )
+    lost = t[t['state'] == 'given up']
+    assert len(lost) and (lost['epochs'] < 6).all() and (lost['epochs'] >= 2).all()  # not before a third
+    failed = t[t['state'] == 'failed']
+    assert (failed['lr'] > 0.5).all() and failed['error'].str.contains('out of memory').all()
+    done = t[t['state'] == 'done']
+    figure = plot_parallel(found)
+    assert len(figure.axes[0].lines) == len(done) + 4  # one each, and the axes
+    best = plot_sweep(found).axes[0].lines[1].get_ydata()
+    assert best[-1] == found.best.value and (np.diff(best) >= 0).all()
 
 
 def test_importance_tells_what_matters(stripes, tmp_path, pretend):
-    found = sweep(problem(sweep=dict(space=SPACE | dict(lr=dict(low=1e-4, high=.4, log=True)), prune=False, startup=40)), stripes, tmp_path/'r', trials=40)
-    said = importance(found).set_index('setting')['importance']; assert set(said.index) == set(SPACE) and said['lr'] > .5 and abs(said.sum() - 1) < 1e-6
+    found = sweep(
+        problem(sweep=dict(space=SPACE | dict(lr=dict(low=1e-4, high=0.4, log=True)), prune=False, startup=40)),
+        stripes,
+        tmp_path / 'r',
+        trials=40,
+    )
+    said = importance(found).set_index('setting')['importance']
+    assert set(said.index) == set(SPACE) and said['lr'] > 0.5 and abs(said.sum() - 1) < 1e-6
     assert not len(importance(sweep(problem(), stripes, tmp_path/'s', trials=3)))        # nothing is said of three
 
 
@@ -73,7 +123,8 @@ def test_killed_it_goes_on_with_the_trial_it_was_in(stripes, tmp_path, pretend):
     log = next((tmp_path/'b').glob('sweeps/*/trials.log'))
     with open(log, 'a') as f: f.write('{"op_code": 4, "worker_')        # the power went out in the middle of a line
     again = sweep(problem(), stripes, tmp_path/'b', trials=9).table
-    pd.testing.assert_frame_equal(again, whole); assert len(pretend.calls) == n + 5 + 5    # five begun, then the fifth again and four more
+    pd.testing.assert_frame_equal(again, whole)
+    assert len(pretend.calls) == n + 5 + 5  # five begun, then the fifth again and four more
     assert len(sweep(problem(), stripes, tmp_path/'b', trials=9).table) == 9 and len(pretend.calls) == n + 10
     assert len(sweep(problem(), stripes, tmp_path/'b', trials=10).table) == 10             # more trials: it goes on
 
@@ -81,5 +132,7 @@ def test_killed_it_goes_on_with_the_trial_it_was_in(stripes, tmp_path, pretend):
 def test_two_sweeps_do_not_share_a_folder_and_one_without_a_result_says_why(stripes, tmp_path, pretend):
     from filelock import FileLock
     found = sweep(problem(), stripes, tmp_path/'r', trials=1)
-    with FileLock(found.plan.folder/'.lock'), pytest.raises(RunFailed, match='another process'): sweep(problem(), stripes, tmp_path/'r', trials=2)
-    with pytest.raises(RunFailed, match='out of memory'): sweep(problem(train=dict(lr=.9), sweep=dict(space=dict(lr=[.9, .8]))), stripes, tmp_path/'r', trials=2)
+    with FileLock(found.plan.folder / '.lock'), pytest.raises(RunFailed, match='another process'):
+        sweep(problem(), stripes, tmp_path / 'r', trials=2)
+    with pytest.raises(RunFailed, match='out of memory'):
+        sweep(problem(train=dict(lr=0.9), sweep=dict(space=dict(lr=[0.9, 0.8]))), stripes, tmp_path / 'r', trials=2)

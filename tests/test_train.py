@@ -20,8 +20,17 @@ print('weights', run.done['weights'])
 
 
 def problem(**kw):
-    return Problem(**dict(name='stripes', task='classification', classes=['lying', 'standing', 'slanted'], owner='o', intended_use='i',
-                          acceptance=[{'metric': 'accuracy', 'at_least': .5}]) | kw)
+    return Problem(
+        **dict(
+            name='stripes',
+            task='classification',
+            classes=['lying', 'standing', 'slanted'],
+            owner='o',
+            intended_use='i',
+            acceptance=[{'metric': 'accuracy', 'at_least': 0.5}],
+        )
+        | kw
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -30,8 +39,14 @@ def offline(monkeypatch): monkeypatch.setenv('WANDB_MODE', 'disabled')
 
 def start(tmp_path, runs):
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    return subprocess.Popen([sys.executable, '-u', '-c', textwrap.dedent(SCRIPT), str(tmp_path/'stripes'), str(tmp_path/runs)], cwd=root, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True, env=os.environ | {'WANDB_MODE': 'disabled', 'OMP_NUM_THREADS': '1', 'PYTHONPATH': root})
+    return subprocess.Popen(
+        [sys.executable, '-u', '-c', textwrap.dedent(SCRIPT), str(tmp_path / 'stripes'), str(tmp_path / runs)],
+        cwd=root,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {'WANDB_MODE': 'disabled', 'OMP_NUM_THREADS': '1', 'PYTHONPATH': root},
+    )
 
 
 def test_killed_and_resumed_ends_with_the_same_weights(tmp_path):
@@ -57,31 +72,50 @@ def test_same_seed_same_weights_and_metrics(tmp_path):
 
 
 def test_nothing_is_trained_twice(tmp_path, capsys):
-    data = classification.example(tmp_path/'stripes'); a = fit(problem(), data, tmp_path/'r', **SMALL); when = (a.path/'done.json').stat().st_mtime_ns
-    again = fit(problem(owner='somebody else'), data, tmp_path/'r', **SMALL)       # not what decides the weights
-    assert 'nothing has changed' in capsys.readouterr().out and again.path == a.path and (a.path/'done.json').stat().st_mtime_ns == when
+    data = classification.example(tmp_path / 'stripes')
+    a = fit(problem(), data, tmp_path / 'r', **SMALL)
+    when = (a.path / 'done.json').stat().st_mtime_ns
+    again = fit(problem(owner='somebody else'), data, tmp_path/'r', **SMALL)  # not what decides the weights
+    assert (
+        'nothing has changed' in capsys.readouterr().out
+        and again.path == a.path
+        and (a.path / 'done.json').stat().st_mtime_ns == when
+    )
     fit(problem(), data, tmp_path/'r', force=True, **SMALL); assert (a.path/'done.json').stat().st_mtime_ns > when
 
 
 def test_two_processes_do_not_train_one_run(tmp_path):
     from filelock import FileLock
     data = classification.example(tmp_path/'stripes'); run = fit(problem(), data, tmp_path/'r', **SMALL)
-    with FileLock(run.path/'.lock'), pytest.raises(RunFailed, match='another process'): fit(problem(), data, tmp_path/'r', **SMALL)
+    with FileLock(run.path / '.lock'), pytest.raises(RunFailed, match='another process'):
+        fit(problem(), data, tmp_path / 'r', **SMALL)
 
 
 def test_multi_label_trains(tmp_path):
-    data = classification.example(tmp_path/'stripes'); run = fit(problem(multilabel=True), data, tmp_path/'r', **SMALL | {'epochs': 2})
+    data = classification.example(tmp_path / 'stripes')
+    run = fit(problem(multilabel=True), data, tmp_path / 'r', **SMALL | {'epochs': 2})
     assert run.config['fit']['task']['multilabel'] and run.done['epochs'] == 2
 
 
-@pytest.mark.parametrize('change,said', [(dict(learning_rate=1), 'learning_rate'), (dict(epochs=0), 'epochs'), (dict(precision='int4'), 'precision'), (dict(task=dict(netwrk='x')), 'netwrk')])
+@pytest.mark.parametrize(
+    'change,said',
+    [
+        (dict(learning_rate=1), 'learning_rate'),
+        (dict(epochs=0), 'epochs'),
+        (dict(precision='int4'), 'precision'),
+        (dict(task=dict(netwrk='x')), 'netwrk'),
+    ],
+)
 def test_settings_are_checked(change, said):
     with pytest.raises(BadInput, match=said): settings(problem(), **change)
 
 
 def test_gradients_are_clipped_in_mixed_precision(tmp_path):
     data = classification.example(tmp_path/'stripes'); how = SMALL | dict(epochs=2, precision='bf16-mixed')
-    assert fit(problem(), data, tmp_path/'r', **how, clip=.01).done['weights'] != fit(problem(), data, tmp_path/'r', **how).done['weights']
+    assert (
+        fit(problem(), data, tmp_path / 'r', **how, clip=0.01).done['weights']
+        != fit(problem(), data, tmp_path / 'r', **how).done['weights']
+    )
 
 
 def test_a_leaking_dataset_is_refused(tmp_path):
@@ -100,10 +134,16 @@ def test_order_depends_on_seed_and_epoch_only():
 
 def test_rare_classes_come_more_often():
     from cv_lab.train import repeat_factors, systematic
-    often = repeat_factors([[dict(label='a')]]*90 + [[dict(label='a'), dict(label='b')]]*10, .4); order = Shuffled(100, 0, often)
+
+    often = repeat_factors([[dict(label='a')]] * 90 + [[dict(label='a'), dict(label='b')]] * 10, 0.4)
+    order = Shuffled(100, 0, often)
     assert np.allclose(often[:90], 1) and np.allclose(often[90:], 2)
     turns = np.zeros(100)
-    for epoch in range(200): order.set_epoch(epoch); picked = list(order); assert len(picked) == 100; turns += np.bincount(picked, minlength=100)
+    for epoch in range(200):
+        order.set_epoch(epoch)
+        picked = list(order)
+        assert len(picked) == 100
+        turns += np.bincount(picked, minlength=100)
     np.testing.assert_allclose(turns/200, often/often.mean(), atol=.12)
     assert np.bincount(systematic(np.ones(7), .3)).tolist() == [1]*7
 
@@ -116,11 +156,16 @@ def test_a_running_mean_is_resumed_bit_for_bit(tmp_path):
     data = classification.example(tmp_path/'stripes'); how = SMALL | dict(ema=.9, clip=1., warmup=.2, monitor='metric')
     whole = fit(problem(), data, tmp_path/'a', **how)
     with pytest.raises(RuntimeError, match='power'): fit(problem(), data, tmp_path/'b', callbacks=[Stop()], **how)
-    assert fit(problem(), data, tmp_path/'b', **how).done['weights'] == whole.done['weights'] != fit(problem(), data, tmp_path/'c', **how | dict(ema=0)).done['weights']
+    assert (
+        fit(problem(), data, tmp_path / 'b', **how).done['weights']
+        == whole.done['weights']
+        != fit(problem(), data, tmp_path / 'c', **how | dict(ema=0)).done['weights']
+    )
 
 
 def test_augmentation_is_data_and_only_transforms():
-    image = torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8); out = augmentation([{'RandomHorizontalFlip': {'p': 1.}}])(image)
+    image = torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8)
+    out = augmentation([{'RandomHorizontalFlip': {'p': 1.0}}])(image)
     assert torch.equal(out, image.flip(-1))
     with pytest.raises(BadInput, match='no transform'): augmentation([{'functional': {}}])
 
@@ -129,7 +174,10 @@ def test_pretrained_weights_of_a_local_file(tmp_path):
     import timm
     from safetensors.torch import save_file
     from cv_lab.backbone import image_network
-    kw = dict(channels=(8, 8, 16, 16)); donor = timm.create_model('resnet10t', num_classes=7, **kw); save_file(donor.state_dict(), tmp_path/'w.safetensors')
+
+    kw = dict(channels=(8, 8, 16, 16))
+    donor = timm.create_model('resnet10t', num_classes=7, **kw)
+    save_file(donor.state_dict(), tmp_path / 'w.safetensors')
     net = image_network('resnet10t', 3, pretrained=str(tmp_path/'w.safetensors'), **kw)
     assert torch.equal(net.body.conv1[0].weight, donor.conv1[0].weight) and net.body.get_classifier().out_features == 3
 
@@ -137,10 +185,25 @@ def test_pretrained_weights_of_a_local_file(tmp_path):
 def test_loader_processes_begin_each_epoch_anew(tmp_path):
     "What a loader's processes make of an epoch depends on the seed and the epoch, not on how many epochs they have seen."
     from cv_lab.train import make_loaders
-    data = classification.example(tmp_path/'stripes'); how, cfg = settings(problem(), epochs=3, batch_size=12, workers=2, memory_gb=0, image=dict(height=16, width=16), augment=[{'RandomAffine': dict(degrees=30)}])
+
+    data = classification.example(tmp_path / 'stripes')
+    how, cfg = settings(
+        problem(),
+        epochs=3,
+        batch_size=12,
+        workers=2,
+        memory_gb=0,
+        image=dict(height=16, width=16),
+        augment=[{'RandomAffine': dict(degrees=30)}],
+    )
+
     def epochs(*which):
         loader, _ = make_loaders(problem(), data, how, cfg); out = []
         for e in which: loader.sampler.set_epoch(e); out.append(torch.cat([images for images, _ in loader]))
         return out
-    first, second = epochs(0, 1); again, = epochs(1); assert torch.equal(second, again) and not torch.equal(first, second)
-    every = [p.sort(0).values for p in (first, second)]; assert not torch.equal(*every)       # not only in another order
+
+    first, second = epochs(0, 1)
+    (again,) = epochs(1)
+    assert torch.equal(second, again) and not torch.equal(first, second)
+    every = [p.sort(0).values for p in (first, second)]
+    assert not torch.equal(*every)  # not only in another order

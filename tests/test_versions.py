@@ -8,64 +8,133 @@ from cv_lab.data.datasheet import QUESTIONS, answers_template, datasheet, guidel
 from cv_lab.data.manifest import Dataset, load_dataset, make_table, save_dataset
 
 
-def item(i, label='a', **kw): return dict(dict(id=f'i{i:04}', uri=f'{i}', sha256=digest(str(i)), annotations=[Annotation(label)]), **kw)
+def item(i, label='a', **kw):
+    return dict(dict(id=f'i{i:04}', uri=f'{i}', sha256=digest(str(i)), annotations=[Annotation(label)]), **kw)
+
+
 def dataset(rows, folder='.'): return Dataset(make_table(rows), 'd', folder, ['a', 'b'])
 def column(d, name): return d.table[name].to_pylist()
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 40), st.integers(0, 9), st.sampled_from('ab'), st.sampled_from([None, 'train', 'val', 'test'])), min_size=1, max_size=60),
-       st.sampled_from(['class', 'time', 'site']), st.booleans(), st.integers(0, 3))
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 12),
+            st.integers(0, 40),
+            st.integers(0, 9),
+            st.sampled_from('ab'),
+            st.sampled_from([None, 'train', 'val', 'test']),
+        ),
+        min_size=1,
+        max_size=60,
+    ),
+    st.sampled_from(['class', 'time', 'site']),
+    st.booleans(),
+    st.integers(0, 3),
+)
 def test_no_unit_is_parted(rows, by, redo, seed):
-    d = dataset([item(i, label, group=f'g{g}' if g else None, sha256=digest(f's{s}'), split=split, captured_at=f'2025-01-{1 + s % 28:02}', tags=dict(site=f'p{c}'))
-                 for i, (g, s, c, label, split) in enumerate(rows)])
+    d = dataset(
+        [
+            item(
+                i,
+                label,
+                group=f'g{g}' if g else None,
+                sha256=digest(f's{s}'),
+                split=split,
+                captured_at=f'2025-01-{1 + s % 28:02}',
+                tags=dict(site=f'p{c}'),
+            )
+            for i, (g, s, c, label, split) in enumerate(rows)
+        ]
+    )
     clusters = [c for _, _, c, _, _ in rows]; held = [digest(f's{rows[0][1]}')]
     done, proof = v.split_dataset(d, by=by, clusters=clusters, held=held, redo=redo, seed=seed)
     for keys in (column(d, 'group'), column(d, 'sha256'), clusters):
         for k in set(keys) - {None}: assert len({s for s, x in zip(column(done, 'split'), keys) if x == k}) == 1
-    assert None not in column(done, 'split') and column(done, 'group') == column(d, 'group') and column(done, 'id') == column(d, 'id')
-    assert proof['shared_groups'] == proof['shared_contents'] == proof['shared_clusters'] == 0 and sum(proof['items'].values()) == len(rows)
+    assert (
+        None not in column(done, 'split')
+        and column(done, 'group') == column(d, 'group')
+        and column(done, 'id') == column(d, 'id')
+    )
+    assert proof['shared_groups'] == proof['shared_contents'] == proof['shared_clusters'] == 0 and sum(
+        proof['items'].values()
+    ) == len(rows)
     assert all(s == 'test' for s, x in zip(column(done, 'split'), column(d, 'sha256')) if x in held)
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)), max_size=30))
 def test_units_against_a_walk(pairs):
-    got = v.units([[a for a, _ in pairs] + [None], [b for _, b in pairs] + [None]]); todo, want = set(range(len(pairs))), []
+    got = v.units([[a for a, _ in pairs] + [None], [b for _, b in pairs] + [None]])
+    todo, want = set(range(len(pairs))), []
     while todo:
         reach, edge = set(), [todo.pop()]
-        while edge: k = edge.pop(); reach.add(k); new = {j for j in todo if pairs[j][0] == pairs[k][0] or pairs[j][1] == pairs[k][1]}; todo -= new; edge += new
+        while edge:
+            k = edge.pop()
+            reach.add(k)
+            new = {j for j in todo if pairs[j][0] == pairs[k][0] or pairs[j][1] == pairs[k][1]}
+            todo -= new
+            edge += new
         want.append(reach)
     assert {frozenset(np.flatnonzero(got[:-1] == u).tolist()) for u in set(got[:-1])} == {frozenset(w) for w in want}
 
 
 def test_shares_are_kept_within_a_unit():
-    d = dataset([item(i, 'ab'[i % 2], group=f'g{i//4}', captured_at=f'2025-01-01T{i//60:02}:{i % 60:02}', tags=dict(site=f's{i//4 % 50}')) for i in range(1000)])
+    d = dataset(
+        [
+            item(
+                i,
+                'ab'[i % 2],
+                group=f'g{i // 4}',
+                captured_at=f'2025-01-01T{i // 60:02}:{i % 60:02}',
+                tags=dict(site=f's{i // 4 % 50}'),
+            )
+            for i in range(1000)
+        ]
+    )
     for by in ('class', 'time', 'site'):
         got = v.split_dataset(d, by=by)[1]['items']
         assert got['train'] == pytest.approx(650, abs=21) and got['test'] == pytest.approx(200, abs=21)
 
 
 def test_time_splits_train_on_the_past():
-    d = dataset([item(i, captured_at=f'2025-{1 + (i*7) % 12:02}-{1 + i % 28:02}') for i in range(300)]); done, _ = v.split_dataset(d, by='time')
+    d = dataset([item(i, captured_at=f'2025-{1 + (i * 7) % 12:02}-{1 + i % 28:02}') for i in range(300)])
+    done, _ = v.split_dataset(d, by='time')
     x = pd.DataFrame(dict(s=column(done, 'split'), t=column(done, 'captured_at'))).groupby('s')['t'].agg(['min', 'max'])
     assert x.loc['train', 'max'] <= x.loc['val', 'min'] and x.loc['val', 'max'] <= x.loc['test', 'min']
 
 
 def test_what_a_split_needs():
     d = dataset([item(i) for i in range(5)])
-    for kw in (dict(by='time'), dict(by='site'), dict(by='colour'), dict(shares=dict(train=.5, test=.2)), dict(shares=dict(train=.5, holdout=.5))):
+    for kw in (
+        dict(by='time'),
+        dict(by='site'),
+        dict(by='colour'),
+        dict(shares=dict(train=0.5, test=0.2)),
+        dict(shares=dict(train=0.5, holdout=0.5)),
+    ):
         with pytest.raises(BadInput): v.split_dataset(d, **kw)
 
 
 def test_the_proof_is_counted():
-    t = make_table([item(0, group='g', split='train'), item(1, group='g', split='test'), item(2, sha256=digest('x'), split='val'), item(3, sha256=digest('x'), split='train')])
-    p = v.prove_split(t, [0, 1, 2, 2]); assert (p['shared_groups'], p['shared_contents'], p['shared_clusters']) == (1, 1, 1)
+    t = make_table(
+        [
+            item(0, group='g', split='train'),
+            item(1, group='g', split='test'),
+            item(2, sha256=digest('x'), split='val'),
+            item(3, sha256=digest('x'), split='train'),
+        ]
+    )
+    p = v.prove_split(t, [0, 1, 2, 2])
+    assert (p['shared_groups'], p['shared_contents'], p['shared_clusters']) == (1, 1, 1)
 
 
 @pytest.fixture
 def home(tmp_path):
-    d = v.split_dataset(dataset([item(i, 'ab'[i % 2]) for i in range(100)], tmp_path))[0]; save_dataset(d, tmp_path); return tmp_path
+    d = v.split_dataset(dataset([item(i, 'ab'[i % 2]) for i in range(100)], tmp_path))[0]
+    save_dataset(d, tmp_path)
+    return tmp_path
 
 
 def changed(home, change, n=100): # every row through `change`
@@ -75,11 +144,20 @@ def changed(home, change, n=100): # every row through `change`
 def test_versions_remember(home):
     first = load_dataset(home).version
     d = changed(home, lambda r: r | dict(annotations=[Annotation('b')]) if r['id'] == 'i0000' else r)
-    line = v.commit(home, d, 'a mistake', 'me'); assert line['parent'] == first and line['relabelled'] == 1 and line['added'] == line['removed'] == line['moved'] == 0
+    line = v.commit(home, d, 'a mistake', 'me')
+    assert (
+        line['parent'] == first and line['relabelled'] == 1 and line['added'] == line['removed'] == line['moved'] == 0
+    )
     assert v.commit(home, d, 'again') == line and len(v.versions(home)) == 2
     v.commit(home, changed(home, lambda r: r, 90), 'fewer')
-    assert [x['why'] for x in v.versions(home)] == ['as it was first saved', 'a mistake', 'fewer'] and v.version_log(home)['items'].tolist() == [90, 100, 100]
-    assert v.open_version(home, first[:6]).version == first and len(v.diff(home, first)['removed']) == 10 and v.diff(home, first, line['version'])['relabelled'] == ['i0000']
+    assert [x['why'] for x in v.versions(home)] == ['as it was first saved', 'a mistake', 'fewer'] and v.version_log(
+        home
+    )['items'].tolist() == [90, 100, 100]
+    assert (
+        v.open_version(home, first[:6]).version == first
+        and len(v.diff(home, first)['removed']) == 10
+        and v.diff(home, first, line['version'])['relabelled'] == ['i0000']
+    )
     with pytest.raises(NotFound): v.open_version(home, 'fff0')
 
 
@@ -93,11 +171,18 @@ def test_once_held_out_always_held_out(home):
 def test_golden_cannot_be_touched_unnoticed(home):
     items = v.freeze_golden(home, each=3); assert len(items) == 6 and v.golden_changes(home, load_dataset(home)) == []
     golden = lambda r: r['sha256'] in items
-    for change in (lambda r: r | dict(annotations=[Annotation('a', [0, 0, 1, 1])]) if golden(r) else r, lambda r: r | dict(split='train'), lambda r: r | dict(sha256=digest(r['id'])) if golden(r) else r):
+    for change in (
+        lambda r: r | dict(annotations=[Annotation('a', [0, 0, 1, 1])]) if golden(r) else r,
+        lambda r: r | dict(split='train'),
+        lambda r: r | dict(sha256=digest(r['id'])) if golden(r) else r,
+    ):
         d = changed(home, change); assert len(v.golden_changes(home, d)) == 6
         with pytest.raises(BadInput, match='golden'): v.commit(home, d, 'oops')
-    v.commit(home, changed(home, lambda r: r if golden(r) else r | dict(annotations=[Annotation('b')])), 'others may change')
-    line = v.commit(home, changed(home, lambda r: r | dict(split='train')), 'on purpose', golden='new protocol'); assert len(line['golden_changed']) == 6
+    v.commit(
+        home, changed(home, lambda r: r if golden(r) else r | dict(annotations=[Annotation('b')])), 'others may change'
+    )
+    line = v.commit(home, changed(home, lambda r: r | dict(split='train')), 'on purpose', golden='new protocol')
+    assert len(line['golden_changed']) == 6
     assert v.golden_changes(home, load_dataset(home)) == []
 
 
@@ -118,8 +203,15 @@ def test_a_damaged_log_or_manifest_is_named(home):
 
 
 def test_datasheet(tmp_path):
-    d = dataset([item(i, license='MIT' if i else None, tags=dict(light='day')) for i in range(9)]); text = datasheet(d, dict(purpose='To try.'))
-    assert 'MIT: 8, not said: 1' in text and 'To try.' in text and text.count('*Not answered.*') == len(QUESTIONS) - 1 and d.version in text and 'day: 9' in text
+    d = dataset([item(i, license='MIT' if i else None, tags=dict(light='day')) for i in range(9)])
+    text = datasheet(d, dict(purpose='To try.'))
+    assert (
+        'MIT: 8, not said: 1' in text
+        and 'To try.' in text
+        and text.count('*Not answered.*') == len(QUESTIONS) - 1
+        and d.version in text
+        and 'day: 9' in text
+    )
     (tmp_path/'a.yaml').write_text(answers_template()); assert load_answers(tmp_path/'a.yaml') == {}
     (tmp_path/'a.yaml').write_text('purpos: x')
     with pytest.raises(BadInput): load_answers(tmp_path/'a.yaml')
@@ -130,9 +222,21 @@ def test_command_line(home):
     from typer.testing import CliRunner
     from cv_lab.cli.data import app
     def cvlab(*a): r = CliRunner().invoke(app, [str(x) for x in a]); return r.exit_code, r.stdout
-    code, out = cvlab('split', home, '--no-near', '--redo', '--seed', 3, '--json'); assert code == 0 and json.loads(out)['proof']['shared_groups'] == 0
+
+    code, out = cvlab('split', home, '--no-near', '--redo', '--seed', 3, '--json')
+    assert code == 0 and json.loads(out)['proof']['shared_groups'] == 0
     assert load_dataset(home).about['split']['seed'] == 3
-    first = json.loads(cvlab('log', home, '--json')[1])[-1]['version']; assert cvlab('version', home)[1].strip() == load_dataset(home).version
-    assert json.loads(cvlab('diff', home, first, '--json')[1])['moved'] and cvlab('golden', home)[0] == cvlab('golden', home)[0] == 0
-    assert cvlab('datasheet', home, '--task', 'detection')[0] == 0 and (home/'DATASHEET.md').exists() and (home/'GUIDELINE.md').exists() and (home/'datasheet.yaml').exists()
-    code, out = cvlab('check', home, '--json'); assert code == 4 and json.loads(out)['ok'] is False   # the files are not there
+    first = json.loads(cvlab('log', home, '--json')[1])[-1]['version']
+    assert cvlab('version', home)[1].strip() == load_dataset(home).version
+    assert (
+        json.loads(cvlab('diff', home, first, '--json')[1])['moved']
+        and cvlab('golden', home)[0] == cvlab('golden', home)[0] == 0
+    )
+    assert (
+        cvlab('datasheet', home, '--task', 'detection')[0] == 0
+        and (home / 'DATASHEET.md').exists()
+        and (home / 'GUIDELINE.md').exists()
+        and (home / 'datasheet.yaml').exists()
+    )
+    code, out = cvlab('check', home, '--json')
+    assert code == 4 and json.loads(out)['ok'] is False  # the files are not there

@@ -21,7 +21,11 @@ app = typer.Typer(name='data', no_args_is_help=True, rich_markup_mode='markdown'
 Json = Annotated[bool, typer.Option('--json', help='Print JSON, for a script.')]
 Folder = Annotated[Path, typer.Argument(help='The folder of a dataset.', show_default=False)]
 Who = Annotated[str|None, typer.Option('--who', help='Who does it; goes into the log.')]
-Options = Annotated[list[str]|None, typer.Option('--option', '-o', metavar='KEY=VALUE', help='An option of the format; see `cvlab data formats`.')]
+Options = Annotated[
+    list[str] | None,
+    typer.Option('--option', '-o', metavar='KEY=VALUE', help='An option of the format; see `cvlab data formats`.'),
+]
+
 
 def say(obj, as_json:bool, text:str) -> None:
     "Print `obj` as JSON, or `text` for a person."
@@ -33,24 +37,57 @@ def options_of(pairs:list[str]|None) -> dict: # words that are JSON become numbe
     def value(v):
         try: return json.loads(v)
         except ValueError: return v
-    if bad := [p for p in pairs or [] if '=' not in p]: raise BadInput(f'--option {bad[0]}', 'KEY=VALUE', 'for example -o label=last')
+
+    if bad := [p for p in pairs or [] if '=' not in p]:
+        raise BadInput(f'--option {bad[0]}', 'KEY=VALUE', 'for example -o label=last')
     return {k: value(v) for k, v in (p.split('=', 1) for p in pairs or [])}
 
 # %% ../../nbs/95_cli.data.ipynb #2c79272f
 @app.command('import')
-def import_(src:Annotated[Path, typer.Argument(help='A folder, a file, or a zip or tar of one.', show_default=False)],
-            out:Annotated[Path|None, typer.Option('--out', help='The folder of the new dataset: manifest, classes, quarantine.')]=None,
-            into:Annotated[Path|None, typer.Option(help='Instead of --out: a dataset of which this becomes the next version.')]=None,
-            format:Annotated[str, typer.Option('--format', '-f', help='`auto` looks and says why; see `cvlab data formats`.')]='auto',
-            name:Annotated[str|None, typer.Option(help='The name of the dataset; that of --out if not given.')]=None,
-            strict:Annotated[bool, typer.Option('--strict', help='Exit non-zero, and write no dataset, if anything had to be left out or mended.')]=False,
-            copy:Annotated[bool, typer.Option('--copy', help='Copy the images into --out; else they stay where they are.')]=False,
-            split:Annotated[bool, typer.Option('--split/--no-split', help='Give items without a split one: 65 % train, 15 % val, 20 % test, copies kept together.')]=True,
-            batch:Annotated[Path|None, typer.Option(help='With --into: the folder that `cvlab data mine` wrote, for what the labelling tool forgets.')]=None,
-            empty:Annotated[bool|None, typer.Option('--empty/--no-empty', help='With --into: an image without marks was looked at, and nothing is there. Label Studio says so by itself.')]=None,
-            who:Annotated[str|None, typer.Option(help='With --into: who does it; goes into the log.')]=None,
-            workers:Annotated[int|None, typer.Option(min=1, help='Processes that look at the images; all cores if not given.')]=None,
-            option:Options=None, as_json:Json=False) -> None:
+def import_(
+    src: Annotated[Path, typer.Argument(help='A folder, a file, or a zip or tar of one.', show_default=False)],
+    out: Annotated[
+        Path | None, typer.Option('--out', help='The folder of the new dataset: manifest, classes, quarantine.')
+    ] = None,
+    into: Annotated[
+        Path | None, typer.Option(help='Instead of --out: a dataset of which this becomes the next version.')
+    ] = None,
+    format: Annotated[
+        str, typer.Option('--format', '-f', help='`auto` looks and says why; see `cvlab data formats`.')
+    ] = 'auto',
+    name: Annotated[str | None, typer.Option(help='The name of the dataset; that of --out if not given.')] = None,
+    strict: Annotated[
+        bool,
+        typer.Option('--strict', help='Exit non-zero, and write no dataset, if anything had to be left out or mended.'),
+    ] = False,
+    copy: Annotated[
+        bool, typer.Option('--copy', help='Copy the images into --out; else they stay where they are.')
+    ] = False,
+    split: Annotated[
+        bool,
+        typer.Option(
+            '--split/--no-split',
+            help='Give items without a split one: 65 % train, 15 % val, 20 % test, copies kept together.',
+        ),
+    ] = True,
+    batch: Annotated[
+        Path | None,
+        typer.Option(help='With --into: the folder that `cvlab data mine` wrote, for what the labelling tool forgets.'),
+    ] = None,
+    empty: Annotated[
+        bool | None,
+        typer.Option(
+            '--empty/--no-empty',
+            help='With --into: an image without marks was looked at, and nothing is there. Label Studio says so by itself.',
+        ),
+    ] = None,
+    who: Annotated[str | None, typer.Option(help='With --into: who does it; goes into the log.')] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help='Processes that look at the images; all cores if not given.')
+    ] = None,
+    option: Options = None,
+    as_json: Json = False,
+) -> None:
     """Make a dataset of labelled images, or the next version of one.
 
     What is good is kept; the rest goes to `quarantine.csv` with a reason per item.
@@ -65,41 +102,83 @@ def import_(src:Annotated[Path, typer.Argument(help='A folder, a file, or a zip 
 
     - `cvlab data import project-7.json --into data/street --batch batch-1` : what came back from labelling; test and golden items stay as they are
     """
-    if (out is None) == (into is None): raise BadInput('neither --out nor --into' if out is None else 'both --out and --into', 'one of them', '--out makes a new dataset, --into the next version of one')
+    if (out is None) == (into is None):
+        raise BadInput(
+            'neither --out nor --into' if out is None else 'both --out and --into',
+            'one of them',
+            '--out makes a new dataset, --into the next version of one',
+        )
     if into is not None: return _import_into(src, into, format, batch, empty, copy, who, workers, option, as_json)
-    if batch or empty is not None or who: raise BadInput('--batch, --empty and --who belong to --into', 'a dataset to add to', 'give --into instead of --out')
+    if batch or empty is not None or who:
+        raise BadInput(
+            '--batch, --empty and --who belong to --into', 'a dataset to add to', 'give --into instead of --out'
+        )
     from cv_lab.data.formats import import_dataset, write_tally
-    r = import_dataset(src, format, out, name, strict, workers, copy, 'assign' if split else 'keep', **options_of(option))
+
+    r = import_dataset(
+        src, format, out, name, strict, workers, copy, 'assign' if split else 'keep', **options_of(option)
+    )
     d, why = r.dataset, f" ({r.dataset.about['why']})" if format == 'auto' else ''
-    say(dict(name=d.name, version=d.version, folder=str(out), format=d.about['format'], why=d.about['why'], classes=d.classes, **r.tally), as_json,
+    say(
+        dict(
+            name=d.name,
+            version=d.version,
+            folder=str(out),
+            format=d.about['format'],
+            why=d.about['why'],
+            classes=d.classes,
+            **r.tally,
+        ),
+        as_json,
         f"{d.about['format']}{why}\n{write_tally(r.tally)}\ndataset {d.name}, version {d.version}, in {out}"
-        + (f"\nwhat was left out or mended: {out/'quarantine.csv'}" if len(r.quarantine) else ''))
+        + (f"\nwhat was left out or mended: {out / 'quarantine.csv'}" if len(r.quarantine) else ''),
+    )
 
 # %% ../../nbs/95_cli.data.ipynb #fd2c106d
 def _import_into(src, into, format, batch, empty, copy, who, workers, option, as_json) -> None:
     from cv_lab.data.batches import import_into
-    done, line = import_into(src, into, format, batch, empty, copy, who, workers, **options_of(option)); n = done.tally()
-    why = ''.join(f'\nleft as it was: {k} {v:,}' for k, v in n['left_out'].items()) + (f'\nas a model made them, unchanged: {n["untouched"]:,} annotations' if n['untouched'] else '') + (f'\nstill to be labelled: {n["undone"]:,}' if n['undone'] else '')
-    say(dict(line, batch=n), as_json, f'version {line["version"]}, after {line["parent"]}: {n["added"]:,} added, {n["relabelled"]:,} relabelled, {n["same"]:,} confirmed{why}')
+
+    done, line = import_into(src, into, format, batch, empty, copy, who, workers, **options_of(option))
+    n = done.tally()
+    why = (
+        ''.join(f'\nleft as it was: {k} {v:,}' for k, v in n['left_out'].items())
+        + (f'\nas a model made them, unchanged: {n["untouched"]:,} annotations' if n['untouched'] else '')
+        + (f'\nstill to be labelled: {n["undone"]:,}' if n['undone'] else '')
+    )
+    say(
+        dict(line, batch=n),
+        as_json,
+        f'version {line["version"]}, after {line["parent"]}: {n["added"]:,} added, {n["relabelled"]:,} relabelled, {n["same"]:,} confirmed{why}',
+    )
 
 # %% ../../nbs/95_cli.data.ipynb #4ac9fd0d
 @app.command()
-def export(dataset:Annotated[Path, typer.Argument(help='The folder of a dataset.', show_default=False)],
-           format:Annotated[str, typer.Option('--format', '-f', help='See `cvlab data formats`.', show_default=False)],
-           out:Annotated[Path, typer.Option('--out', help='A folder that is not there yet, or empty.', show_default=False)],
-           images:Annotated[str, typer.Option(help='`copy`, `link` (a second name of the same file), or `none`.')]='copy',
-           split:Annotated[str|None, typer.Option(help='Only this split.')]=None,
-           who:Who=None, option:Options=None, as_json:Json=False) -> None:
+def export(
+    dataset: Annotated[Path, typer.Argument(help='The folder of a dataset.', show_default=False)],
+    format: Annotated[str, typer.Option('--format', '-f', help='See `cvlab data formats`.', show_default=False)],
+    out: Annotated[Path, typer.Option('--out', help='A folder that is not there yet, or empty.', show_default=False)],
+    images: Annotated[str, typer.Option(help='`copy`, `link` (a second name of the same file), or `none`.')] = 'copy',
+    split: Annotated[str | None, typer.Option(help='Only this split.')] = None,
+    who: Who = None,
+    option: Options = None,
+    as_json: Json = False,
+) -> None:
     """Write a dataset as another tool reads it, and say what that format cannot hold. Who took it goes into the audit log.
 
     **Example**: `cvlab data export data/street --format coco --out street-coco`
     """
     from cv_lab.audit import workspace_log
     from cv_lab.data.formats import export_dataset
-    if images not in ('copy', 'link', 'none'): raise BadInput(f'--images {images}', 'copy, link or none', 'copy is the safe one')
+
+    if images not in ('copy', 'link', 'none'):
+        raise BadInput(f'--images {images}', 'copy, link or none', 'copy is the safe one')
     r = export_dataset(dataset, format, out, images, split, log=workspace_log(dataset), by=who, **options_of(option))
     lost = ', '.join(f'{k} {n:,}' for k, n in r.lost.items()) or 'nothing'
-    say(dict(folder=str(r.folder), files=r.files, lost=r.lost), as_json, f'{r.files:,} files in {out}\nnot kept by {format}: {lost}')
+    say(
+        dict(folder=str(r.folder), files=r.files, lost=r.lost),
+        as_json,
+        f'{r.files:,} files in {out}\nnot kept by {format}: {lost}',
+    )
 
 # %% ../../nbs/95_cli.data.ipynb #37998d76
 @app.command('formats')
@@ -108,22 +187,48 @@ def formats_(as_json:Json=False) -> None:
     import inspect
     from cv_lab.data.formats import COLUMNS, FIELDS, KINDS, formats
     options = lambda f: list(inspect.signature(f).parameters)[1:]
-    rows = {n: dict(title=m.TITLE, keeps=list(m.KEEPS), loses=m.LOSES, read=options(m.read), write=options(m.write)) for n, m in formats().items()}
+    rows = {
+        n: dict(title=m.TITLE, keeps=list(m.KEEPS), loses=m.LOSES, read=options(m.read), write=options(m.write))
+        for n, m in formats().items()
+    }
     if as_json: return say(rows, True, '')
-    t = Table('format', 'annotations', 'and', 'loses', 'options', title='cvlab data import|export --format', show_lines=True)
+    t = Table(
+        'format', 'annotations', 'and', 'loses', 'options', title='cvlab data import|export --format', show_lines=True
+    )
     for n, r in rows.items():
         keeps = lambda names, r=r: ' '.join(k for k in names if k in r['keeps'])
-        t.add_row(n, keeps(KINDS), keeps((*FIELDS, *COLUMNS)), r['loses'], '\n'.join(f'{w}: {" ".join(r[w])}' for w in ('read', 'write') if r[w]))
+        t.add_row(
+            n,
+            keeps(KINDS),
+            keeps((*FIELDS, *COLUMNS)),
+            r['loses'],
+            '\n'.join(f'{w}: {" ".join(r[w])}' for w in ('read', 'write') if r[w]),
+        )
     Console().print(t)
 
 # %% ../../nbs/95_cli.data.ipynb #9972e357
 @app.command()
-def check(dataset:Annotated[str, typer.Argument(help='The folder of a dataset, or an embedded one such as `digits`.', show_default=False)],
-          problem:Annotated[Path|None, typer.Option(help='The problem file whose data rules are judged; without, the usual ones.')]=None,
-          report:Annotated[bool, typer.Option('--report', help='Also make a report with pictures, in reports/dataset/.')]=False,
-          predictions:Annotated[Path|None, typer.Option(help='A Parquet table of predictions by a model that did not see these labels: names label errors.')]=None,
-          workers:Annotated[int|None, typer.Option(min=1, help='Processes that look at the images; all cores when it pays, if not given.')]=None,
-          as_json:Json=False) -> None:
+def check(
+    dataset: Annotated[
+        str, typer.Argument(help='The folder of a dataset, or an embedded one such as `digits`.', show_default=False)
+    ],
+    problem: Annotated[
+        Path | None, typer.Option(help='The problem file whose data rules are judged; without, the usual ones.')
+    ] = None,
+    report: Annotated[
+        bool, typer.Option('--report', help='Also make a report with pictures, in reports/dataset/.')
+    ] = False,
+    predictions: Annotated[
+        Path | None,
+        typer.Option(
+            help='A Parquet table of predictions by a model that did not see these labels: names label errors.'
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help='Processes that look at the images; all cores when it pays, if not given.')
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Find what is wrong with a dataset: broken files, copies, leaks between splits, odd pictures, labels.
 
     Exits with 4 when a data rule fails.
@@ -136,31 +241,75 @@ def check(dataset:Annotated[str, typer.Argument(help='The folder of a dataset, o
     from cv_lab.spec import load_problem
     if report:
         whole = lambda p: str(Path(p).resolve()) if Path(p).exists() else str(p)
-        made = run_experiment('dataset', {k: whole(v) for k, v in dict(dataset=dataset, problem=problem, predictions=predictions).items() if v}, loud=not as_json); found = read_json(made.folder/'data.json')
+        made = run_experiment(
+            'dataset',
+            {k: whole(v) for k, v in dict(dataset=dataset, problem=problem, predictions=predictions).items() if v},
+            loud=not as_json,
+        )
+        found = read_json(made.folder / 'data.json')
     else:
         import pyarrow.parquet as pq
-        found = look(open_dataset(dataset), load_problem(problem) if problem else None, workers, pq.read_table(predictions) if predictions else None).to_json()
+
+        found = look(
+            open_dataset(dataset),
+            load_problem(problem) if problem else None,
+            workers,
+            pq.read_table(predictions) if predictions else None,
+        ).to_json()
     say(found, as_json, _checked(found))
     if report: typer.echo(f'report: {made.html}', err=as_json)
     if not found['ok']: raise typer.Exit(NotAccepted.exit_code)
 
 def _checked(found:dict) -> str:
     "A check, for a person."
-    rules, kinds = Table('rule', 'verdict', 'seen', 'expected'), Table('found', 'severity', 'items', 'first', 'what to do')
-    for x in found['rules']: rules.add_row(x['rule'], f"[{'red' if x['verdict'] == 'fail' else 'green'}]{x['verdict']}[/]", x['said'], x['expected'])
-    for x in found['findings']: kinds.add_row(f"{x['kind']}: {x['meaning']}", x['severity'], f"{x['items']:,}", ', '.join(x['first'][:3]), x['to_do'])
+    rules, kinds = (
+        Table('rule', 'verdict', 'seen', 'expected'),
+        Table('found', 'severity', 'items', 'first', 'what to do'),
+    )
+    for x in found['rules']:
+        rules.add_row(
+            x['rule'], f"[{'red' if x['verdict'] == 'fail' else 'green'}]{x['verdict']}[/]", x['said'], x['expected']
+        )
+    for x in found['findings']:
+        kinds.add_row(
+            f"{x['kind']}: {x['meaning']}", x['severity'], f"{x['items']:,}", ', '.join(x['first'][:3]), x['to_do']
+        )
     console = Console()
     with console.capture() as text: console.print(rules); kinds.row_count and console.print(kinds)
-    return f"{text.get()}{found['dataset']}, version {found['version']}: {found['items']:,} items, score {found['score']:.2f} (" + ', '.join(f'{k} {v:.2f}' for k, v in found['parts'].items()) + ')'
+    return (
+        f"{text.get()}{found['dataset']}, version {found['version']}: {found['items']:,} items, score {found['score']:.2f} ("
+        + ', '.join(f'{k} {v:.2f}' for k, v in found['parts'].items())
+        + ')'
+    )
 
 # %% ../../nbs/95_cli.data.ipynb #36272d8e
 @app.command()
-def split(dataset:Folder, train:float=.65, val:float=.15, test:float=.2,
-          by:Annotated[str, typer.Option(help='`class` balances the classes; `time` tests on the latest; `site` holds whole places out.')]='class',
-          site:Annotated[str, typer.Option(help='For --by site: the tag that names a place, or `device`, `source`.')]='site',
-          near:Annotated[bool, typer.Option('--near/--no-near', help='Look for near-duplicates and keep them together.')]=True,
-          redo:Annotated[bool, typer.Option('--redo', help='Give all items a new split, not only those without one. What was ever held out stays so.')]=False,
-          seed:int=0, golden:Annotated[str|None, typer.Option(help='A reason to let the golden set change.')]=None, who:Who=None, as_json:Json=False) -> None:
+def split(
+    dataset: Folder,
+    train: float = 0.65,
+    val: float = 0.15,
+    test: float = 0.2,
+    by: Annotated[
+        str,
+        typer.Option(help='`class` balances the classes; `time` tests on the latest; `site` holds whole places out.'),
+    ] = 'class',
+    site: Annotated[
+        str, typer.Option(help='For --by site: the tag that names a place, or `device`, `source`.')
+    ] = 'site',
+    near: Annotated[
+        bool, typer.Option('--near/--no-near', help='Look for near-duplicates and keep them together.')
+    ] = True,
+    redo: Annotated[
+        bool,
+        typer.Option(
+            '--redo', help='Give all items a new split, not only those without one. What was ever held out stays so.'
+        ),
+    ] = False,
+    seed: int = 0,
+    golden: Annotated[str | None, typer.Option(help='A reason to let the golden set change.')] = None,
+    who: Who = None,
+    as_json: Json = False,
+) -> None:
     """Split by group, with copies and near-duplicates kept together, and store the proof.
 
     **Example**: `cvlab data split data/street --by site --site camera --redo`
@@ -169,10 +318,25 @@ def split(dataset:Folder, train:float=.65, val:float=.15, test:float=.2,
     from cv_lab.data.quality import check as look
     from cv_lab.data.versions import commit, ever_held, split_dataset
     d = load_dataset(dataset); clusters = look(d).seen['cluster'].to_numpy() if near else None
-    done, proof = split_dataset(d, {k: v for k, v in dict(train=train, val=val, test=test).items() if v}, by, site, clusters, ever_held(dataset), redo, seed)
+    done, proof = split_dataset(
+        d,
+        {k: v for k, v in dict(train=train, val=val, test=test).items() if v},
+        by,
+        site,
+        clusters,
+        ever_held(dataset),
+        redo,
+        seed,
+    )
     line = commit(dataset, done, f'split by {proof["by"]}, seed {seed}', who, golden)
-    say(dict(version=line['version'], proof=proof), as_json, f'version {line["version"]}: ' + ', '.join(f'{s} {n:,}' for s, n in proof['items'].items())
-        + f'\nin two splits: {proof["shared_groups"]} groups, {proof["shared_contents"]} contents, {"(not looked for)" if clusters is None else proof["shared_clusters"]} near-duplicate clusters')
+    say(
+        dict(version=line['version'], proof=proof),
+        as_json,
+        f'version {line["version"]}: '
+        + ', '.join(f'{s} {n:,}' for s, n in proof['items'].items())
+        + f'\nin two splits: {proof["shared_groups"]} groups, {proof["shared_contents"]} contents, {"(not looked for)" if clusters is None else proof["shared_clusters"]} near-duplicate clusters',
+    )
+
 
 @app.command()
 def version(dataset:Folder, as_json:Json=False) -> None:
@@ -184,50 +348,108 @@ def version(dataset:Folder, as_json:Json=False) -> None:
 def log(dataset:Folder, as_json:Json=False) -> None:
     "Versions from the newest to the oldest: parent, what changed, by whom and why."
     from cv_lab.data.versions import versions
-    rows = versions(dataset)[::-1]; t = Table('version', 'parent', 'at', 'by', 'why', 'items', 'added', 'removed', 'relabelled', 'moved'); t.columns[0].no_wrap = True
+
+    rows = versions(dataset)[::-1]
+    t = Table('version', 'parent', 'at', 'by', 'why', 'items', 'added', 'removed', 'relabelled', 'moved')
+    t.columns[0].no_wrap = True
     for r in rows: t.add_row(*('' if r.get(c.header) is None else str(r[c.header]) for c in t.columns))
     if as_json: say(rows, True, '')
     else: Console(width=None if sys.stdout.isatty() else 160).print(t)
 
 @app.command()
-def diff(dataset:Folder, old:Annotated[str, typer.Argument(help='A version; its first digits are enough.', show_default=False)],
-         new:Annotated[str, typer.Argument(help='Another; the present one if not given.')]='', as_json:Json=False) -> None:
+def diff(
+    dataset: Folder,
+    old: Annotated[str, typer.Argument(help='A version; its first digits are enough.', show_default=False)],
+    new: Annotated[str, typer.Argument(help='Another; the present one if not given.')] = '',
+    as_json: Json = False,
+) -> None:
     "What was added, removed, relabelled, and moved between splits."
     from cv_lab.data.versions import diff as changes
-    found = changes(dataset, old, new); say(found, as_json, '\n'.join(f'{k}: {len(v):,}' + (f'  ({", ".join(v[:5])}{", ..." if len(v) > 5 else ""})' if v else '') for k, v in found.items()))
+
+    found = changes(dataset, old, new)
+    say(
+        found,
+        as_json,
+        '\n'.join(
+            f'{k}: {len(v):,}' + (f'  ({", ".join(v[:5])}{", ..." if len(v) > 5 else ""})' if v else '')
+            for k, v in found.items()
+        ),
+    )
+
 
 @app.command()
-def golden(dataset:Folder, each:Annotated[int, typer.Option(min=1, help='Test items of each class.')]=5, who:Who=None, as_json:Json=False) -> None:
+def golden(
+    dataset: Folder,
+    each: Annotated[int, typer.Option(min=1, help='Test items of each class.')] = 5,
+    who: Who = None,
+    as_json: Json = False,
+) -> None:
     "Freeze a golden set of test items, or say whether the frozen one is untouched."
     from cv_lab.data.manifest import load_dataset
     from cv_lab.data.versions import freeze_golden, golden_changes
     there = (dataset/'golden.json').exists(); changed = golden_changes(dataset, load_dataset(dataset)) if there else []
     items = {} if there else freeze_golden(dataset, each, by=who)
-    say(dict(frozen=len(items), changed=changed), as_json, f'{len(items)} golden items frozen' if items else 'untouched' if not changed else f'changed: {", ".join(changed)}')
+    say(
+        dict(frozen=len(items), changed=changed),
+        as_json,
+        f'{len(items)} golden items frozen'
+        if items
+        else 'untouched'
+        if not changed
+        else f'changed: {", ".join(changed)}',
+    )
     if changed: raise typer.Exit(NotAccepted.exit_code)
 
 # %% ../../nbs/95_cli.data.ipynb #62c4dd73
 @app.command()
-def datasheet(dataset:Folder, answers:Annotated[Path|None, typer.Option(help='What people must say; datasheet.yaml in the folder if not given. Made empty when it is not there.')]=None,
-              task:Annotated[str|None, typer.Option(help='Also write GUIDELINE.md, a labelling guideline to fill in, for this task.')]=None) -> None:
+def datasheet(
+    dataset: Folder,
+    answers: Annotated[
+        Path | None,
+        typer.Option(
+            help='What people must say; datasheet.yaml in the folder if not given. Made empty when it is not there.'
+        ),
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(help='Also write GUIDELINE.md, a labelling guideline to fill in, for this task.')
+    ] = None,
+) -> None:
     "Write DATASHEET.md into the folder: figures from the manifest, sentences from a short YAML."
     from cv_lab.core import write_atomic
     from cv_lab.data.datasheet import answers_template, datasheet as sheet, guideline, load_answers
     from cv_lab.data.manifest import load_dataset
     d, path = load_dataset(dataset), answers or dataset/'datasheet.yaml'
     if not path.exists(): write_atomic(path, answers_template()); typer.echo(f'to fill in: {path}')
-    text = sheet(d, load_answers(path)); write_atomic(dataset/'DATASHEET.md', text); typer.echo(f'{dataset/"DATASHEET.md"}: {text.count("*Not answered.*")} questions without an answer')
+    text = sheet(d, load_answers(path))
+    write_atomic(dataset / 'DATASHEET.md', text)
+    typer.echo(f'{dataset / "DATASHEET.md"}: {text.count("*Not answered.*")} questions without an answer')
     if task: write_atomic(dataset/'GUIDELINE.md', guideline(task, d.classes)); typer.echo(dataset/'GUIDELINE.md')
 
 # %% ../../nbs/95_cli.data.ipynb #priv0002
 @app.command()
-def terms(dataset:Folder, license:Annotated[str|None, typer.Option(help='A licence, for all items or those of --where; empty takes it back.')]=None,
-          consent:Annotated[str|None, typer.Option(help='The name of the form or contract by which the people in it agreed.')]=None,
-          source:Annotated[str|None, typer.Option(help='Where it comes from.')]=None,
-          expires:Annotated[str|None, typer.Option(help='The last day on which it may be used, such as 2027-12-31.')]=None,
-          where:Annotated[str, typer.Option(help="Only these items, such as \"site == 'north'\".")]='',
-          table:Annotated[Path|None, typer.Option('--from', help='A CSV file with a column id, uri, sha256 or group, and some of license, consent, source, expires.')]=None,
-          who:Who=None, as_json:Json=False) -> None:
+def terms(
+    dataset: Folder,
+    license: Annotated[
+        str | None, typer.Option(help='A licence, for all items or those of --where; empty takes it back.')
+    ] = None,
+    consent: Annotated[
+        str | None, typer.Option(help='The name of the form or contract by which the people in it agreed.')
+    ] = None,
+    source: Annotated[str | None, typer.Option(help='Where it comes from.')] = None,
+    expires: Annotated[
+        str | None, typer.Option(help='The last day on which it may be used, such as 2027-12-31.')
+    ] = None,
+    where: Annotated[str, typer.Option(help="Only these items, such as \"site == 'north'\".")] = '',
+    table: Annotated[
+        Path | None,
+        typer.Option(
+            '--from',
+            help='A CSV file with a column id, uri, sha256 or group, and some of license, consent, source, expires.',
+        ),
+    ] = None,
+    who: Who = None,
+    as_json: Json = False,
+) -> None:
     """Say under what licence, by whose consent, from where and until when items may be used. Without options: what is said.
 
     **Example**: `cvlab data terms data/street --license CC-BY-4.0 --expires 2027-12-31 --where "site == 'north'"`
@@ -236,14 +458,41 @@ def terms(dataset:Folder, license:Annotated[str|None, typer.Option(help='A licen
     from cv_lab.data.manifest import load_dataset
     from cv_lab.data.terms import TERMS, expired, set_terms
     from cv_lab.data.versions import commit
-    d, said = load_dataset(dataset), dict(license=license, consent=consent, source=source, expires=expires); said = {k: v for k, v in said.items() if v is not None}
+
+    d, said = load_dataset(dataset), dict(license=license, consent=consent, source=source, expires=expires)
+    said = {k: v for k, v in said.items() if v is not None}
     if said or table is not None:
-        try: rows = pd.read_csv(table, dtype=str, keep_default_na=False) if table is not None else None
-        except (OSError, ValueError) as e: raise BadInput(f'{table} cannot be read: {e}', 'a CSV file', 'check the path') from None
-        d = set_terms(d, rows, where, **said); commit(dataset, d, 'terms: ' + ', '.join([*(f'{k} {v}' for k, v in said.items()), *([table.name] if table is not None else [])]) + (f' where {where}' if where else ''), who, 'terms')
-    count = {k: pd.Series(d.table[k].to_pylist(), dtype=object).replace('', None).fillna('not said').value_counts().to_dict() for k in TERMS}; over = int(expired(d.table).sum())
-    say(dict(version=d.version, items=len(d), expired=over, **count), as_json, f'version {d.version}, {len(d):,} items, {over:,} past their retention date\n'
-        + '\n'.join(f'{k}: ' + ', '.join(f'{v} {n:,}' for v, n in list(c.items())[:8]) + (f' and {len(c) - 8} more' if len(c) > 8 else '') for k, c in count.items()))
+        try:
+            rows = pd.read_csv(table, dtype=str, keep_default_na=False) if table is not None else None
+        except (OSError, ValueError) as e:
+            raise BadInput(f'{table} cannot be read: {e}', 'a CSV file', 'check the path') from None
+        d = set_terms(d, rows, where, **said)
+        commit(
+            dataset,
+            d,
+            'terms: '
+            + ', '.join([*(f'{k} {v}' for k, v in said.items()), *([table.name] if table is not None else [])])
+            + (f' where {where}' if where else ''),
+            who,
+            'terms',
+        )
+    count = {
+        k: pd.Series(d.table[k].to_pylist(), dtype=object).replace('', None).fillna('not said').value_counts().to_dict()
+        for k in TERMS
+    }
+    over = int(expired(d.table).sum())
+    say(
+        dict(version=d.version, items=len(d), expired=over, **count),
+        as_json,
+        f'version {d.version}, {len(d):,} items, {over:,} past their retention date\n'
+        + '\n'.join(
+            f'{k}: '
+            + ', '.join(f'{v} {n:,}' for v, n in list(c.items())[:8])
+            + (f' and {len(c) - 8} more' if len(c) > 8 else '')
+            for k, c in count.items()
+        ),
+    )
+
 
 @app.command()
 def strip(dataset:Folder, who:Who=None, as_json:Json=False) -> None:
@@ -257,12 +506,30 @@ def strip(dataset:Folder, who:Who=None, as_json:Json=False) -> None:
     """
     from cv_lab.data.rewrite import strip_dataset
     r = strip_dataset(dataset, who)
-    say(r, as_json, f'{r["items"]:,} files stripped ({", ".join(f"{k} {n:,}" for k, n in r["told"].items())}), version {r["version"]}' if r['version'] else 'no file tells anything beside its pixels')
+    say(
+        r,
+        as_json,
+        f'{r["items"]:,} files stripped ({", ".join(f"{k} {n:,}" for k, n in r["told"].items())}), version {r["version"]}'
+        if r['version']
+        else 'no file tells anything beside its pixels',
+    )
+
 
 @app.command()
-def audit(verify:Annotated[bool, typer.Option('--verify', help='Check that no line was changed, moved or taken out, here and in the registry; exits with 6 otherwise.')]=False,
-          head:Annotated[str, typer.Option(help='For --verify: the digest of a line that was noted elsewhere; it must still be there.')]='',
-          last:Annotated[int, typer.Option('-n', min=1, help='How many lines are shown.')]=20, as_json:Json=False) -> None:
+def audit(
+    verify: Annotated[
+        bool,
+        typer.Option(
+            '--verify',
+            help='Check that no line was changed, moved or taken out, here and in the registry; exits with 6 otherwise.',
+        ),
+    ] = False,
+    head: Annotated[
+        str, typer.Option(help='For --verify: the digest of a line that was noted elsewhere; it must still be there.')
+    ] = '',
+    last: Annotated[int, typer.Option('-n', min=1, help='How many lines are shown.')] = 20,
+    as_json: Json = False,
+) -> None:
     """Who did what with data: exports, stripped and hidden files, withdrawals, overrides; from a log that shows when it was changed.
 
     **Example**: `cvlab data audit --verify`
@@ -271,24 +538,77 @@ def audit(verify:Annotated[bool, typer.Option('--verify', help='Check that no li
     from cv_lab.core import Damaged, workspace
     log = workspace_log(); events, registry = log.read(), Log(workspace().registry/'log.jsonl')
     faults = log.faults(head) + [f'registry: {f}' for f in registry.faults()] if verify else []
-    overrides = [dict(e, event='override', what=f'{e["event"]} of {e.get("tag")} to {e.get("alias")}') for e in registry.read() if e.get('overridden')]
-    if as_json: say(dict(lines=len(events), head=(events or [{}])[-1].get('line'), faults=faults, events=events[-last:], overrides=overrides), True, '')
+    overrides = [
+        dict(e, event='override', what=f'{e["event"]} of {e.get("tag")} to {e.get("alias")}')
+        for e in registry.read()
+        if e.get('overridden')
+    ]
+    if as_json:
+        say(
+            dict(
+                lines=len(events),
+                head=(events or [{}])[-1].get('line'),
+                faults=faults,
+                events=events[-last:],
+                overrides=overrides,
+            ),
+            True,
+            '',
+        )
     else:
-        t = Table('n', 'at', 'event', 'by', 'what'); about = lambda e: ', '.join(f'{k} {v}' for k, v in e.items() if k not in ('n', 'at', 'event', 'by', 'before', 'line', 'overridden', 'digest', 'rewrite'))
-        for e in events[-last:]: t.add_row(str(e.get('n')), str(e.get('at', ''))[:19], e.get('event', ''), e.get('by', ''), about(e))
-        for e in overrides[-last:]: t.add_row('registry', str(e.get('at', ''))[:19], 'override', e.get('by', ''), f'{e["what"]}: {e.get("reason")}')
-        Console().print(t); typer.echo(f'{len(events)} lines' + (f', all as they were written; the last is {(events or [{}])[-1].get("line", "none")}' if verify and not faults else ''))
-    if faults: raise Damaged('\n'.join(faults), 'a log that nobody changed', 'find out who wrote there; put a copy of the log back')
+        t = Table('n', 'at', 'event', 'by', 'what')
+        about = lambda e: ', '.join(
+            f'{k} {v}'
+            for k, v in e.items()
+            if k not in ('n', 'at', 'event', 'by', 'before', 'line', 'overridden', 'digest', 'rewrite')
+        )
+        for e in events[-last:]:
+            t.add_row(str(e.get('n')), str(e.get('at', ''))[:19], e.get('event', ''), e.get('by', ''), about(e))
+        for e in overrides[-last:]:
+            t.add_row(
+                'registry', str(e.get('at', ''))[:19], 'override', e.get('by', ''), f'{e["what"]}: {e.get("reason")}'
+            )
+        Console().print(t)
+        typer.echo(
+            f'{len(events)} lines'
+            + (
+                f', all as they were written; the last is {(events or [{}])[-1].get("line", "none")}'
+                if verify and not faults
+                else ''
+            )
+        )
+    if faults:
+        raise Damaged(
+            '\n'.join(faults), 'a log that nobody changed', 'find out who wrote there; put a copy of the log back'
+        )
 
 # %% ../../nbs/95_cli.data.ipynb #priv0003
 @app.command()
-def withdraw(items:Annotated[list[str]|None, typer.Argument(help='Ids, paths or content hashes of items.', metavar='[ITEM]...', show_default=False)]=None,
-             consent_id:Annotated[str|None, typer.Option(help='All items under this consent.')]=None,
-             dataset:Annotated[list[Path]|None, typer.Option(help='Look for the names only in this dataset; also names one that lies outside of the workspace.')]=None,
-             reason:Annotated[str|None, typer.Option(help='Why; it goes into the logs.')]=None,
-             dry_run:Annotated[bool, typer.Option('--dry-run', help='Only say what would happen.')]=False, yes:Annotated[bool, typer.Option('--yes', help='Do not ask.')]=False,
-             outside:Annotated[bool, typer.Option('--outside', help='Also delete pictures that lie outside of the workspace, in folders that were imported from.')]=False,
-             who:Who=None, as_json:Json=False) -> None:
+def withdraw(
+    items: Annotated[
+        list[str] | None,
+        typer.Argument(help='Ids, paths or content hashes of items.', metavar='[ITEM]...', show_default=False),
+    ] = None,
+    consent_id: Annotated[str | None, typer.Option(help='All items under this consent.')] = None,
+    dataset: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help='Look for the names only in this dataset; also names one that lies outside of the workspace.'
+        ),
+    ] = None,
+    reason: Annotated[str | None, typer.Option(help='Why; it goes into the logs.')] = None,
+    dry_run: Annotated[bool, typer.Option('--dry-run', help='Only say what would happen.')] = False,
+    yes: Annotated[bool, typer.Option('--yes', help='Do not ask.')] = False,
+    outside: Annotated[
+        bool,
+        typer.Option(
+            '--outside',
+            help='Also delete pictures that lie outside of the workspace, in folders that were imported from.',
+        ),
+    ] = False,
+    who: Who = None,
+    as_json: Json = False,
+) -> None:
     """Remove items everywhere in the workspace, and list which dataset versions, runs and releases used them.
 
     Pictures and their copies, rows of every version, predictions, labelling batches and exports, pictures in reports. What models
@@ -304,29 +624,70 @@ def withdraw(items:Annotated[list[str]|None, typer.Argument(help='Ids, paths or 
     from cv_lab.core import workspace
     from cv_lab.data.withdraw import pending, plan_withdrawal, told, withdraw as remove
     root = workspace().root; begun = pending(root)
-    if not (items or consent_id) and not begun: raise BadInput('nothing was named', 'items, or --consent-id', 'see: cvlab data withdraw --help')
-    if begun: typer.echo(f'{len(begun)} withdrawal(s) were begun and not finished' + ('' if dry_run else '; finished first'), err=True)
-    asked = [*(items or []), *([f'consent {consent_id}'] if consent_id else [])]; same = begun and set(asked) <= set(begun[-1].asked)
-    plan = begun[-1] if same else plan_withdrawal(root, items or [], consent_id, dataset or [], reason, who) if asked else None
+    if not (items or consent_id) and not begun:
+        raise BadInput('nothing was named', 'items, or --consent-id', 'see: cvlab data withdraw --help')
+    if begun:
+        typer.echo(
+            f'{len(begun)} withdrawal(s) were begun and not finished' + ('' if dry_run else '; finished first'),
+            err=True,
+        )
+    asked = [*(items or []), *([f'consent {consent_id}'] if consent_id else [])]
+    same = begun and set(asked) <= set(begun[-1].asked)
+    plan = (
+        begun[-1]
+        if same
+        else plan_withdrawal(root, items or [], consent_id, dataset or [], reason, who)
+        if asked
+        else None
+    )
     if not as_json: typer.echo('\n\n'.join(told(p) for p in ([plan] if plan else begun)))
     if dry_run:
         if as_json: say(plan or begun, True, '')
         return
-    if not yes and not (sys.stdin.isatty() and typer.confirm('Remove all of this? It cannot be undone')): raise BadInput('nothing was removed', 'a yes', 'look at the list, then give --yes')
+    if not yes and not (sys.stdin.isatty() and typer.confirm('Remove all of this? It cannot be undone')):
+        raise BadInput('nothing was removed', 'a yes', 'look at the list, then give --yes')
     done = remove(root, outside=outside, plan=None if same else plan)
     say([p for p in done], as_json, f'removed; in the audit log as {", ".join(p.id for p in done)}')
 
 # %% ../../nbs/95_cli.data.ipynb #priv0004
 @app.command()
-def faces(dataset:Folder, hide:Annotated[bool, typer.Option('--hide', help='Hide what was found, for good: the next version.')]=False,
-          box:Annotated[Path|None, typer.Option('--box', help='Write the boxes as pre-annotations for a person to correct, into this new folder.')]=None,
-          format:Annotated[str, typer.Option('--format', '-f', help='For --box: labelstudio or cvat.')]='labelstudio',
-          boxes:Annotated[Path|None, typer.Option('--boxes', help='Take the boxes from this Parquet table or dataset folder, such as a corrected batch, instead of looking.')]=None,
-          model:Annotated[Path|None, typer.Option(help='A detection model of this workspace (a folder with model.onnx) that finds plates or people instead of the built-in finder of faces.')]=None,
-          label:Annotated[list[str]|None, typer.Option(help='Only boxes of this label.')]=None,
-          how:Annotated[str, typer.Option(help='`pixelate`: at most six tiles across, smoothed; `fill`: nothing stays. Plates are always filled.')]='pixelate',
-          least:Annotated[float, typer.Option(min=.05, max=1, help='Score of a face from which on it counts; lower finds more, and more that is none.')]=.35,
-          who:Who=None, as_json:Json=False) -> None:
+def faces(
+    dataset: Folder,
+    hide: Annotated[bool, typer.Option('--hide', help='Hide what was found, for good: the next version.')] = False,
+    box: Annotated[
+        Path | None,
+        typer.Option('--box', help='Write the boxes as pre-annotations for a person to correct, into this new folder.'),
+    ] = None,
+    format: Annotated[str, typer.Option('--format', '-f', help='For --box: labelstudio or cvat.')] = 'labelstudio',
+    boxes: Annotated[
+        Path | None,
+        typer.Option(
+            '--boxes',
+            help='Take the boxes from this Parquet table or dataset folder, such as a corrected batch, instead of looking.',
+        ),
+    ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            help='A detection model of this workspace (a folder with model.onnx) that finds plates or people instead of the built-in finder of faces.'
+        ),
+    ] = None,
+    label: Annotated[list[str] | None, typer.Option(help='Only boxes of this label.')] = None,
+    how: Annotated[
+        str,
+        typer.Option(
+            help='`pixelate`: at most six tiles across, smoothed; `fill`: nothing stays. Plates are always filled.'
+        ),
+    ] = 'pixelate',
+    least: Annotated[
+        float,
+        typer.Option(
+            min=0.05, max=1, help='Score of a face from which on it counts; lower finds more, and more that is none.'
+        ),
+    ] = 0.35,
+    who: Who = None,
+    as_json: Json = False,
+) -> None:
     """Find faces, and show them to a person (--box) or hide them for good (--hide). It misses some: nbs/13_data.privacy.ipynb has its recall.
 
     What was found is kept in the folder as faces.parquet.
@@ -346,7 +707,10 @@ def faces(dataset:Folder, hide:Annotated[bool, typer.Option('--hide', help='Hide
     if how not in ('pixelate', 'fill'): raise BadInput(f'--how {how}', 'pixelate or fill', 'fill is the safer one')
     d = load_dataset(dataset)
     if boxes is not None:
-        if not (boxes/'dataset.json').is_file() and not boxes.is_file(): raise BadInput(f'{boxes} is neither a table nor a dataset', 'a Parquet file or a dataset folder', 'check the path')
+        if not (boxes / 'dataset.json').is_file() and not boxes.is_file():
+            raise BadInput(
+                f'{boxes} is neither a table nor a dataset', 'a Parquet file or a dataset folder', 'check the path'
+            )
         seen = load_dataset(boxes).table if boxes.is_dir() else pq.read_table(boxes)
     else:
         if model is not None:
@@ -358,21 +722,43 @@ def faces(dataset:Folder, hide:Annotated[bool, typer.Option('--hide', help='Hide
     if box is not None: export_dataset(d, format, box, predictions=seen, log=workspace_log(dataset), by=who)
     if hide: line = hide_dataset(dataset, found, how, by=who)
     if hide and line: (dataset/'faces.parquet').unlink(missing_ok=True)
-    say(dict(items=len(found), boxes=n, version=line and line['version'], batch=box and str(box)), as_json, f'{n:,} boxes in {len(found):,} of {len(d):,} pictures' + (f'; for correction in {box}' if box else '') + (f'; hidden, version {line["version"]}' if line else ''))
+    say(
+        dict(items=len(found), boxes=n, version=line and line['version'], batch=box and str(box)),
+        as_json,
+        f'{n:,} boxes in {len(found):,} of {len(d):,} pictures'
+        + (f'; for correction in {box}' if box else '')
+        + (f'; hidden, version {line["version"]}' if line else ''),
+    )
 
 # %% ../../nbs/95_cli.data.ipynb #72a707a4
 @app.command()
-def mine(run:Annotated[str, typer.Argument(help='A run, by name; see `cvlab runs`.', show_default=False)],
-         out:Annotated[Path, typer.Option('--out', help='The folder of the batch; not there yet.', show_default=False)],
-         budget:Annotated[int, typer.Option(min=1, help='How many images.')]=100,
-         strategy:Annotated[str, typer.Option(help='`entropy`, `margin`: unsure answers. `disagreement`: between models (--other), or views of an image. `hard`: near held-out mistakes. '
-                                                   '`coreset`: unlike what is labelled. `hybrid`: unsure and unlike each other. `random`.')]='hybrid',
-         format:Annotated[str, typer.Option('--format', '-f', help='`labelstudio` or `cvat`.')]='labelstudio',
-         pool:Annotated[str|None, typer.Option(help='A dataset of new images; the items without labels of the dataset itself, if not given.')]=None,
-         dataset:Annotated[str|None, typer.Option(help='What is labelled so far; that of the problem file if not given.')]=None,
-         problem:Annotated[Path|None, typer.Option(help='The problem file; the run’s own if not given.')]=None,
-         other:Annotated[list[str]|None, typer.Option(help='Another run, for `disagreement`; may be given several times.')]=None,
-         seed:int=0, option:Options=None, as_json:Json=False) -> None:
+def mine(
+    run: Annotated[str, typer.Argument(help='A run, by name; see `cvlab runs`.', show_default=False)],
+    out: Annotated[Path, typer.Option('--out', help='The folder of the batch; not there yet.', show_default=False)],
+    budget: Annotated[int, typer.Option(min=1, help='How many images.')] = 100,
+    strategy: Annotated[
+        str,
+        typer.Option(
+            help='`entropy`, `margin`: unsure answers. `disagreement`: between models (--other), or views of an image. `hard`: near held-out mistakes. '
+            '`coreset`: unlike what is labelled. `hybrid`: unsure and unlike each other. `random`.'
+        ),
+    ] = 'hybrid',
+    format: Annotated[str, typer.Option('--format', '-f', help='`labelstudio` or `cvat`.')] = 'labelstudio',
+    pool: Annotated[
+        str | None,
+        typer.Option(help='A dataset of new images; the items without labels of the dataset itself, if not given.'),
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help='What is labelled so far; that of the problem file if not given.')
+    ] = None,
+    problem: Annotated[Path | None, typer.Option(help='The problem file; the run’s own if not given.')] = None,
+    other: Annotated[
+        list[str] | None, typer.Option(help='Another run, for `disagreement`; may be given several times.')
+    ] = None,
+    seed: int = 0,
+    option: Options = None,
+    as_json: Json = False,
+) -> None:
     """Choose what to label next, and write it for Label Studio or CVAT with the model's answers as a start.
 
     **Examples**
@@ -386,13 +772,45 @@ def mine(run:Annotated[str, typer.Argument(help='A run, by name; see `cvlab runs
     from cv_lab.mining import mine as choose, write_batch
     from cv_lab.predict import Predictor
     from cv_lab.spec import load_problem
-    ws = workspace(); folder, *others = (find_run(r, ws=ws) for r in (run, *(other or []))); noted = folder/'evaluation/problem.json'
+
+    ws = workspace()
+    folder, *others = (find_run(r, ws=ws) for r in (run, *(other or [])))
+    noted = folder / 'evaluation/problem.json'
     path = problem or (ws.root/read_json(noted)['path'] if noted.exists() else None)
-    if path is None: raise NotFound(f'{folder.name} was not evaluated yet', 'a run with evaluation/', 'give --problem, or evaluate it: cvlab run train')
-    spec = load_problem(path); d = open_dataset(dataset or spec.dataset, ws); source = open_dataset(pool, ws) if pool else d
-    found = choose(Predictor(folder/'export', 'cpu'), d, budget, strategy, source if pool else None, [Predictor(o/'export', 'cpu') for o in others], spec, seed, folder.name)
+    if path is None:
+        raise NotFound(
+            f'{folder.name} was not evaluated yet',
+            'a run with evaluation/',
+            'give --problem, or evaluate it: cvlab run train',
+        )
+    spec = load_problem(path)
+    d = open_dataset(dataset or spec.dataset, ws)
+    source = open_dataset(pool, ws) if pool else d
+    found = choose(
+        Predictor(folder / 'export', 'cpu'),
+        d,
+        budget,
+        strategy,
+        source if pool else None,
+        [Predictor(o / 'export', 'cpu') for o in others],
+        spec,
+        seed,
+        folder.name,
+    )
     done = write_batch(found, source, out, format, **options_of(option)); chosen = len(found.rows)
-    left = ''.join(f'\nnot asked for: {k} {v:,}' for k, v in found.left_out.items()); lost = ', '.join(f'{k} {n:,}' for k, n in done.lost.items())
-    say(dict(folder=str(out), items=chosen, strategy=strategy, candidates=found.about['candidates'], left_out=found.left_out, lost=done.lost), as_json,
-        f'{chosen:,} of {found.about["candidates"]:,} images, by {strategy}: {out}/{format}{left}' + (f'\nnot kept by {format}: {lost}' if lost else '')
-        + f'\nwhen they are labelled: cvlab data import FINISHED --into DATASET --batch {out}')
+    left = ''.join(f'\nnot asked for: {k} {v:,}' for k, v in found.left_out.items())
+    lost = ', '.join(f'{k} {n:,}' for k, n in done.lost.items())
+    say(
+        dict(
+            folder=str(out),
+            items=chosen,
+            strategy=strategy,
+            candidates=found.about['candidates'],
+            left_out=found.left_out,
+            lost=done.lost,
+        ),
+        as_json,
+        f'{chosen:,} of {found.about["candidates"]:,} images, by {strategy}: {out}/{format}{left}'
+        + (f'\nnot kept by {format}: {lost}' if lost else '')
+        + f'\nwhen they are labelled: cvlab data import FINISHED --into DATASET --batch {out}',
+    )

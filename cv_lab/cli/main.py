@@ -16,9 +16,14 @@ from rich.console import Console
 from rich.table import Table
 from ..core import BadInput, NotAccepted, NotFound, Refusal, read_json, workspace
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode='markdown', pretty_exceptions_enable=False,
-                  help='From the first labelled image to a service that runs, is watched and can be rolled back. '
-                       'The whole way once: **cvlab walk**')
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode='markdown',
+    pretty_exceptions_enable=False,
+    help='From the first labelled image to a service that runs, is watched and can be rolled back. '
+    'The whole way once: **cvlab walk**',
+)
 AsJson = Annotated[bool, typer.Option('--json', help='Print JSON for a script to read.')]
 
 # %% ../../nbs/99_cli.main.ipynb #eb25bfaf
@@ -33,14 +38,33 @@ def print_table(rows:list[dict], title:str|None=None) -> None:
     t = Table(title=title, header_style='bold', title_justify='left')
     for name in rows[0] if rows else []: t.add_column(str(name), overflow='fold')
     for r in rows:
-        t.add_row(*(f'[{colour[str(v)]}]{v}[/]' if str(v) in colour else f'{v:.4g}' if isinstance(v, float) else '' if v is None else str(v) for v in r.values()))
+        t.add_row(
+            *(
+                f'[{colour[str(v)]}]{v}[/]'
+                if str(v) in colour
+                else f'{v:.4g}'
+                if isinstance(v, float)
+                else ''
+                if v is None
+                else str(v)
+                for v in r.values()
+            )
+        )
     Console(width=None if sys.stdout.isatty() else 140).print(t)
 
 # %% ../../nbs/99_cli.main.ipynb #331c8f24
 @app.command()
-def run(experiment: Annotated[str|None, typer.Argument(help='A notebook of nbs/experiments/, such as `train`. Without one: what there is.')] = None,
-        parameter: Annotated[list[str]|None, typer.Option('--parameter', '-p', metavar='NAME=VALUE', help='A parameter; `-p name value` works too.')] = None,
-        problem: Annotated[Path|None, typer.Option(help='The problem file.')] = None, as_json: AsJson = False):
+def run(
+    experiment: Annotated[
+        str | None, typer.Argument(help='A notebook of nbs/experiments/, such as `train`. Without one: what there is.')
+    ] = None,
+    parameter: Annotated[
+        list[str] | None,
+        typer.Option('--parameter', '-p', metavar='NAME=VALUE', help='A parameter; `-p name value` works too.'),
+    ] = None,
+    problem: Annotated[Path | None, typer.Option(help='The problem file.')] = None,
+    as_json: AsJson = False,
+):
     """Run an experiment into a report.
 
     For example: **cvlab run train --problem problems/digits.yaml -p epochs=3**
@@ -48,19 +72,31 @@ def run(experiment: Annotated[str|None, typer.Argument(help='A notebook of nbs/e
     from cv_lab.experiment import experiments, parameters_of, run_experiment
     ws = workspace()
     if experiment is None:
-        rows = [dict(experiment=n, parameter=p.name, type=p.type, default=repr(p.default), meaning=p.help) for n, f in experiments(ws).items() for p in parameters_of(f).values()]
+        rows = [
+            dict(experiment=n, parameter=p.name, type=p.type, default=repr(p.default), meaning=p.help)
+            for n, f in experiments(ws).items()
+            for p in parameters_of(f).values()
+        ]
         return print_json(rows) if as_json else print_table(rows)
-    if bad := [p for p in parameter or [] if '=' not in p]: raise BadInput(f'parameter {bad[0]!r}', 'name=value', 'write -p name=value')
+    if bad := [p for p in parameter or [] if '=' not in p]:
+        raise BadInput(f'parameter {bad[0]!r}', 'name=value', 'write -p name=value')
     given = dict(p.split('=', 1) for p in parameter or [])
     report = run_experiment(experiment, given, problem, ws, loud=not as_json)
-    if as_json: print_json(dict(report=str(report.html), folder=str(report.folder), metrics=report.metrics, verdict=report.verdict))
+    if as_json:
+        print_json(
+            dict(report=str(report.html), folder=str(report.folder), metrics=report.metrics, verdict=report.verdict)
+        )
     else: print(f'report: {os.path.relpath(report.html)}')
     if report.verdict and report.verdict['verdict'] != 'pass': raise not_accepted(report.verdict)
 
 def not_accepted(verdict:dict) -> NotAccepted:
     "The refusal that names the rules and figures."
     bad = [f'{r["rule"]}: {r["said"]}' for r in verdict['rules'] if r['verdict'] == 'fail']
-    return NotAccepted('not accepted: ' + '; '.join(bad), 'every rule of the problem file to pass', 'look at the report, mend the data or the training')
+    return NotAccepted(
+        'not accepted: ' + '; '.join(bad),
+        'every rule of the problem file to pass',
+        'look at the report, mend the data or the training',
+    )
 
 # %% ../../nbs/99_cli.main.ipynb #8e916758
 def run_rows(ws) -> list[dict]:
@@ -68,9 +104,20 @@ def run_rows(ws) -> list[dict]:
     rows = []
     for done in sorted(ws.runs.glob('*/done.json'), key=lambda p: p.stat().st_mtime):
         folder, d = done.parent, read_json(done)
-        m, gate, line = (read_json(folder/n) if (folder/n).exists() else {} for n in ('evaluation/metrics.json', 'gate.json', 'lineage.json'))
-        rows.append(dict(run=folder.name, dataset=line.get('dataset'), epochs=d.get('epochs'), seconds=d.get('seconds'), verdict=gate.get('verdict'),
-                         **{k: f['value'] for k, f in list(m.get('metrics', {}).items())[:4]}))
+        m, gate, line = (
+            read_json(folder / n) if (folder / n).exists() else {}
+            for n in ('evaluation/metrics.json', 'gate.json', 'lineage.json')
+        )
+        rows.append(
+            dict(
+                run=folder.name,
+                dataset=line.get('dataset'),
+                epochs=d.get('epochs'),
+                seconds=d.get('seconds'),
+                verdict=gate.get('verdict'),
+                **{k: f['value'] for k, f in list(m.get('metrics', {}).items())[:4]},
+            )
+        )
     return rows
 
 @app.command()
@@ -83,24 +130,53 @@ def runs(as_json: AsJson = False):
 
 # %% ../../nbs/99_cli.main.ipynb #0ae94fd3
 @app.command()
-def evaluate(dataset: Annotated[str, typer.Option(help='A dataset folder, or the name of an embedded one.')],
-             predictions: Annotated[Path, typer.Option(help='A COCO results file, a folder of YOLO files with confidences, a CSV, or our Parquet table.')],
-             problem: Annotated[Path|None, typer.Option(help='The problem file; drafted from the dataset otherwise.')] = None,
-             out: Annotated[Path|None, typer.Option(help='A folder for the evidence; one among the runs otherwise.')] = None,
-             split: Annotated[str, typer.Option(help='The split that is evaluated.')] = 'test',
-             kind: Annotated[str, typer.Option('--format', help='table, coco, yolo or csv; told by the name otherwise.')] = 'auto',
-             ids: Annotated[Path|None, typer.Option(help='For COCO results: the annotation file whose ids they use, where the dataset does not know them.')] = None,
-             report: Annotated[bool, typer.Option(help='Make the report of errors.')] = True, as_json: AsJson = False):
+def evaluate(
+    dataset: Annotated[str, typer.Option(help='A dataset folder, or the name of an embedded one.')],
+    predictions: Annotated[
+        Path,
+        typer.Option(help='A COCO results file, a folder of YOLO files with confidences, a CSV, or our Parquet table.'),
+    ],
+    problem: Annotated[Path | None, typer.Option(help='The problem file; drafted from the dataset otherwise.')] = None,
+    out: Annotated[Path | None, typer.Option(help='A folder for the evidence; one among the runs otherwise.')] = None,
+    split: Annotated[str, typer.Option(help='The split that is evaluated.')] = 'test',
+    kind: Annotated[
+        str, typer.Option('--format', help='table, coco, yolo or csv; told by the name otherwise.')
+    ] = 'auto',
+    ids: Annotated[
+        Path | None,
+        typer.Option(
+            help='For COCO results: the annotation file whose ids they use, where the dataset does not know them.'
+        ),
+    ] = None,
+    report: Annotated[bool, typer.Option(help='Make the report of errors.')] = True,
+    as_json: AsJson = False,
+):
     """Evaluate anybody's predictions, and make the whole report of errors.
 
     For example: **cvlab evaluate --dataset data/mine --predictions results.json**
     """
     from cv_lab.evaluate import metrics_frame
     from cv_lab.evidence import evaluate_predictions
-    found = evaluate_predictions(dataset, predictions, problem, split, kind, ids, out, report, loud=not as_json); rel = os.path.relpath
+
+    found = evaluate_predictions(dataset, predictions, problem, split, kind, ids, out, report, loud=not as_json)
+    rel = os.path.relpath
     paths = dict(folder=str(found.folder), **(dict(report=str(found.report.html)) if found.report else {}))
-    if as_json: return print_json(dict(**paths, answers=found.said.answers, silent=found.said.silent, elsewhere=found.said.elsewhere, metrics=found.figures['metrics'], slices=found.figures['slices']))
-    t = metrics_frame(found.figures, found.problem.metrics.report or [found.problem.metrics.primary]); print_table([dict(items_of=n, **r) for n, r in zip(t.index, t.to_dict('records'))], f'{predictions.name}: {found.said.answers} answers about {found.figures["items"]} items')
+    if as_json:
+        return print_json(
+            dict(
+                **paths,
+                answers=found.said.answers,
+                silent=found.said.silent,
+                elsewhere=found.said.elsewhere,
+                metrics=found.figures['metrics'],
+                slices=found.figures['slices'],
+            )
+        )
+    t = metrics_frame(found.figures, found.problem.metrics.report or [found.problem.metrics.primary])
+    print_table(
+        [dict(items_of=n, **r) for n, r in zip(t.index, t.to_dict('records'))],
+        f'{predictions.name}: {found.said.answers} answers about {found.figures["items"]} items',
+    )
     if found.said.silent: print(f'{found.said.silent} items without an answer count as: nothing found')
     if found.said.elsewhere: print(f'{found.said.elsewhere} items of other splits were left aside')
     for what, where in paths.items(): print(f'{what}: {rel(where)}')
@@ -111,80 +187,173 @@ def problem_of(run:Path, given:Path|None, ws) -> tuple: # the problem, its text
     from cv_lab.spec import load_problem
     noted = run/'evaluation/problem.json'
     path = given or (ws.root/read_json(noted)['path'] if noted.exists() else None)
-    if path is None: raise NotFound(f'{run.name} was not evaluated yet', 'a run with evaluation/', 'evaluate it: cvlab run train, with the same parameters')
+    if path is None:
+        raise NotFound(
+            f'{run.name} was not evaluated yet',
+            'a run with evaluation/',
+            'evaluate it: cvlab run train, with the same parameters',
+        )
     return load_problem(path), Path(path).read_text(encoding='utf8')
 
 @app.command()
-def compare(ours: str, theirs: str, problem: Annotated[Path|None, typer.Option(help='The problem file; the runs’ own otherwise.')] = None, as_json: AsJson = False):
+def compare(
+    ours: str,
+    theirs: str,
+    problem: Annotated[Path | None, typer.Option(help='The problem file; the runs’ own otherwise.')] = None,
+    as_json: AsJson = False,
+):
     "Two runs on the items both have answered: paired differences, and what flipped."
     import pyarrow.parquet as pq
     from cv_lab.evaluate import compare as paired
     from cv_lab.experiment import find_run
     ws = workspace(); a, b = (find_run(r, ws=ws) for r in (ours, theirs)); spec, _ = problem_of(a, problem, ws)
-    (truth, said), (their_truth, their_said) = ([pq.read_table(r/f'evaluation/{n}.parquet') for n in ('truth', 'predictions')] for r in (a, b))
+    (truth, said), (their_truth, their_said) = (
+        [pq.read_table(r / f'evaluation/{n}.parquet') for n in ('truth', 'predictions')] for r in (a, b)
+    )
     found = paired(truth, said, their_said, spec, their_truth)
     if as_json: return print_json(found)
-    print_table([dict(metric=k, ours=f['ours'], theirs=f['theirs'], difference=f['value'], low=f['low'], high=f['high']) for k, f in found['metrics'].items()],
-                f'{a.name} against {b.name}: {found["items"]} items')
-    for way, items in found['flips'].items(): print(f'{len(items)} items flipped to {way}' + (f': {", ".join(items[:10])}' if items else ''))
+    print_table(
+        [
+            dict(metric=k, ours=f['ours'], theirs=f['theirs'], difference=f['value'], low=f['low'], high=f['high'])
+            for k, f in found['metrics'].items()
+        ],
+        f'{a.name} against {b.name}: {found["items"]} items',
+    )
+    for way, items in found['flips'].items():
+        print(f'{len(items)} items flipped to {way}' + (f': {", ".join(items[:10])}' if items else ''))
 
 # %% ../../nbs/99_cli.main.ipynb #d2181f1d
-def release_run(folder:Path, spec, text:str, ws, alias:str|None='production', reason:str='', by:str='', override:str|None=None) -> tuple[str, dict]: # tag, verdict
+def release_run(
+    folder: Path,
+    spec,
+    text: str,
+    ws,
+    alias: str | None = 'production',
+    reason: str = '',
+    by: str = '',
+    override: str | None = None,
+) -> tuple[str, dict]:  # tag, verdict
     "Judge, write the cards, bundle, store, promote."
     from cv_lab.cards import documents
     from cv_lab.release import Registry, make_bundle, write_gate
     registry = Registry(ws.registry); verdict = write_gate(folder, spec, registry)
     tag = registry.add(make_bundle(folder, spec, text, documents(folder, spec)))
     if alias and registry.standing(spec.name).get(alias) != tag:
-        registry.promote(tag, alias, reason=reason or f'released from {folder.name}', by=by or getpass.getuser(), override=override)
+        registry.promote(
+            tag, alias, reason=reason or f'released from {folder.name}', by=by or getpass.getuser(), override=override
+        )
     return tag, verdict
 
 @app.command()
-def release(run: Annotated[str, typer.Argument(help='A run’s name; see `cvlab runs`.')] = '',
-            alias: Annotated[str, typer.Option(help='Where it goes when the gate passes; `none` only stores it.')] = 'production',
-            reason: str = '', by: Annotated[str, typer.Option(help='Who releases.')] = '',
-            override: Annotated[str|None, typer.Option(help='Promote in spite of a failing verdict, with this reason; needs --by, and is logged.')] = None,
-            variant: Annotated[str, typer.Option(help='A form of it that `cvlab optimize` made.')] = '',
-            problem: Annotated[Path|None, typer.Option(help='The problem file; the run’s own otherwise.')] = None, as_json: AsJson = False):
+def release(
+    run: Annotated[str, typer.Argument(help='A run’s name; see `cvlab runs`.')] = '',
+    alias: Annotated[
+        str, typer.Option(help='Where it goes when the gate passes; `none` only stores it.')
+    ] = 'production',
+    reason: str = '',
+    by: Annotated[str, typer.Option(help='Who releases.')] = '',
+    override: Annotated[
+        str | None,
+        typer.Option(help='Promote in spite of a failing verdict, with this reason; needs --by, and is logged.'),
+    ] = None,
+    variant: Annotated[str, typer.Option(help='A form of it that `cvlab optimize` made.')] = '',
+    problem: Annotated[Path | None, typer.Option(help='The problem file; the run’s own otherwise.')] = None,
+    as_json: AsJson = False,
+):
     "Make a run the model that answers, if its gate passes."
     from cv_lab.experiment import find_run
     from cv_lab.release import Registry, opponents, verdict_table
     ws = workspace(); folder = find_run(run, ws=ws); spec, text = problem_of(folder, problem, ws)
     if variant:
         from cv_lab.optimize import compare_again, variant_folder
-        folder = variant_folder(folder, variant); compare_again(folder, spec, lambda at: opponents(at, spec, Registry(ws.registry)))
+
+        folder = variant_folder(folder, variant)
+        compare_again(folder, spec, lambda at: opponents(at, spec, Registry(ws.registry)))
     tag, verdict = release_run(folder, spec, text, ws, None if alias == 'none' else alias, reason, by, override)
     if as_json: return print_json(dict(tag=tag, verdict=verdict))
-    print_table(verdict_table(verdict).to_dict('records'), f'{folder.name}: {verdict["verdict"]}'); print(f'{tag} is stored' + ('' if alias == 'none' else f' and is {alias} now'))
+    print_table(verdict_table(verdict).to_dict('records'), f'{folder.name}: {verdict["verdict"]}')
+    print(f'{tag} is stored' + ('' if alias == 'none' else f' and is {alias} now'))
 
 # %% ../../nbs/99_cli.main.ipynb #7d327297
 @app.command()
-def optimize(run: Annotated[str, typer.Argument(help='A run’s name; the last one otherwise.')] = '',
-             target: Annotated[str, typer.Option(help='Where it shall answer: cpu, cuda, openvino or tensorrt.')] = 'cpu',
-             form: Annotated[list[str]|None, typer.Option(help='Only this form; may be given again.')] = None,
-             threads: Annotated[int, typer.Option(help='Of the CPU for one inference; 0: all cores.')] = 1,
-             compiled: Annotated[bool, typer.Option('--compile/--no-compile', help='Measure torch.compile too.')] = True,
-             force: Annotated[bool, typer.Option(help='Make again what is there.')] = False,
-             problem: Annotated[Path|None, typer.Option(help='The problem file; the run’s own otherwise.')] = None, as_json: AsJson = False):
+def optimize(
+    run: Annotated[str, typer.Argument(help='A run’s name; the last one otherwise.')] = '',
+    target: Annotated[str, typer.Option(help='Where it shall answer: cpu, cuda, openvino or tensorrt.')] = 'cpu',
+    form: Annotated[list[str] | None, typer.Option(help='Only this form; may be given again.')] = None,
+    threads: Annotated[int, typer.Option(help='Of the CPU for one inference; 0: all cores.')] = 1,
+    compiled: Annotated[bool, typer.Option('--compile/--no-compile', help='Measure torch.compile too.')] = True,
+    force: Annotated[bool, typer.Option(help='Make again what is there.')] = False,
+    problem: Annotated[Path | None, typer.Option(help='The problem file; the run’s own otherwise.')] = None,
+    as_json: AsJson = False,
+):
     "Make smaller and faster forms of a run, and prove that nothing changed."
     from cv_lab.experiment import find_run, run_experiment
     from cv_lab.optimize import forms_for
     ws = workspace(); folder = find_run(run, ws=ws); forms_for(target, form or [])
-    report = run_experiment('optimize', dict(run=folder.name, target=target, forms=form or [], threads=threads, compiled=compiled, force=force, problem=str(problem or '')), ws=ws, loud=not as_json); found = report.metrics
+    report = run_experiment(
+        'optimize',
+        dict(
+            run=folder.name,
+            target=target,
+            forms=form or [],
+            threads=threads,
+            compiled=compiled,
+            force=force,
+            problem=str(problem or ''),
+        ),
+        ws=ws,
+        loud=not as_json,
+    )
+    found = report.metrics
     if as_json: return print_json(found | dict(report=str(report.html)))
-    names = ('variant', 'precision', 'parity', 'value', 'loses', 'images_per_second', 'times_eager', 'latency_ms_p50', 'latency_ms_p95', 'model_size_mb', 'peak_memory_mb')
-    print_table([{k: {True: 'pass', False: 'fail'}.get(r.get(k)) if k == 'parity' else r.get(k) for k in names} for r in found['rows']], f'{folder.name}: {found["metric"]} on the test split, {found["hardware"]}')
+    names = (
+        'variant',
+        'precision',
+        'parity',
+        'value',
+        'loses',
+        'images_per_second',
+        'times_eager',
+        'latency_ms_p50',
+        'latency_ms_p95',
+        'model_size_mb',
+        'peak_memory_mb',
+    )
+    print_table(
+        [
+            {k: {True: 'pass', False: 'fail'}.get(r.get(k)) if k == 'parity' else r.get(k) for k in names}
+            for r in found['rows']
+        ],
+        f'{folder.name}: {found["metric"]} on the test split, {found["hardware"]}',
+    )
     for r in found['rows']: print(f'{r["variant"]}: {r["said"]}') if r.get('said') else None
     for n, why in found['skipped'].items(): print(f'{n}: {why}')
     print(f'report: {os.path.relpath(report.html)}')
 
 @app.command()
-def bench(model: Annotated[str, typer.Argument(help='A run (with all its forms), RUN/VARIANT, PROBLEM/ALIAS, or a model folder; the last run otherwise.')] = '',
-          device: Annotated[str, typer.Option(help='auto, cpu or cuda.')] = 'auto', threads: Annotated[int, typer.Option(help='Of the CPU for one inference; 0: all cores.')] = 1,
-          prices: Annotated[Path|None, typer.Option(help='What machines cost (YAML); `cv_lab.bench.PRICES` shows the form.')] = None,
-          seconds: Annotated[float, typer.Option(help='Of one measurement.')] = 1., report: Annotated[bool, typer.Option(help='Make the report page.')] = True,
-          every: Annotated[bool, typer.Option('--all', help='The promises of the house instead, into reports/benchmarks/: what `make bench` does.')] = False,
-          only: Annotated[list[str]|None, typer.Option(help='One of those promises; may be given again.')] = None, as_json: AsJson = False):
+def bench(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help='A run (with all its forms), RUN/VARIANT, PROBLEM/ALIAS, or a model folder; the last run otherwise.'
+        ),
+    ] = '',
+    device: Annotated[str, typer.Option(help='auto, cpu or cuda.')] = 'auto',
+    threads: Annotated[int, typer.Option(help='Of the CPU for one inference; 0: all cores.')] = 1,
+    prices: Annotated[
+        Path | None, typer.Option(help='What machines cost (YAML); `cv_lab.bench.PRICES` shows the form.')
+    ] = None,
+    seconds: Annotated[float, typer.Option(help='Of one measurement.')] = 1.0,
+    report: Annotated[bool, typer.Option(help='Make the report page.')] = True,
+    every: Annotated[
+        bool,
+        typer.Option(
+            '--all', help='The promises of the house instead, into reports/benchmarks/: what `make bench` does.'
+        ),
+    ] = False,
+    only: Annotated[list[str] | None, typer.Option(help='One of those promises; may be given again.')] = None,
+    as_json: AsJson = False,
+):
     "What an answer costs: time, throughput, memory, start-up, money and energy."
     from cv_lab.bench import bench as measure, bench_targets, read_prices
     from cv_lab.experiment import run_experiment
@@ -192,18 +361,60 @@ def bench(model: Annotated[str, typer.Argument(help='A run (with all its forms),
     ws = workspace()
     if every or only: return _promises(ws, only or [], as_json)
     cost, targets = read_prices(prices), bench_targets(model, ws, Registry(ws.registry).path)
-    if report: page = run_experiment('bench', dict(model=model or next(iter(targets.values())).parent.name, device=device, threads=threads, prices=str(prices or ''), seconds=seconds), ws=ws, loud=not as_json); rows = page.metrics['models']
-    else: rows = {n: measure(f, device, threads, prices=cost, seconds=seconds, say=lambda text, n=n: print(f'{n}: {text}', file=sys.stderr)) for n, f in targets.items()}
+    if report:
+        page = run_experiment(
+            'bench',
+            dict(
+                model=model or next(iter(targets.values())).parent.name,
+                device=device,
+                threads=threads,
+                prices=str(prices or ''),
+                seconds=seconds,
+            ),
+            ws=ws,
+            loud=not as_json,
+        )
+        rows = page.metrics['models']
+    else:
+        rows = {
+            n: measure(
+                f,
+                device,
+                threads,
+                prices=cost,
+                seconds=seconds,
+                say=lambda text, n=n: print(f'{n}: {text}', file=sys.stderr),
+            )
+            for n, f in targets.items()
+        }
     if as_json: return print_json(rows)
-    names = ('precision', 'latency_ms_p50', 'latency_ms_p95', 'latency_ms_p99', 'per_second', 'peak_memory_mb', 'startup_seconds', 'model_size_mb', 'cost_per_1000')
-    first = next(iter(rows.values())); print_table([dict(model=n, **{k: r.get(k) for k in names}) for n, r in rows.items()], f'{first["hardware"]}, prices: {first["prices"]}, {first["currency"]}')
+    names = (
+        'precision',
+        'latency_ms_p50',
+        'latency_ms_p95',
+        'latency_ms_p99',
+        'per_second',
+        'peak_memory_mb',
+        'startup_seconds',
+        'model_size_mb',
+        'cost_per_1000',
+    )
+    first = next(iter(rows.values()))
+    print_table(
+        [dict(model=n, **{k: r.get(k) for k in names}) for n, r in rows.items()],
+        f'{first["hardware"]}, prices: {first["prices"]}, {first["currency"]}',
+    )
     print(f'energy: {first["energy_source"]}'); print(f'report: {os.path.relpath(page.html)}') if report else None
 
 def _promises(ws, only:list[str], as_json:bool) -> None:
     from cv_lab.benchmarks import measure_steps
     rows = measure_steps(ws, only, say=(lambda text: None) if as_json else lambda text: print(text, flush=True))
-    if as_json: print_json(rows)
-    else: print(f'{os.path.relpath(ws.reports/"benchmarks/README.md")}: {sum(r["kept"] for r in rows if r["goal"])} of {sum(bool(r["goal"]) for r in rows)} goals were reached')
+    if as_json:
+        print_json(rows)
+    else:
+        print(
+            f'{os.path.relpath(ws.reports / "benchmarks/README.md")}: {sum(r["kept"] for r in rows if r["goal"])} of {sum(bool(r["goal"]) for r in rows)} goals were reached'
+        )
 
 # %% ../../nbs/99_cli.main.ipynb #c8eddab3
 def model_folder(name:str, ws) -> Path:
@@ -212,13 +423,21 @@ def model_folder(name:str, ws) -> Path:
     registry = Registry(ws.registry); served = [(a['problem'], a['alias']) for a in registry.aliases()]
     if not name:
         if len(live := [p for p, a in served if a == 'production']) == 1: return registry.path(live[0], 'production')
-        raise NotFound('no model was named', f'a run, or one of: {", ".join("/".join(s) for s in served) or "nothing is released yet"}', 'give --model, or release a run')
+        raise NotFound(
+            'no model was named',
+            f'a run, or one of: {", ".join("/".join(s) for s in served) or "nothing is released yet"}',
+            'give --model, or release a run',
+        )
     if (ws.runs/name/'export/model.onnx').is_file(): return ws.runs/name/'export'
     problem, _, alias = name.partition('/')
     return registry.path(problem, alias or 'production')
 
 @app.command()
-def predict(images: Annotated[list[Path], typer.Argument(help='Image files.')], model: Annotated[str, typer.Option(help='A run, or PROBLEM/ALIAS.')] = '', as_json: AsJson = False):
+def predict(
+    images: Annotated[list[Path], typer.Argument(help='Image files.')],
+    model: Annotated[str, typer.Option(help='A run, or PROBLEM/ALIAS.')] = '',
+    as_json: AsJson = False,
+):
     "Ask a model about image files, through the same path as the service."
     from cv_lab.predict import Predictor
     ws = workspace(); predictor, answers = Predictor(model_folder(model, ws)), []
@@ -227,14 +446,26 @@ def predict(images: Annotated[list[Path], typer.Argument(help='Image files.')], 
         try: answers.append(dict(image=str(path), **predictor.predict([path.read_bytes()])[0]))
         except BadInput as e: raise type(e)(f'{path}: {e.what}', e.expected, e.mend) from None
     if as_json: return print_json(answers)
-    print_table([{k: v if not isinstance(v, (list, dict)) else len(v) if k == 'annotations' else ', '.join(map(str, v)) for k, v in a.items() if k != 'probabilities'} for a in answers])
+    print_table(
+        [
+            {
+                k: v if not isinstance(v, (list, dict)) else len(v) if k == 'annotations' else ', '.join(map(str, v))
+                for k, v in a.items()
+                if k != 'probabilities'
+            }
+            for a in answers
+        ]
+    )
 
 # %% ../../nbs/99_cli.main.ipynb #d3541e28
 @app.command()
-def init(dataset: Annotated[str, typer.Argument(help='A dataset folder, or the name of an embedded one.')],
-         out: Annotated[Path|None, typer.Option(help='The file to write; problems/NAME.yaml otherwise.')] = None,
-         name: Annotated[str, typer.Option(help='What the problem is called.')] = '', task: Annotated[str, typer.Option(help='Guessed from the annotations otherwise.')] = '',
-         force: Annotated[bool, typer.Option(help='Write over a file that is there.')] = False):
+def init(
+    dataset: Annotated[str, typer.Argument(help='A dataset folder, or the name of an embedded one.')],
+    out: Annotated[Path | None, typer.Option(help='The file to write; problems/NAME.yaml otherwise.')] = None,
+    name: Annotated[str, typer.Option(help='What the problem is called.')] = '',
+    task: Annotated[str, typer.Option(help='Guessed from the annotations otherwise.')] = '',
+    force: Annotated[bool, typer.Option(help='Write over a file that is there.')] = False,
+):
     "Write a commented problem file for a dataset."
     import numpy as np
     from cv_lab.core import write_atomic
@@ -244,13 +475,32 @@ def init(dataset: Annotated[str, typer.Argument(help='A dataset folder, or the n
     from cv_lab.task import get_task, guess_task
     ws = workspace(); data = open_dataset(dataset, ws); task = task or guess_task(data.table)
     path = out or ws.problems/f'{name or data.name}.yaml'
-    if path.exists() and not force: raise BadInput(f'{path} is there already', 'a new file', 'give --out or --name, or --force to write over it')
-    where = os.path.relpath(data.root if (data.root/'dataset.json').exists() else dataset, ws.root) if Path(dataset).exists() else dataset
+    if path.exists() and not force:
+        raise BadInput(f'{path} is there already', 'a new file', 'give --out or --name, or --force to write over it')
+    where = (
+        os.path.relpath(data.root if (data.root / 'dataset.json').exists() else dataset, ws.root)
+        if Path(dataset).exists()
+        else dataset
+    )
     sides = np.minimum(data.table['width'].to_numpy(), data.table['height'].to_numpy())
-    size = int(np.clip(round(float(np.median(sides))/32), 1, 7)*32) if task == 'classification' else None    # as large as the images, up to 224
-    write_atomic(path, draft_problem(name or data.name, task, data.classes, where, {k: set(filter(None, v)) for k, v in tags_of(data.table).items() if k not in ('split', 'captured_at')},
-                                     list(get_task(task).METRICS), size, len(data.split('train'))))
-    shown = os.path.relpath(path); print(f'wrote {shown}: read it, correct owner, intended use and rules, then\n  cvlab run train --problem {shown}')
+    size = (
+        int(np.clip(round(float(np.median(sides)) / 32), 1, 7) * 32) if task == 'classification' else None
+    )  # as large as the images, up to 224
+    write_atomic(
+        path,
+        draft_problem(
+            name or data.name,
+            task,
+            data.classes,
+            where,
+            {k: set(filter(None, v)) for k, v in tags_of(data.table).items() if k not in ('split', 'captured_at')},
+            list(get_task(task).METRICS),
+            size,
+            len(data.split('train')),
+        ),
+    )
+    shown = os.path.relpath(path)
+    print(f'wrote {shown}: read it, correct owner, intended use and rules, then\n  cvlab run train --problem {shown}')
 
 # %% ../../nbs/99_cli.main.ipynb #edf184db
 @app.command()
@@ -268,14 +518,21 @@ def walk_problem(path:Path, ws, force:bool=False) -> dict: # training, errors: r
     from cv_lab.experiment import open_dataset, run_experiment
     from cv_lab.release import verdict_table
     from cv_lab.spec import load_problem
-    path = path if path.is_absolute() else ws.root/path; spec = load_problem(path); name = os.path.relpath(path, ws.root)
+
+    path = path if path.is_absolute() else ws.root / path
+    spec = load_problem(path)
+    name = os.path.relpath(path, ws.root)
     _step(1, 'The dataset'); data = open_dataset(spec.dataset, ws); print(data)
     _step(2, 'Its check'); found = check(data, spec); print_table(found.to_json()['rules'])
-    _step(3, 'Training'); trained = run_experiment('train', dict(problem=name, force=force), ws=ws); folder = ws.runs/trained.metrics['run']
+    _step(3, 'Training')
+    trained = run_experiment('train', dict(problem=name, force=force), ws=ws)
+    folder = ws.runs / trained.metrics['run']
     _step(4, 'Error analysis'); errors = run_experiment('error_analysis', dict(problem=name, run=folder.name), ws=ws)
     _step(5, 'The acceptance rules'); print_table(verdict_table(trained.verdict).to_dict('records'))
     if trained.verdict['verdict'] != 'pass': raise not_accepted(trained.verdict)
-    _step(6, 'The release'); tag, _ = release_run(folder, spec, path.read_text(encoding='utf8'), ws, reason='the whole way once'); print(f'{tag} is production')
+    _step(6, 'The release')
+    tag, _ = release_run(folder, spec, path.read_text(encoding='utf8'), ws, reason='the whole way once')
+    print(f'{tag} is production')
     _step(7, 'The service'); image = _ask_service(ws, data, spec)
     return dict(trained=trained, errors=errors, data=data, spec=spec, image=image, tag=tag)
 
@@ -292,23 +549,45 @@ def _ask_service(ws, data, spec) -> Path:
     from cv_lab.serve import start_service
     row = data.split('test').slice(0, 1).to_pylist()[0]; image = data.root/row['uri']
     with start_service(env=dict(CVLAB_HOME=str(ws.root))) as service:
-        answer = httpx.post(f'{service.url}/v1/models/{spec.name}/predict', content=image.read_bytes(), headers={'Content-Type': 'application/octet-stream'}, timeout=30)
-        answer.raise_for_status(); print(f'POST {service.url}/v1/models/{spec.name}/predict  {os.path.relpath(image)}'); print_json(answer.json())
-    print(f'true: {", ".join(said for a in row["annotations"] if (said := a["text"] or a["label"]))}; the service is stopped'); return image
+        answer = httpx.post(
+            f'{service.url}/v1/models/{spec.name}/predict',
+            content=image.read_bytes(),
+            headers={'Content-Type': 'application/octet-stream'},
+            timeout=30,
+        )
+        answer.raise_for_status()
+        print(f'POST {service.url}/v1/models/{spec.name}/predict  {os.path.relpath(image)}')
+        print_json(answer.json())
+    print(
+        f'true: {", ".join(said for a in row["annotations"] if (said := a["text"] or a["label"]))}; the service is stopped'
+    )
+    return image
+
 
 def _paths(ws, trained, errors, spec, image:Path) -> None:
     from cv_lab.release import Registry
     card = Registry(ws.registry).path(spec.name, 'production')/'MODEL_CARD.md'; rel = os.path.relpath
-    for what, where in (('training report', trained.html), ('error analysis', errors.html), ('all reports', ws.reports/'index.html'), ('model card', card)): print(f'  {what:16} {rel(where)}')
-    print(f'\nNext:\n  make serve\n  cvlab predict {rel(image)}\n  cvlab runs\n  cvlab registry list\n  cvlab run train -p epochs=3\n  make lab\n(cvlab lies in .venv/bin)')
+    for what, where in (
+        ('training report', trained.html),
+        ('error analysis', errors.html),
+        ('all reports', ws.reports / 'index.html'),
+        ('model card', card),
+    ):
+        print(f'  {what:16} {rel(where)}')
+    print(
+        f'\nNext:\n  make serve\n  cvlab predict {rel(image)}\n  cvlab runs\n  cvlab registry list\n  cvlab run train -p epochs=3\n  make lab\n(cvlab lies in .venv/bin)'
+    )
 
 # %% ../../nbs/99_cli.main.ipynb #b46a3c6b
-def tour_problems(paths:list[Path], ws, force:bool=False, way=walk_problem) -> tuple[list[dict], Refusal|None]: # a row per problem; the first refusal
+def tour_problems(
+    paths: list[Path], ws, force: bool = False, way=walk_problem
+) -> tuple[list[dict], Refusal | None]:  # a row per problem; the first refusal
     "Walk through several problems."
     import time
     rows, first = [], None
     for path in paths:
-        Console(highlight=False).print(f'\n[bold green]{os.path.relpath(path, ws.root)}[/]'); since, end = time.perf_counter(), dict(verdict='pass', said='')
+        Console(highlight=False).print(f'\n[bold green]{os.path.relpath(path, ws.root)}[/]')
+        since, end = time.perf_counter(), dict(verdict='pass', said='')
         try: done = way(path, ws, force); end['said'] = f'{done["tag"]}; {os.path.relpath(done["trained"].html)}'
         except Refusal as e: first = first or e; end = dict(verdict='fail', said=e.what); print(e)
         rows.append(dict(problem=path.stem, minutes=round((time.perf_counter() - since)/60, 1), **end))
@@ -319,7 +598,12 @@ def tour(force: Annotated[bool, typer.Option(help='Train again what has not chan
     "The whole way of every problem in problems/, then what became of each."
     ws = workspace(); rows, first = tour_problems(sorted(ws.problems.glob('*.yaml')), ws, force)
     print(); print_table(rows, 'The tour'); print(f'all reports: {os.path.relpath(ws.reports/"index.html")}')
-    if first: raise type(first)(f'{sum(r["verdict"] == "fail" for r in rows)} of {len(rows)} problems did not come to their end: {", ".join(r["problem"] for r in rows if r["verdict"] == "fail")}', first.expected, first.mend)
+    if first:
+        raise type(first)(
+            f'{sum(r["verdict"] == "fail" for r in rows)} of {len(rows)} problems did not come to their end: {", ".join(r["problem"] for r in rows if r["verdict"] == "fail")}',
+            first.expected,
+            first.mend,
+        )
 
 # %% ../../nbs/99_cli.main.ipynb #d1ba5e18
 def _mount() -> None:
@@ -333,7 +617,9 @@ def _pairs(args:list[str]) -> list[str]:
     "`-p name value` as `-p name=value`."
     out, i = [], 0
     while i < len(args):
-        if args[i] in ('-p', '--parameter') and i + 2 < len(args) and '=' not in args[i+1]: out += [args[i], f'{args[i+1]}={args[i+2]}']; i += 3
+        if args[i] in ('-p', '--parameter') and i + 2 < len(args) and '=' not in args[i + 1]:
+            out += [args[i], f'{args[i + 1]}={args[i + 2]}']
+            i += 3
         else: out.append(args[i]); i += 1
     return out
 

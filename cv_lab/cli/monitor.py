@@ -13,21 +13,39 @@ import typer
 from .data import Json, say
 from ..core import NotAccepted, write_json
 
-app = typer.Typer(name='monitor', no_args_is_help=True, rich_markup_mode='markdown', help='The prediction log of the service: drift, and what clients said.')
+app = typer.Typer(
+    name='monitor',
+    no_args_is_help=True,
+    rich_markup_mode='markdown',
+    help='The prediction log of the service: drift, and what clients said.',
+)
 
 # %% ../../nbs/98_cli.monitor.ipynb #78fec83c
 @app.callback()
 def _monitor() -> None: "The prediction log of the service."
 
 @app.command()
-def drift(reference:Annotated[Path, typer.Argument(help='The log of a time when all was well: a folder.')], present:Annotated[Path, typer.Argument(help='The log of now.')],
-          last:Annotated[int, typer.Option(help='Lines of each that are compared.')]=500, alpha:Annotated[float, typer.Option(help='False alarms, at most.')]=.01,
-          out:Annotated[Path|None, typer.Option(help='A folder for drift.json and drift.png.')]=None, as_json:Json=False) -> None:
+def drift(
+    reference: Annotated[Path, typer.Argument(help='The log of a time when all was well: a folder.')],
+    present: Annotated[Path, typer.Argument(help='The log of now.')],
+    last: Annotated[int, typer.Option(help='Lines of each that are compared.')] = 500,
+    alpha: Annotated[float, typer.Option(help='False alarms, at most.')] = 0.01,
+    out: Annotated[Path | None, typer.Option(help='A folder for drift.json and drift.png.')] = None,
+    as_json: Json = False,
+) -> None:
     """Compare two prediction logs.
 
     **Example**: `cvlab monitor drift logs/first-week logs/today --out reports/drift`
     """
     from cv_lab.monitor import draw_drift, watch
     found, a, b = watch(reference, present, last, alpha); say(asdict(found), as_json, str(found))
-    if out: out.mkdir(parents=True, exist_ok=True); write_json(out/'drift.json', asdict(found)); draw_drift(a, b, found).savefig(out/'drift.png', dpi=120)
-    if found.alarm: raise NotAccepted('what the service sees has changed', 'lines like those of the reference', 'look at images of today, label some, and judge the model on them')
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / 'drift.json', asdict(found))
+        draw_drift(a, b, found).savefig(out / 'drift.png', dpi=120)
+    if found.alarm:
+        raise NotAccepted(
+            'what the service sees has changed',
+            'lines like those of the reference',
+            'look at images of today, label some, and judge the model on them',
+        )

@@ -13,15 +13,24 @@ import typer
 from .data import Json
 from ..core import BadInput, NotAccepted
 
-app = typer.Typer(name='service', no_args_is_help=True, rich_markup_mode='markdown', help='The service: its promises, measured; its API keys.')
+app = typer.Typer(
+    name='service',
+    no_args_is_help=True,
+    rich_markup_mode='markdown',
+    help='The service: its promises, measured; its API keys.',
+)
+
 
 @app.callback()
 def _service() -> None: "The service: its promises, measured; its API keys."
 
 # %% ../../nbs/97_cli.service.ipynb #1c50ef10
 @app.command()
-def promise(name:Annotated[str|None, typer.Argument(help='Which one; without it they are listed.', metavar='NAME')]=None,
-            short:Annotated[bool, typer.Option(help='Less of it.')]=False, as_json:Json=False) -> None:
+def promise(
+    name: Annotated[str | None, typer.Argument(help='Which one; without it they are listed.', metavar='NAME')] = None,
+    short: Annotated[bool, typer.Option(help='Less of it.')] = False,
+    as_json: Json = False,
+) -> None:
     """Measure what the service promises.
 
     **Examples**
@@ -31,16 +40,42 @@ def promise(name:Annotated[str|None, typer.Argument(help='Which one; without it 
     - `cvlab service promise bento` the Bento of this workspace in an environment of its own
     """
     from cv_lab.promises import SHORT, STEPS, line, measure
-    if name is None: return print('\n'.join(f'{n:12}{"  --short" if n in SHORT else "         "}  {(f.__doc__ or "").strip().splitlines()[0] if f.__doc__ else ""}' for n, f in STEPS.items()))
-    if name not in STEPS: raise BadInput(f'there is no promise {name!r}', f'one of: {", ".join(STEPS)}', 'cvlab service promise')
+
+    if name is None:
+        return print(
+            '\n'.join(
+                f'{n:12}{"  --short" if n in SHORT else "         "}  {(f.__doc__ or "").strip().splitlines()[0] if f.__doc__ else ""}'
+                for n, f in STEPS.items()
+            )
+        )
+    if name not in STEPS:
+        raise BadInput(f'there is no promise {name!r}', f'one of: {", ".join(STEPS)}', 'cvlab service promise')
     rows = measure(name, short); print(json.dumps(rows, indent=1) if as_json else '\n'.join(map(line, rows)))
-    if lost := [r for r in rows if not r['kept']]: raise NotAccepted(f'{len(lost)} of {len(rows)} figures miss their goal', '; '.join(r['goal'] for r in lost), 'measure again on a quiet machine before you believe it')
+    if lost := [r for r in rows if not r['kept']]:
+        raise NotAccepted(
+            f'{len(lost)} of {len(rows)} figures miss their goal',
+            '; '.join(r['goal'] for r in lost),
+            'measure again on a quiet machine before you believe it',
+        )
 
 # %% ../../nbs/97_cli.service.ipynb #39635d3d
 @app.command()
-def key(file:Annotated[Path, typer.Argument(help='The file that CVLAB_KEYS names.')], name:Annotated[str, typer.Argument(help='Whose key it is.')],
-        admin:Annotated[bool, typer.Option(help='May also change trials.')]=False, per_minute:Annotated[int|None, typer.Option(help='Requests.')]=None,
-        concurrent:Annotated[int|None, typer.Option(help='Requests at a time.')]=None) -> None:
+def key(
+    file: Annotated[Path, typer.Argument(help='The file that CVLAB_KEYS names.')],
+    name: Annotated[str, typer.Argument(help='Whose key it is.')],
+    admin: Annotated[bool, typer.Option(help='May also change trials.')] = False,
+    per_minute: Annotated[int | None, typer.Option(help='Requests.')] = None,
+    concurrent: Annotated[int | None, typer.Option(help='Requests at a time.')] = None,
+) -> None:
     "Make an API key."
     from cv_lab.service.keys import new_key
-    print(new_key(file, name, scopes=['predict', 'admin'] if admin else ['predict'], per_minute=per_minute, concurrent=concurrent))
+
+    print(
+        new_key(
+            file,
+            name,
+            scopes=['predict', 'admin'] if admin else ['predict'],
+            per_minute=per_minute,
+            concurrent=concurrent,
+        )
+    )

@@ -15,20 +15,40 @@ from ..geometry import box_iou, mask_iou
 # %% ../../nbs/12c_data.agreement.ipynb #c8602176
 def answers(t:pa.Table) -> pd.DataFrame: # rows: items; columns: annotators; values: label, None where nothing was said
     "The label that each annotator gave to each item (several labels as one, joined by +)."
-    rows = [(i, a['annotator'], a['label']) for i, anns in zip(t['id'].to_pylist(), t['annotations'].to_pylist()) for a in anns or [] if a['annotator'] and a['label'] is not None]
-    said = pd.DataFrame(rows, columns=['id', 'annotator', 'label']).drop_duplicates().sort_values(['id', 'annotator', 'label'])
+    rows = [
+        (i, a['annotator'], a['label'])
+        for i, anns in zip(t['id'].to_pylist(), t['annotations'].to_pylist())
+        for a in anns or []
+        if a['annotator'] and a['label'] is not None
+    ]
+    said = (
+        pd.DataFrame(rows, columns=['id', 'annotator', 'label'])
+        .drop_duplicates()
+        .sort_values(['id', 'annotator', 'label'])
+    )
     wide = said.groupby(['id', 'annotator'])['label'].agg('+'.join).unstack()
-    return wide.reindex([i for i in t['id'].to_pylist() if i in wide.index]).astype(object).where(lambda v: v.notna(), None)
+    return (
+        wide.reindex([i for i in t['id'].to_pylist() if i in wide.index])
+        .astype(object)
+        .where(lambda v: v.notna(), None)
+    )
 
 # %% ../../nbs/12c_data.agreement.ipynb #62633f63
-def cohen_kappa(a:Sequence, b:Sequence, # what two annotators said of the same items; pairs with a None are left out
-                order:Sequence|None=None, weights:Literal['linear', 'quadratic']|None=None, # classes in their order, for weights
-               ) -> float: # 1 agreement, 0 chance
+def cohen_kappa(
+    a: Sequence,
+    b: Sequence,  # what two annotators said of the same items; pairs with a None are left out
+    order: Sequence | None = None,
+    weights: Literal['linear', 'quadratic'] | None = None,  # classes in their order, for weights
+) -> float: # 1 agreement, 0 chance
     "Cohen's kappa of two annotators."
-    pairs = [(x, y) for x, y in zip(a, b) if x is not None and y is not None]; names = list(order) if order is not None else sorted({v for p in pairs for v in p}, key=str)
+    pairs = [(x, y) for x, y in zip(a, b) if x is not None and y is not None]
+    names = list(order) if order is not None else sorted({v for p in pairs for v in p}, key=str)
     if not pairs: return float('nan')
-    seen = np.zeros((len(names),)*2); np.add.at(seen, tuple(np.array([[names.index(x), names.index(y)] for x, y in pairs]).T), 1); seen /= seen.sum()
-    d = np.abs(np.subtract.outer(np.arange(len(names)), np.arange(len(names)))); d = {None: d > 0, 'linear': d, 'quadratic': d**2}[weights].astype(float)
+    seen = np.zeros((len(names),) * 2)
+    np.add.at(seen, tuple(np.array([[names.index(x), names.index(y)] for x, y in pairs]).T), 1)
+    seen /= seen.sum()
+    d = np.abs(np.subtract.outer(np.arange(len(names)), np.arange(len(names))))
+    d = {None: d > 0, 'linear': d, 'quadratic': d**2}[weights].astype(float)
     by_chance = (d*np.outer(seen.sum(1), seen.sum(0))).sum()
     return float(1 - (d*seen).sum()/by_chance) if by_chance else 1.
 
@@ -47,8 +67,14 @@ def krippendorff_alpha(said:pd.DataFrame, # items x annotators, None or NaN for 
                        order:Sequence|None=None, # of the values, for ordinal; numbers order themselves
                       ) -> float:
     "Krippendorff's alpha (computation as in Krippendorff 2011), from the table of coincidences."
-    rows = [[v for v in r if v is not None and v == v] for r in said.to_numpy(object)]; rows = [r for r in rows if len(r) > 1]
-    names = list(order) if order is not None else sorted({v for r in rows for v in r}, key=lambda v: (isinstance(v, str), v)); at = {v: k for k, v in enumerate(names)}
+    rows = [[v for v in r if v is not None and v == v] for r in said.to_numpy(object)]
+    rows = [r for r in rows if len(r) > 1]
+    names = (
+        list(order)
+        if order is not None
+        else sorted({v for r in rows for v in r}, key=lambda v: (isinstance(v, str), v))
+    )
+    at = {v: k for k, v in enumerate(names)}
     o = np.zeros((len(names),)*2)
     for r in rows:
         c = np.bincount([at[v] for v in r], minlength=len(names)); o += (np.outer(c, c) - np.diag(c))/(len(r) - 1)
@@ -56,7 +82,9 @@ def krippendorff_alpha(said:pd.DataFrame, # items x annotators, None or NaN for 
     if total < 2: return float('nan')
     if level == 'nominal': d = 1. - np.eye(len(names))
     elif level == 'interval': d = np.subtract.outer(np.array(names, float), np.array(names, float))**2
-    else: mid = np.cumsum(n) - n/2; d = np.subtract.outer(mid, mid)**2   # the items between two ranks, the ends counted half
+    else:
+        mid = np.cumsum(n) - n / 2
+        d = np.subtract.outer(mid, mid) ** 2  # the items between two ranks, the ends counted half
     chance = (d*(np.outer(n, n) - np.diag(n))).sum()/(total - 1)
     return float(1 - (d*o).sum()/chance) if chance else 1.
 
@@ -67,15 +95,33 @@ def object_agreement(t:pa.Table, a:str, b:str, # annotators
     from scipy.optimize import linear_sum_assignment
     overlaps, only = [], [0, 0]
     for anns in t['annotations'].to_pylist():
-        sides = [[x for x in anns or [] if x['annotator'] == who and (x['bbox'] is not None or x['mask'] is not None)] for who in (a, b)]
+        sides = [
+            [x for x in anns or [] if x['annotator'] == who and (x['bbox'] is not None or x['mask'] is not None)]
+            for who in (a, b)
+        ]
         if not sides[0] and not sides[1]: continue
         iou = np.zeros((len(sides[0]), len(sides[1])))
         for i, x in enumerate(sides[0]):
             for j, y in enumerate(sides[1]):
-                if x['label'] == y['label']: iou[i, j] = mask_iou(x['mask'], y['mask']) if x['mask'] and y['mask'] else box_iou([x['bbox']], [y['bbox']])[0, 0] if x['bbox'] and y['bbox'] else 0
+                if x['label'] == y['label']:
+                    iou[i, j] = (
+                        mask_iou(x['mask'], y['mask'])
+                        if x['mask'] and y['mask']
+                        else box_iou([x['bbox']], [y['bbox']])[0, 0]
+                        if x['bbox'] and y['bbox']
+                        else 0
+                    )
         i, j = linear_sum_assignment(-iou*(iou >= same)); ok = iou[i, j] >= same; overlaps += iou[i, j][ok].tolist()
         only[0] += len(sides[0]) - int(ok.sum()); only[1] += len(sides[1]) - int(ok.sum())
-    n = len(overlaps); return dict(f1=2*n/(2*n + sum(only)) if n + sum(only) else float('nan'), mean_iou=float(np.mean(overlaps)) if n else float('nan'), matched=n, only_a=only[0], only_b=only[1])
+    n = len(overlaps)
+    return dict(
+        f1=2 * n / (2 * n + sum(only)) if n + sum(only) else float('nan'),
+        mean_iou=float(np.mean(overlaps)) if n else float('nan'),
+        matched=n,
+        only_a=only[0],
+        only_b=only[1],
+    )
+
 
 def edits(a:str, b:str) -> int:
     "Levenshtein distance: insertions, deletions and replacements of characters."
@@ -94,14 +140,26 @@ def consensus(said:pd.DataFrame, # items x annotators, from `answers`
               how:Literal['dawid-skene', 'majority']='dawid-skene', rounds:int=100,
              ) -> tuple[pd.DataFrame, pd.DataFrame]: # per item: label, p; per annotator: accuracy, answers
     "One label per item, how sure it is, and how good each annotator is."
-    names = sorted({v for v in said.to_numpy().ravel() if v is not None}, key=str); code = said.apply(lambda c: pd.Categorical(c, names).codes).to_numpy(int).reshape(said.shape); k = len(names)
-    onehot = (code[:, :, None] == np.arange(k)).astype(float); p = onehot.sum(1); p = p/np.maximum(p.sum(1, keepdims=True), 1)
-    if how not in ('majority', 'dawid-skene'): raise BadInput(f'a consensus by {how!r}', 'majority or dawid-skene', 'choose one')
+    names = sorted({v for v in said.to_numpy().ravel() if v is not None}, key=str)
+    code = said.apply(lambda c: pd.Categorical(c, names).codes).to_numpy(int).reshape(said.shape)
+    k = len(names)
+    onehot = (code[:, :, None] == np.arange(k)).astype(float)
+    p = onehot.sum(1)
+    p = p / np.maximum(p.sum(1, keepdims=True), 1)
+    if how not in ('majority', 'dawid-skene'):
+        raise BadInput(f'a consensus by {how!r}', 'majority or dawid-skene', 'choose one')
     for _ in range(rounds if how == 'dawid-skene' else 0):
         prior = p.mean(0); wrong = np.einsum('nt,nws->wts', p, onehot) + .01; wrong /= wrong.sum(2, keepdims=True)
-        logp = np.log(prior + 1e-12) + np.einsum('nws,wts->nt', onehot, np.log(wrong)); new = np.exp(logp - logp.max(1, keepdims=True)); new /= new.sum(1, keepdims=True)
+        logp = np.log(prior + 1e-12) + np.einsum('nws,wts->nt', onehot, np.log(wrong))
+        new = np.exp(logp - logp.max(1, keepdims=True))
+        new /= new.sum(1, keepdims=True)
         done = np.abs(new - p).max() < 1e-6; p = new
         if done: break
     best = p.argmax(1); hit = (code == best[:, None]) & (code >= 0)
-    return (pd.DataFrame(dict(label=np.array(names, object)[best], p=p.max(1)), index=said.index),
-            pd.DataFrame(dict(accuracy=hit.sum(0)/np.maximum((code >= 0).sum(0), 1), answers=(code >= 0).sum(0)), index=said.columns))
+    return (
+        pd.DataFrame(dict(label=np.array(names, object)[best], p=p.max(1)), index=said.index),
+        pd.DataFrame(
+            dict(accuracy=hit.sum(0) / np.maximum((code >= 0).sum(0), 1), answers=(code >= 0).sum(0)),
+            index=said.columns,
+        ),
+    )

@@ -34,8 +34,14 @@ class Absorbed:
     def tally(self) -> dict: # counts
         "How much of what."
         why = list(self.left_out.values())
-        return dict(added=len(self.added), relabelled=len(self.relabelled), same=len(self.same), undone=self.undone, untouched=self.untouched,
-                    left_out={w: why.count(w) for w in dict.fromkeys(why)})
+        return dict(
+            added=len(self.added),
+            relabelled=len(self.relabelled),
+            same=len(self.same),
+            undone=self.undone,
+            untouched=self.untouched,
+            left_out={w: why.count(w) for w in dict.fromkeys(why)},
+        )
 
 def _why_not(row:dict, had:dict|None, held:set, groups:dict) -> str: # '' when it may be taken
     if row['sha256'] in held: return 'it is, or was, a test item'
@@ -60,10 +66,19 @@ def absorb(d:Dataset, labelled:pa.Table, # what came back, with people's annotat
         if why := _why_not(r, old, held, groups): out.left_out[r['id']] = why; continue
         new = dict(r) if old is None else dict(old, annotations=r['annotations'])
         if old is None and new['id'] in taken: new['id'] = f'{batch}/{new["id"]}'
-        taken.add(new['id']); new['tags'] = dict(new['tags'] or []) | dict(batch=batch); new['split'] = (old or {}).get('split') or 'train'
-        (out.added if old is None else out.same if _plain(old['annotations']) == _plain(r['annotations']) else out.relabelled).append(new['id'])
+        taken.add(new['id'])
+        new['tags'] = dict(new['tags'] or []) | dict(batch=batch)
+        new['split'] = (old or {}).get('split') or 'train'
+        (
+            out.added
+            if old is None
+            else out.same
+            if _plain(old['annotations']) == _plain(r['annotations'])
+            else out.relabelled
+        ).append(new['id'])
         rows.append(new)
-    fresh = make_table([r | dict(annotations=_plain(r['annotations'])) for r in rows]); rest = t.filter(pc.invert(pc.is_in(t['sha256'], fresh['sha256'].combine_chunks())))
+    fresh = make_table([r | dict(annotations=_plain(r['annotations'])) for r in rows])
+    rest = t.filter(pc.invert(pc.is_in(t['sha256'], fresh['sha256'].combine_chunks())))
     classes = [*d.classes, *sorted(set(labels_in(fresh)) - set(d.classes), key=natural)]
     out.dataset = Dataset(pa.concat_tables([rest, fresh]), d.name, d.root, classes, d.about); return out
 
@@ -77,7 +92,8 @@ def _work(src:Path, batch:Path, into:Path) -> Path:
     if src.is_dir(): files = [p for p in sorted(src.rglob('*')) if p.is_file()]
     elif src.name.lower().endswith(ARCHIVES): files = [p for p in sorted(unpack(src, into).rglob('*')) if p.is_file()]
     else: files = [src]
-    for k, p in enumerate(p for p in files if not p.name.lower().endswith(SUFFIXES)): shutil.copyfile(p, work/(p.name if not (work/p.name).exists() else f'{k}-{p.name}'))
+    for k, p in enumerate(p for p in files if not p.name.lower().endswith(SUFFIXES)):
+        shutil.copyfile(p, work / (p.name if not (work / p.name).exists() else f'{k}-{p.name}'))
     for uri in sent.table['uri'].to_pylist():
         to = inside(work/'images', uri.removeprefix('images/')); to.parent.mkdir(parents=True, exist_ok=True)
         try: os.link(inside(sent.root, uri), to)
@@ -87,8 +103,17 @@ def _work(src:Path, batch:Path, into:Path) -> Path:
 def _as_sent(t:pa.Table, batch:Path) -> pa.Table:
     "What came back, with what was known of the items when they went out."
     sent = {r['sha256']: r for r in load_dataset(batch/'items').table.to_pylist()}
-    known = lambda r: {k: v for k, v in (sent.get(r['sha256']) or {}).items() if k not in ('uri', 'annotations', 'split') and v}
-    return make_table([r | known(r) | dict(annotations=_plain(r['annotations']), tags=dict((sent.get(r['sha256']) or r)['tags'] or [])) for r in t.to_pylist()])
+    known = lambda r: {
+        k: v for k, v in (sent.get(r['sha256']) or {}).items() if k not in ('uri', 'annotations', 'split') and v
+    }
+    return make_table(
+        [
+            r
+            | known(r)
+            | dict(annotations=_plain(r['annotations']), tags=dict((sent.get(r['sha256']) or r)['tags'] or []))
+            for r in t.to_pylist()
+        ]
+    )
 
 # %% ../../nbs/11r_data.batches.ipynb #ff8b1838
 def finished(src:str|Path, format:str='auto', batch:str|Path|None=None, # the folder that `cvlab data mine` wrote
@@ -97,28 +122,52 @@ def finished(src:str|Path, format:str='auto', batch:str|Path|None=None, # the fo
              **options) -> tuple[Dataset, int]: # what people said; how many images nobody has done yet
     "Read a finished batch."
     src, folder = Path(src), Path(folder); work = _work(src, Path(batch), folder) if batch else src
-    fmt = recognise(open_source(work, folder))[0] if format == 'auto' else format; tells = 'undone' in signature(get_format(fmt).read).parameters
-    try: r = import_dataset(work, fmt, folder/'read', 'batch', workers=workers, splits='keep', **(dict(undone='drop') if tells else {}) | options)
+    fmt = recognise(open_source(work, folder))[0] if format == 'auto' else format
+    tells = 'undone' in signature(get_format(fmt).read).parameters
+    try:
+        r = import_dataset(
+            work,
+            fmt,
+            folder / 'read',
+            'batch',
+            workers=workers,
+            splits='keep',
+            **(dict(undone='drop') if tells else {}) | options,
+        )
     except BadInput as e:
-        if 'nobody has done it yet' in e.what: raise BadInput(f'nobody has labelled anything in {src} yet', 'images that somebody labelled', 'finish the batch, or name another file') from None
+        if 'nobody has done it yet' in e.what:
+            raise BadInput(
+                f'nobody has labelled anything in {src} yet',
+                'images that somebody labelled',
+                'finish the batch, or name another file',
+            ) from None
         raise type(e)(e.what.replace(str(work), str(src)), e.expected, 'name another file or format') from None
-    d = replace(r.dataset, table=_as_sent(r.dataset.table, Path(batch)), version='') if batch else r.dataset; undone = r.tally['left_out'].get('nobody has done it yet', 0)
+    d = replace(r.dataset, table=_as_sent(r.dataset.table, Path(batch)), version='') if batch else r.dataset
+    undone = r.tally['left_out'].get('nobody has done it yet', 0)
     if not (tells if empty is None else empty):
-        said = pc.greater(pc.fill_null(pc.list_value_length(d.table['annotations']), 0), 0); undone += len(d) - (pc.sum(said).as_py() or 0); d = replace(d, table=d.table.filter(said), version='')
+        said = pc.greater(pc.fill_null(pc.list_value_length(d.table['annotations']), 0), 0)
+        undone += len(d) - (pc.sum(said).as_py() or 0)
+        d = replace(d, table=d.table.filter(said), version='')
     return d, undone
 
 # %% ../../nbs/11r_data.batches.ipynb #24d67dce
 def _with_room(d:Dataset, folder:Path, copy:bool) -> Dataset:
     "The dataset with a root that new images may be put into."
     if d.root.resolve().is_relative_to(folder.resolve()): return d
-    if not copy: raise BadInput(f'the images of {d.name} lie outside of it, in {d.root}, and new ones would have to go there', f'images inside {folder}',
-                                'say --copy: the images are then copied into the dataset, which stays the same version')
+    if not copy:
+        raise BadInput(
+            f'the images of {d.name} lie outside of it, in {d.root}, and new ones would have to go there',
+            f'images inside {folder}',
+            'say --copy: the images are then copied into the dataset, which stays the same version',
+        )
     for uri in d.table['uri'].to_pylist(): write_atomic(inside(folder/'images', uri), d.read(uri), sync=False)
     return replace(d, root=folder/'images')
 
 def _settle(out:Absorbed, back:Dataset, name:str) -> None:
     "Put the images of new items below the dataset's root."
-    new, t = set(out.added), out.dataset.table; sent = dict(zip(back.table['sha256'].to_pylist(), back.table['uri'].to_pylist())); uris = []
+    new, t = set(out.added), out.dataset.table
+    sent = dict(zip(back.table['sha256'].to_pylist(), back.table['uri'].to_pylist()))
+    uris = []
     for i, sha, uri in zip(*(t[c].to_pylist() for c in ('id', 'sha256', 'uri'))):
         if i in new:
             uri = f'{name}/{sent[sha].removeprefix("images/")}'
@@ -133,13 +182,25 @@ def import_into(src:str|Path, into:str|Path, # the finished batch; the folder of
                 by:str|None=None, workers:int|None=None,
                 **options) -> tuple[Absorbed, dict]: # the next version, and its line in the log
     "Make the next version of a dataset from a batch that people labelled."
-    folder = Path(into).resolve(); d = load_dataset(folder); about = read_json(Path(batch)/'batch.json') if batch else {}
+    folder = Path(into).resolve()
+    d = load_dataset(folder)
+    about = read_json(Path(batch) / 'batch.json') if batch else {}
     with tempfile.TemporaryDirectory() as tmp:
         back, undone = finished(src, format, batch, empty, workers, tmp, **options)
         name = about.get('name') or re.sub(r'[^\w-]+', '_', Path(src).stem) + f'-{back.version[:8]}'
-        out = absorb(d, back.table, name, ever_held(folder)); out.undone = undone; out.untouched = sum(dict(a['attributes'] or []).get('source') == 'auto' for r in back.table['annotations'].to_pylist() for a in r or [])
+        out = absorb(d, back.table, name, ever_held(folder))
+        out.undone = undone
+        out.untouched = sum(
+            dict(a['attributes'] or []).get('source') == 'auto'
+            for r in back.table['annotations'].to_pylist()
+            for a in r or []
+        )
         if not (out.added or out.relabelled or out.same):
-            raise BadInput(f'nothing in {src} can become part of {d.name}: {out.tally()["left_out"]}', 'images that somebody labelled', 'finish the batch, or name another file')
+            raise BadInput(
+                f'nothing in {src} can become part of {d.name}: {out.tally()["left_out"]}',
+                'images that somebody labelled',
+                'finish the batch, or name another file',
+            )
         if out.added: out.dataset.root = _with_room(d, folder, copy).root; _settle(out, back, name)
     chosen = f', chosen by {about["strategy"]} with {about["run"]}' if about.get('run') else ''
     out.dataset.about = d.about | dict(batches=[*d.about.get('batches', []), about | dict(name=name, **out.tally())])

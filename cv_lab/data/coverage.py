@@ -12,29 +12,61 @@ from .facts import facts_of
 from .manifest import SPLITS, first_labels, tags_of
 
 # %% ../../nbs/12d_data.coverage.ipynb #24866892
-def objects(t:pa.Table) -> pd.DataFrame: # item (row), label, split, x, y (centre), w, h as shares of the image, area in pixels
+def objects(
+    t: pa.Table,
+) -> pd.DataFrame:  # item (row), label, split, x, y (centre), w, h as shares of the image, area in pixels
     "A row per box; in units of its image, so that images of several sizes compare."
     flat = pc.list_flatten(t['annotations']).combine_chunks(); at = pc.list_parent_indices(t['annotations']).to_numpy()
     if not len(flat): return pd.DataFrame(columns=['item', 'label', 'split', 'x', 'y', 'w', 'h', 'area'])
-    has = pc.is_valid(pc.struct_field(flat, 'bbox')).to_numpy(zero_copy_only=False); b = pc.list_flatten(pc.struct_field(flat, 'bbox')).to_numpy().reshape(-1, 4); at = at[has]
-    size = np.stack([t[c].to_numpy(zero_copy_only=False).astype(float)[at] for c in ('width', 'height')], 1); wh = b[:, 2:] - b[:, :2]
-    return pd.DataFrame(dict(item=at, label=np.array(pc.struct_field(flat, 'label').to_pylist(), object)[has], split=np.array(t['split'].to_pylist(), object)[at],
-                             x=((b[:, 0] + b[:, 2])/2)/size[:, 0], y=((b[:, 1] + b[:, 3])/2)/size[:, 1], w=wh[:, 0]/size[:, 0], h=wh[:, 1]/size[:, 1], area=wh.prod(1)))
+    has = pc.is_valid(pc.struct_field(flat, 'bbox')).to_numpy(zero_copy_only=False)
+    b = pc.list_flatten(pc.struct_field(flat, 'bbox')).to_numpy().reshape(-1, 4)
+    at = at[has]
+    size = np.stack([t[c].to_numpy(zero_copy_only=False).astype(float)[at] for c in ('width', 'height')], 1)
+    wh = b[:, 2:] - b[:, :2]
+    return pd.DataFrame(
+        dict(
+            item=at,
+            label=np.array(pc.struct_field(flat, 'label').to_pylist(), object)[has],
+            split=np.array(t['split'].to_pylist(), object)[at],
+            x=((b[:, 0] + b[:, 2]) / 2) / size[:, 0],
+            y=((b[:, 1] + b[:, 3]) / 2) / size[:, 1],
+            w=wh[:, 0] / size[:, 0],
+            h=wh[:, 1] / size[:, 1],
+            area=wh.prod(1),
+        )
+    )
 
 # %% ../../nbs/12d_data.coverage.ipynb #1bf79e4a
 def slice_coverage(t:pa.Table, problem:Problem) -> pd.DataFrame: # rows: slices; columns: splits, and `share`
     "How many items of each split lie in each slice of the problem."
-    split, tags = np.array(t['split'].to_pylist(), object), facts_of(t); rows = {'all items': np.ones(len(t), bool)} | {n: select(e, tags) for n, e in problem.slices.items()}
-    return pd.DataFrame({n: {s: int((m & (split == s)).sum()) for s in SPLITS} | dict(share=float(m.mean()) if len(t) else 0.) for n, m in rows.items()}).T.astype({s: int for s in SPLITS}).rename_axis('slice')
+    split, tags = np.array(t['split'].to_pylist(), object), facts_of(t)
+    rows = {'all items': np.ones(len(t), bool)} | {n: select(e, tags) for n, e in problem.slices.items()}
+    return (
+        pd.DataFrame(
+            {
+                n: {s: int((m & (split == s)).sum()) for s in SPLITS} | dict(share=float(m.mean()) if len(t) else 0.0)
+                for n, m in rows.items()
+            }
+        )
+        .T.astype({s: int for s in SPLITS})
+        .rename_axis('slice')
+    )
 
-def cooccurrence(t:pa.Table, classes:list[str]) -> tuple[pd.DataFrame, pd.DataFrame]: # items with both (diagonal: with the class); lift
+
+def cooccurrence(
+    t: pa.Table, classes: list[str]
+) -> tuple[pd.DataFrame, pd.DataFrame]:  # items with both (diagonal: with the class); lift
     "Which classes share an image."
     m = np.zeros((len(t), len(classes))); at = {c: k for k, c in enumerate(classes)}
     flat = pc.list_flatten(t['annotations']).combine_chunks()
     if len(flat):
-        k = np.array([at.get(v, -1) for v in pc.struct_field(flat, 'label').to_pylist()]); i = pc.list_parent_indices(t['annotations']).to_numpy(); m[i[k >= 0], k[k >= 0]] = 1
+        k = np.array([at.get(v, -1) for v in pc.struct_field(flat, 'label').to_pylist()])
+        i = pc.list_parent_indices(t['annotations']).to_numpy()
+        m[i[k >= 0], k[k >= 0]] = 1
     both = m.T @ m; share = np.diag(both)/max(len(t), 1); chance = np.outer(share, share)*max(len(t), 1)
-    return pd.DataFrame(both.astype(int), classes, classes), pd.DataFrame(np.divide(both, chance, out=np.full(both.shape, np.nan), where=chance > 0), classes, classes)
+    return pd.DataFrame(both.astype(int), classes, classes), pd.DataFrame(
+        np.divide(both, chance, out=np.full(both.shape, np.nan), where=chance > 0), classes, classes
+    )
 
 # %% ../../nbs/12d_data.coverage.ipynb #b2fe0992
 def plot_objects(o:pd.DataFrame, # from `objects`
@@ -42,11 +74,21 @@ def plot_objects(o:pd.DataFrame, # from `objects`
     "Per class: widths and heights, and where centres lie; both as shares of the image."
     import matplotlib.pyplot as plt
     names = [c for c in (classes or o['label'].value_counts().index) if (o['label'] == c).any()][:most]
-    fig, axes = plt.subplots(2, max(len(names), 1), figsize=(2.1*max(len(names), 1) + 1, 4.2), squeeze=False, layout='constrained')
+    fig, axes = plt.subplots(
+        2, max(len(names), 1), figsize=(2.1 * max(len(names), 1) + 1, 4.2), squeeze=False, layout='constrained'
+    )
     for k, c in enumerate(names):
         x = o[o['label'] == c]; a, b = axes[:, k]
-        a.scatter(x['w'], x['h'], s=3, alpha=min(1, 200/len(x)), color='#0072B2', rasterized=True); a.set(xlim=(0, 1), ylim=(0, 1), title=f'{c} ({len(x)})', xlabel='width', ylabel='height' if not k else '')
-        b.imshow(np.histogram2d(x['y'], x['x'], bins=24, range=[[0, 1], [0, 1]])[0], extent=(0, 1, 1, 0), cmap='Blues', aspect='auto'); b.grid(False); b.set(xlabel='centre x', ylabel='centre y' if not k else '')
+        a.scatter(x['w'], x['h'], s=3, alpha=min(1, 200 / len(x)), color='#0072B2', rasterized=True)
+        a.set(xlim=(0, 1), ylim=(0, 1), title=f'{c} ({len(x)})', xlabel='width', ylabel='height' if not k else '')
+        b.imshow(
+            np.histogram2d(x['y'], x['x'], bins=24, range=[[0, 1], [0, 1]])[0],
+            extent=(0, 1, 1, 0),
+            cmap='Blues',
+            aspect='auto',
+        )
+        b.grid(False)
+        b.set(xlabel='centre x', ylabel='centre y' if not k else '')
     return fig
 
 # %% ../../nbs/12d_data.coverage.ipynb #3081719c
@@ -57,9 +99,12 @@ def described(t:pa.Table, seen:pd.DataFrame|None=None, # measures of the same ro
     for c in ('device', 'source'): out[c] = t[c].to_pylist()
     for k, v in tags_of(t).items():
         if k not in ('split', 'source', 'license', 'device', 'captured_at'): out[f'tag {k}'] = v
-    if len(o): out['objects'] = np.bincount(o['item'], minlength=n).astype(float); out['object size'] = np.sqrt((o['w']*o['h']).groupby(o['item']).mean()).reindex(range(n)).to_numpy(float)
+    if len(o):
+        out['objects'] = np.bincount(o['item'], minlength=n).astype(float)
+        out['object size'] = np.sqrt((o['w'] * o['h']).groupby(o['item']).mean()).reindex(range(n)).to_numpy(float)
     if seen is not None:
-        for c, name in dict(mean='brightness', spread='contrast', blur='blur', width='width', height='height').items(): out[name] = seen[c].to_numpy(float)
+        for c, name in dict(mean='brightness', spread='contrast', blur='blur', width='width', height='height').items():
+            out[name] = seen[c].to_numpy(float)
     return out
 
 def drift(a:pd.DataFrame, b:pd.DataFrame, # from `described`
@@ -69,9 +114,22 @@ def drift(a:pd.DataFrame, b:pd.DataFrame, # from `described`
     rows = []
     for c in [c for c in a if c in b]:
         x, y = a[c].dropna(), b[c].dropna()
-        if len(x) < 5 or len(y) < 5 or pd.concat([x, y]).nunique() < 2 or (x.dtype == object and pd.concat([x, y]).nunique() > 100): continue
+        if (
+            len(x) < 5
+            or len(y) < 5
+            or pd.concat([x, y]).nunique() < 2
+            or (x.dtype == object and pd.concat([x, y]).nunique() > 100)
+        ):
+            continue
         if x.dtype == object:
-            n = pd.DataFrame(dict(a=x.value_counts(), b=y.value_counts())).fillna(0); rows.append((c, .5*float(np.abs(n['a']/n['a'].sum() - n['b']/n['b'].sum()).sum()), float(chi2_contingency(n.to_numpy()).pvalue)))
+            n = pd.DataFrame(dict(a=x.value_counts(), b=y.value_counts())).fillna(0)
+            rows.append(
+                (
+                    c,
+                    0.5 * float(np.abs(n['a'] / n['a'].sum() - n['b'] / n['b'].sum()).sum()),
+                    float(chi2_contingency(n.to_numpy()).pvalue),
+                )
+            )
         else: k = ks_2samp(x, y); rows.append((c, float(k.statistic), float(k.pvalue)))
     t = pd.DataFrame(rows, columns=['what', 'gap', 'p']).sort_values('p', ignore_index=True)
     t['p'] = np.minimum(np.maximum.accumulate(t['p']*(len(t) - np.arange(len(t)))), 1) if len(t) else t['p']

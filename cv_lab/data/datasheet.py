@@ -12,47 +12,101 @@ from ..core import BadInput
 from .manifest import Dataset, first_labels, tags_of
 
 # %% ../../nbs/10c_data.datasheet.ipynb #c13a65b8
-QUESTIONS = dict( # key of the YAML: (section, question)
-    purpose=('Motivation', 'For what was the dataset made, and by whom?'), funding=('Motivation', 'Who paid for it?'),
-    represents=('Composition', 'What do the items show, and of what larger set are they a sample?'), missing=('Composition', 'What is missing, and why?'),
-    people=('Composition', 'Are people in it, can they be recognised, and which groups?'), sensitive=('Composition', 'Is anything in it that harms or upsets?'),
-    collected=('Collection', 'How were the items collected, with what devices and by which people?'), consent=('Collection', 'Were the people concerned asked, and how can they withdraw?'),
-    cleaned=('Preprocessing and labelling', 'What was removed or changed?'), labelled=('Preprocessing and labelling', 'Who labelled, by what guideline, and how was it checked?'),
-    used=('Uses', 'What was it used for?'), not_for=('Uses', 'What must it not be used for?'),
-    shared=('Distribution', 'Who may have it, under what terms?'), owner=('Maintenance', 'Who keeps it, and how can they be reached?'), updates=('Maintenance', 'How will it be corrected and renewed?'))
+QUESTIONS = dict(  # key of the YAML: (section, question)
+    purpose=('Motivation', 'For what was the dataset made, and by whom?'),
+    funding=('Motivation', 'Who paid for it?'),
+    represents=('Composition', 'What do the items show, and of what larger set are they a sample?'),
+    missing=('Composition', 'What is missing, and why?'),
+    people=('Composition', 'Are people in it, can they be recognised, and which groups?'),
+    sensitive=('Composition', 'Is anything in it that harms or upsets?'),
+    collected=('Collection', 'How were the items collected, with what devices and by which people?'),
+    consent=('Collection', 'Were the people concerned asked, and how can they withdraw?'),
+    cleaned=('Preprocessing and labelling', 'What was removed or changed?'),
+    labelled=('Preprocessing and labelling', 'Who labelled, by what guideline, and how was it checked?'),
+    used=('Uses', 'What was it used for?'),
+    not_for=('Uses', 'What must it not be used for?'),
+    shared=('Distribution', 'Who may have it, under what terms?'),
+    owner=('Maintenance', 'Who keeps it, and how can they be reached?'),
+    updates=('Maintenance', 'How will it be corrected and renewed?'),
+)
+
 
 def load_answers(path:str|Path|None) -> dict[str, str]:
     "The answers of people; an unknown key is refused."
     if path is None or not Path(path).exists(): return {}
-    try: said = yaml.safe_load(Path(path).read_text(encoding='utf8')) or {}
-    except yaml.YAMLError as e: raise BadInput(f'{path} is not YAML: {e}', 'key: answer', 'see cv_lab.data.datasheet.QUESTIONS') from None
+    try:
+        said = yaml.safe_load(Path(path).read_text(encoding='utf8')) or {}
+    except yaml.YAMLError as e:
+        raise BadInput(f'{path} is not YAML: {e}', 'key: answer', 'see cv_lab.data.datasheet.QUESTIONS') from None
     if not isinstance(said, dict) or (unknown := set(said) - set(QUESTIONS)):
-        raise BadInput(f'{path}: unknown keys {sorted(map(str, unknown)) if isinstance(said, dict) else said}', f'some of: {", ".join(QUESTIONS)}', 'correct the key')
+        raise BadInput(
+            f'{path}: unknown keys {sorted(map(str, unknown)) if isinstance(said, dict) else said}',
+            f'some of: {", ".join(QUESTIONS)}',
+            'correct the key',
+        )
     return {k: str(v) for k, v in said.items() if v is not None}
 
 def answers_template() -> str:
     "An empty `datasheet.yaml`, with the questions."
-    return '# What only people know. Leave empty what nobody knows: the datasheet will say so.\n' + ''.join(f'\n# {s}: {q}\n{k}:\n' for k, (s, q) in QUESTIONS.items())
+    return '# What only people know. Leave empty what nobody knows: the datasheet will say so.\n' + ''.join(
+        f'\n# {s}: {q}\n{k}:\n' for k, (s, q) in QUESTIONS.items()
+    )
 
 # %% ../../nbs/10c_data.datasheet.ipynb #db1bd7e1
 def manifest_facts(d:Dataset) -> dict[str, dict]: # section -> {what: figure}
     "The figures of a datasheet."
     t, tags = d.table, tags_of(d.table); n = len(t); boxes = pc.list_value_length(t['annotations'])
-    def top(values, k=8): v = pd.Series(values, dtype=object).fillna('not said').value_counts(); return ', '.join(f'{a}: {b:,}' for a, b in v[:k].items()) + (f', and {len(v) - k} more' if len(v) > k else '')
-    size = pd.DataFrame(dict(w=t['width'].to_pandas(), h=t['height'].to_pandas())).dropna(); when = sorted(v for v in t['captured_at'].to_pylist() if v)
-    composition = dict(items=f'{n:,}', annotations=f'{pc.sum(pc.fill_null(boxes, 0)).as_py() or 0:,}', classes=', '.join(d.classes) or 'none', **{'first label of an item': top(first_labels(t))},
-                       splits=top(t['split'].to_pylist()), groups=f'{len(pc.unique(t["group"].drop_null())):,}', unlabelled=f'{sum(v in (None, 0) for v in boxes.to_pylist()):,}')
-    if len(size): composition['size in pixels'] = f'{size.w.min():.0f} x {size.h.min():.0f} to {size.w.max():.0f} x {size.h.max():.0f}, median {size.w.median():.0f} x {size.h.median():.0f}'
-    for k in [k for k in tags if k not in ('split', 'source', 'license', 'device', 'captured_at')][:12]: composition[f'tag {k}'] = top(tags[k], 6)
-    collection = dict(source=top(tags['source']), device=top(tags['device']), captured=f'{when[0]} to {when[-1]}' if when else 'not said', consent=top(t['consent'].to_pylist()))
-    return dict(Composition=composition, Collection=collection, Distribution=dict(licence=top(tags['license'])), Maintenance=dict(version=d.version))
+
+    def top(values, k=8):
+        v = pd.Series(values, dtype=object).fillna('not said').value_counts()
+        return ', '.join(f'{a}: {b:,}' for a, b in v[:k].items()) + (f', and {len(v) - k} more' if len(v) > k else '')
+
+    size = pd.DataFrame(dict(w=t['width'].to_pandas(), h=t['height'].to_pandas())).dropna()
+    when = sorted(v for v in t['captured_at'].to_pylist() if v)
+    composition = dict(
+        items=f'{n:,}',
+        annotations=f'{pc.sum(pc.fill_null(boxes, 0)).as_py() or 0:,}',
+        classes=', '.join(d.classes) or 'none',
+        **{'first label of an item': top(first_labels(t))},
+        splits=top(t['split'].to_pylist()),
+        groups=f'{len(pc.unique(t["group"].drop_null())):,}',
+        unlabelled=f'{sum(v in (None, 0) for v in boxes.to_pylist()):,}',
+    )
+    if len(size):
+        composition['size in pixels'] = (
+            f'{size.w.min():.0f} x {size.h.min():.0f} to {size.w.max():.0f} x {size.h.max():.0f}, median {size.w.median():.0f} x {size.h.median():.0f}'
+        )
+    for k in [k for k in tags if k not in ('split', 'source', 'license', 'device', 'captured_at')][:12]:
+        composition[f'tag {k}'] = top(tags[k], 6)
+    collection = dict(
+        source=top(tags['source']),
+        device=top(tags['device']),
+        captured=f'{when[0]} to {when[-1]}' if when else 'not said',
+        consent=top(t['consent'].to_pylist()),
+    )
+    return dict(
+        Composition=composition,
+        Collection=collection,
+        Distribution=dict(licence=top(tags['license'])),
+        Maintenance=dict(version=d.version),
+    )
+
 
 def datasheet(d:Dataset, answers:dict[str, str]|None=None, # from `load_answers`
              ) -> str: # Markdown
     "The datasheet of a dataset."
-    facts, answers = manifest_facts(d), answers or {}; out = [f'# Datasheet: {d.name}', '', f'Version `{d.version}`. Figures are from the manifest; sentences are from its makers.']
-    if proof := d.about.get('split'): out += ['', f'Split by {proof["by"]}, seed {proof["seed"]}: {proof["shared_groups"]} groups, {proof["shared_contents"]} contents and '
-                                              f'{"(not looked for)" if proof["shared_clusters"] is None else proof["shared_clusters"]} near-duplicate clusters lie in two splits.']
+    facts, answers = manifest_facts(d), answers or {}
+    out = [
+        f'# Datasheet: {d.name}',
+        '',
+        f'Version `{d.version}`. Figures are from the manifest; sentences are from its makers.',
+    ]
+    if proof := d.about.get('split'):
+        out += [
+            '',
+            f'Split by {proof["by"]}, seed {proof["seed"]}: {proof["shared_groups"]} groups, {proof["shared_contents"]} contents and '
+            f'{"(not looked for)" if proof["shared_clusters"] is None else proof["shared_clusters"]} near-duplicate clusters lie in two splits.',
+        ]
     for section in dict.fromkeys(s for s, _ in QUESTIONS.values()):
         out += ['', f'## {section}', '']
         if section in facts: out += ['| | |', '|---|---|', *(f'| {k} | {v} |' for k, v in facts[section].items()), '']
@@ -60,17 +114,48 @@ def datasheet(d:Dataset, answers:dict[str, str]|None=None, # from `load_answers`
     return '\n'.join(out) + '\n'
 
 # %% ../../nbs/10c_data.datasheet.ipynb #ab3b94f4
-CASES = dict( # task: what must be decided
+CASES = dict(  # task: what must be decided
     classification=['An item that shows two classes', 'An item that shows none', 'Too blurred to be sure'],
-    detection=['Objects cut by the border: box the visible part, or the whole?', 'Objects behind others: from what visible share on?', 'The smallest object that counts, in pixels',
-               'Groups that cannot be told apart', 'Reflections, pictures of objects, and toys'],
-    segmentation=['Which class is in front where two meet', 'Holes and see-through parts', 'How exact a border must be, in pixels', 'Background that nobody asked about'],
-    text=['Letters that cannot be read', 'Capitals, accents and punctuation', 'Text in other scripts'], captioning=['What must be mentioned', 'What must not be guessed: names, feelings, origin', 'Tense and length'],
-    tracking=['When an object leaves and comes back', 'Hidden for some frames', 'When two tracks are swapped'])
+    detection=[
+        'Objects cut by the border: box the visible part, or the whole?',
+        'Objects behind others: from what visible share on?',
+        'The smallest object that counts, in pixels',
+        'Groups that cannot be told apart',
+        'Reflections, pictures of objects, and toys',
+    ],
+    segmentation=[
+        'Which class is in front where two meet',
+        'Holes and see-through parts',
+        'How exact a border must be, in pixels',
+        'Background that nobody asked about',
+    ],
+    text=['Letters that cannot be read', 'Capitals, accents and punctuation', 'Text in other scripts'],
+    captioning=['What must be mentioned', 'What must not be guessed: names, feelings, origin', 'Tense and length'],
+    tracking=['When an object leaves and comes back', 'Hidden for some frames', 'When two tracks are swapped'],
+)
 
 def guideline(task:str, classes:list[str]) -> str: # Markdown
     "A guideline to fill in."
     cases = next((v for k, v in CASES.items() if k in task or task in k), CASES['classification'])
-    return '\n'.join([f'# Labelling guideline: {task}', '', '## Classes', '', '| class | is | is not | looks like, but is not |', '|---|---|---|---|', *(f'| {c} | | | |' for c in classes), '',
-                      '## Decided cases', '', '| case | decision | example | since |', '|---|---|---|---|', *(f'| {c} | | | |' for c in cases), '',
-                      '## When in doubt', '', 'Mark it as doubtful and go on. Doubtful items are seen by two people; what they decide is added above.', ''])
+    return '\n'.join(
+        [
+            f'# Labelling guideline: {task}',
+            '',
+            '## Classes',
+            '',
+            '| class | is | is not | looks like, but is not |',
+            '|---|---|---|---|',
+            *(f'| {c} | | | |' for c in classes),
+            '',
+            '## Decided cases',
+            '',
+            '| case | decision | example | since |',
+            '|---|---|---|---|',
+            *(f'| {c} | | | |' for c in cases),
+            '',
+            '## When in doubt',
+            '',
+            'Mark it as doubtful and go on. Doubtful items are seen by two people; what they decide is added above.',
+            '',
+        ]
+    )

@@ -14,8 +14,13 @@ from scipy.ndimage import uniform_filter1d
 from .measures import THUMB
 
 # %% ../../nbs/11b_data.duplicates.ipynb #0589af64
-def _regions() -> np.ndarray: # (R, 4): x0, y0, x1, y1 as shares of the sides; x1 < x0 reads from right to left
-    windows = [(x, y, x + s, y + s) for s, n in ((1., 1), (.9, 2), (.8, 3)) for x in np.linspace(0, 1 - s, n) for y in np.linspace(0, 1 - s, n)]
+def _regions() -> np.ndarray:  # (R, 4): x0, y0, x1, y1 as shares of the sides; x1 < x0 reads from right to left
+    windows = [
+        (x, y, x + s, y + s)
+        for s, n in ((1.0, 1), (0.9, 2), (0.8, 3))
+        for x in np.linspace(0, 1 - s, n)
+        for y in np.linspace(0, 1 - s, n)
+    ]
     return np.array(windows + [(1, 0, 0, 1), (0, 1, 1, 0), (1, 1, 0, 0)], np.float32)
 
 REGIONS = _regions()
@@ -29,9 +34,17 @@ def fingerprints(thumbs:np.ndarray, # (N, THUMB, THUMB) uint8
         part = thumbs[i:i + 2048]; sums = np.zeros((len(part), THUMB + 1, THUMB + 1), np.int32)
         np.cumsum(np.cumsum(part, 1, dtype=np.int32), 2, out=sums[:, 1:, 1:])
         for r, (x0, y0, x1, y1) in enumerate(REGIONS):
-            x, y = (np.rint(np.linspace(min(a, b), max(a, b), GRID + 1)*THUMB).astype(int) for a, b in ((x0, x1), (y0, y1)))
-            at = sums[:, y][:, :, x]; cells = (at[:, 1:, 1:] - at[:, :-1, 1:] - at[:, 1:, :-1] + at[:, :-1, :-1])/(np.diff(y)[:, None]*np.diff(x)).astype(np.float32)
-            out[r, i:i + 2048] = unit(cells[:, ::(1 if y1 > y0 else -1), ::(1 if x1 > x0 else -1)].reshape(len(part), -1))
+            x, y = (
+                np.rint(np.linspace(min(a, b), max(a, b), GRID + 1) * THUMB).astype(int)
+                for a, b in ((x0, x1), (y0, y1))
+            )
+            at = sums[:, y][:, :, x]
+            cells = (at[:, 1:, 1:] - at[:, :-1, 1:] - at[:, 1:, :-1] + at[:, :-1, :-1]) / (
+                np.diff(y)[:, None] * np.diff(x)
+            ).astype(np.float32)
+            out[r, i : i + 2048] = unit(
+                cells[:, :: (1 if y1 > y0 else -1), :: (1 if x1 > x0 else -1)].reshape(len(part), -1)
+            )
     return out
 
 def unit(rows:np.ndarray) -> np.ndarray: # (N, D) float32
@@ -45,8 +58,13 @@ def _embed(prints:np.ndarray, # (R, N, D) from `fingerprints`
     "Fingerprints without what the dataset has in common."
     from sklearn.decomposition import PCA
     n = prints.shape[1]; some = prints[0, ::max(1, n//20_000)].astype(np.float32)
-    pca = PCA(min(dims, *some.shape), random_state=0, svd_solver='full').fit(some); scale = np.maximum(pca.explained_variance_, 1e-8)**-.25
-    def embed(p): e = (p.astype(np.float32) - pca.mean_) @ (pca.components_.T*scale); return e/np.maximum(np.linalg.norm(e, axis=1, keepdims=True), 1e-6)*(np.abs(p).sum(1, keepdims=True) > 0)
+    pca = PCA(min(dims, *some.shape), random_state=0, svd_solver='full').fit(some)
+    scale = np.maximum(pca.explained_variance_, 1e-8) ** -0.25
+
+    def embed(p):
+        e = (p.astype(np.float32) - pca.mean_) @ (pca.components_.T * scale)
+        return e / np.maximum(np.linalg.norm(e, axis=1, keepdims=True), 1e-6) * (np.abs(p).sum(1, keepdims=True) > 0)
+
     return np.stack([embed(p) for p in prints]).astype(np.float32)
 
 def _cells(whole:np.ndarray, # (N, D)
@@ -55,8 +73,14 @@ def _cells(whole:np.ndarray, # (N, D)
     from sklearn.cluster import MiniBatchKMeans
     n = len(whole)
     if n < 4096: return np.zeros((1, whole.shape[1]), np.float32), [np.arange(n)]
-    k = int(2*np.sqrt(n)); km = MiniBatchKMeans(k, random_state=0, n_init=1, batch_size=4096, max_iter=20).fit(whole[::max(1, n//100_000)])
-    near = np.concatenate([np.argpartition(-part @ km.cluster_centers_.T + (km.cluster_centers_**2).sum(1)/2, 4, axis=1)[:, :4] for part in np.array_split(whole, n//4096)])
+    k = int(2 * np.sqrt(n))
+    km = MiniBatchKMeans(k, random_state=0, n_init=1, batch_size=4096, max_iter=20).fit(whole[:: max(1, n // 100_000)])
+    near = np.concatenate(
+        [
+            np.argpartition(-part @ km.cluster_centers_.T + (km.cluster_centers_**2).sum(1) / 2, 4, axis=1)[:, :4]
+            for part in np.array_split(whole, n // 4096)
+        ]
+    )
     order = np.argsort(near.ravel(), kind='stable'); bounds = np.searchsorted(near.ravel()[order], np.arange(k + 1))
     return km.cluster_centers_, [order[a:b]//4 for a, b in zip(bounds, bounds[1:])]
 
@@ -66,26 +90,50 @@ def candidates(thumbs:np.ndarray, # (N, THUMB, THUMB) uint8
               ) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # a, b, r: the whole of a looks like region r of b
     "Pairs of items that may be the same picture."
     e = _embed(fingerprints(thumbs)); centres, cells = _cells(e[0]); half = (centres**2).sum(1)/2
-    def ask(r): # all items' region r, cell by cell
-        cell = np.concatenate([np.argmax(part @ centres.T - half, 1) for part in np.array_split(e[r], max(1, len(e[r])//4096))]); order = np.argsort(cell, kind='stable'); found = []
+    def ask(r):  # all items' region r, cell by cell
+        cell = np.concatenate(
+            [np.argmax(part @ centres.T - half, 1) for part in np.array_split(e[r], max(1, len(e[r]) // 4096))]
+        )
+        order = np.argsort(cell, kind='stable')
+        found = []
         bounds = np.searchsorted(cell[order], np.arange(len(cells) + 1))
-        for asked, listed in ((q, cells[c]) for c in range(len(cells)) for q in np.array_split(order[bounds[c]:bounds[c + 1]], max(1, (bounds[c + 1] - bounds[c])//1024)) if len(q)):
+        for asked, listed in (
+            (q, cells[c])
+            for c in range(len(cells))
+            for q in np.array_split(order[bounds[c] : bounds[c + 1]], max(1, (bounds[c + 1] - bounds[c]) // 1024))
+            if len(q)
+        ):
             s = e[r][asked] @ e[0][listed].T; s[asked[:, None] == listed] = -1
-            if s.shape[1] > 2*each and (s > least).sum() > 4*each*len(asked): s[s < np.partition(s, -2*each, axis=1)[:, -2*each, None]] = -1 # crowded: the best only
-            i, j = np.nonzero(s > least); found.append((listed[j].astype(np.int32), asked[i].astype(np.int32), np.full(len(i), r, np.int8), s[i, j]))
+            if s.shape[1] > 2 * each and (s > least).sum() > 4 * each * len(asked):
+                s[s < np.partition(s, -2 * each, axis=1)[:, -2 * each, None]] = -1  # crowded: the best only
+            i, j = np.nonzero(s > least)
+            found.append((listed[j].astype(np.int32), asked[i].astype(np.int32), np.full(len(i), r, np.int8), s[i, j]))
         return tuple(np.concatenate(x) for x in zip(*found))
-    with ThreadPoolExecutor(os.cpu_count()) as pool: a, b, r, s = (np.concatenate(x) for x in zip(*pool.map(ask, range(len(REGIONS)))))
-    pairs = pd.DataFrame(dict(a=a, b=b, r=r, s=s)).sort_values(['s', 'a', 'b'], ascending=[False, True, True], kind='stable').drop_duplicates(['a', 'b'])
-    rank = np.minimum(pairs.groupby('a').cumcount(), pairs.groupby('b').cumcount()); each = next((k for k in range(each, 1, -1) if (rank < k).sum() <= 4*len(thumbs)), 1)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        a, b, r, s = (np.concatenate(x) for x in zip(*pool.map(ask, range(len(REGIONS)))))
+    pairs = (
+        pd.DataFrame(dict(a=a, b=b, r=r, s=s))
+        .sort_values(['s', 'a', 'b'], ascending=[False, True, True], kind='stable')
+        .drop_duplicates(['a', 'b'])
+    )
+    rank = np.minimum(pairs.groupby('a').cumcount(), pairs.groupby('b').cumcount())
+    each = next((k for k in range(each, 1, -1) if (rank < k).sum() <= 4 * len(thumbs)), 1)
     top = pairs[rank < each] # fewer where all look alike
     return top['a'].to_numpy(), top['b'].to_numpy(), top['r'].to_numpy()
 
 # %% ../../nbs/11b_data.duplicates.ipynb #50e026c4
-def _sample(flat:np.ndarray, side:int, which:np.ndarray, box:np.ndarray, n:int): # -> (M, n, n), its derivatives by x and by y, (n,) positions
+def _sample(
+    flat: np.ndarray, side: int, which: np.ndarray, box: np.ndarray, n: int
+):  # -> (M, n, n), its derivatives by x and by y, (n,) positions
     "Bilinear samples of boxes of square images."
-    u = ((np.arange(n) + .5)/n).astype(np.float32); at = lambda lo, hi: ((lo[:, None] + u*(hi - lo)[:, None])*side - .5).clip(0, side - 1.001)
+    u = ((np.arange(n) + 0.5) / n).astype(np.float32)
+    at = lambda lo, hi: ((lo[:, None] + u * (hi - lo)[:, None]) * side - 0.5).clip(0, side - 1.001)
     x, y = at(box[:, 0], box[:, 2]), at(box[:, 1], box[:, 3]); xi, yi = x.astype(np.intp), y.astype(np.intp)
-    fx, fy = (x - xi).astype(np.float32)[:, None, :], (y - yi).astype(np.float32)[:, :, None] # all of it in 32 bits: half the time
+    fx, fy = (
+        (x - xi).astype(np.float32)[:, None, :],
+        (y - yi).astype(np.float32)[:, :, None],
+    )  # all of it in 32 bits: half the time
     i = ((which.astype(np.intp)*side*side)[:, None] + yi*side)[:, :, None] + xi[:, None, :]
     p, q, s, t = (flat.take(i + k, mode='clip').astype(np.float32, copy=False) for k in (0, 1, side, side + 1))
     dx, dx_lower = q - p, t - s; upper = p + dx*fx; dy = s + dx_lower*fx - upper
@@ -98,18 +146,30 @@ def align(fine:np.ndarray, coarse:np.ndarray, # (N, 2n, 2n) to take boxes from, 
     m, n, side, flat = len(a), coarse.shape[1], fine.shape[1], fine.reshape(-1); want = unit(coarse[a].reshape(m, -1))
     best, kept, first, k = np.full(m, -2, np.float32), box.copy(), box, np.arange(6)
     for step in range(steps + 1):
-        v, gx, gy, u = _sample(flat, side, b, box, n); c = (want*unit(v.reshape(m, -1))).sum(1); better = c > best; best[better], kept[better] = c[better], box[better]
+        v, gx, gy, u = _sample(flat, side, b, box, n)
+        c = (want * unit(v.reshape(m, -1))).sum(1)
+        better = c > best
+        best[better], kept[better] = c[better], box[better]
         if step == steps: return kept, best
         J = np.empty((m, 6, n*n), np.float32); w = u[:, None]
         for i, g in enumerate((gx*(1 - u), gy*(1 - w), gx*u, gy*w, v)): J[:, i] = g.reshape(m, -1)
-        J[:, 5] = 1; H = (J @ J.transpose(0, 2, 1)).astype(float); H[:, k, k] = H[:, k, k]*[1.02, 1.02, 1.02, 1.02, 1, 1] + 1e-3
-        q = np.linalg.solve(H, (J @ want[..., None]).astype(float))[..., 0]; gain = np.where(np.abs(q[:, 4:5]) < 1e-5, 1e-5, q[:, 4:5])
+        J[:, 5] = 1
+        H = (J @ J.transpose(0, 2, 1)).astype(float)
+        H[:, k, k] = H[:, k, k] * [1.02, 1.02, 1.02, 1.02, 1, 1] + 1e-3
+        q = np.linalg.solve(H, (J @ want[..., None]).astype(float))[..., 0]
+        gain = np.where(np.abs(q[:, 4:5]) < 1e-5, 1e-5, q[:, 4:5])
         box = (box + (q[:, :4]/gain).clip(-.08, .08)).clip(first - .25, first + .25).clip(-.02, 1.02).astype(np.float32)
 
 # %% ../../nbs/11b_data.duplicates.ipynb #cc9cbdb8
 def _pooled(t:np.ndarray, k:int) -> np.ndarray: # (N, side/k, side/k) float32
     "Means over k by k pixels."
-    return np.concatenate([p.reshape(len(p), t.shape[1]//k, k, t.shape[2]//k, k).mean((2, 4), dtype=np.float32) for p in np.array_split(t, len(t)//4096 + 1)])
+    return np.concatenate(
+        [
+            p.reshape(len(p), t.shape[1] // k, k, t.shape[2] // k, k).mean((2, 4), dtype=np.float32)
+            for p in np.array_split(t, len(t) // 4096 + 1)
+        ]
+    )
+
 
 def _detail(x:np.ndarray) -> np.ndarray: # (M, n²), unit length
     "A picture less its local mean."
@@ -120,16 +180,26 @@ def agreement(thumbs:np.ndarray, a:np.ndarray, b:np.ndarray, r:np.ndarray, # fro
     "How much the detail of aligned candidates agrees; candidates that do not even agree in the large are left out."
     half, quarter, eighth = (_pooled(thumbs, k) for k in (2, 4, 8))
     def judge(s:slice) -> pd.DataFrame:
-        i, j = a[s], b[s]; box, _ = align(quarter, eighth, i, j, REGIONS[r[s]], 3) # coarsely first: fine detail pulls the wrong way from afar
+        i, j = a[s], b[s]
+        box, _ = align(
+            quarter, eighth, i, j, REGIONS[r[s]], 3
+        )  # coarsely first: fine detail pulls the wrong way from afar
         for steps, least in ((4, .6), (8, .75)):
             box, c = align(half, quarter, i, j, box, steps); ok = c > least; i, j, box = i[ok], j[ok], box[ok]
             if not len(i): return pd.DataFrame(columns=['a', 'b', 'score', 'box'])
         box, c = align(thumbs, half, i, j, box, 2); there = _sample(thumbs.reshape(-1), THUMB, j, box, THUMB//2)[0]
-        return pd.DataFrame(dict(a=i, b=j, score=np.minimum(c, (_detail(half[i])*_detail(there)).sum(1)), box=box.round(3).tolist()))
-    with ThreadPoolExecutor(os.cpu_count()) as pool: found = [f for f in pool.map(judge, (slice(k, k + 256) for k in range(0, len(a), 256))) if len(f)]
+        return pd.DataFrame(
+            dict(a=i, b=j, score=np.minimum(c, (_detail(half[i]) * _detail(there)).sum(1)), box=box.round(3).tolist())
+        )
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = [f for f in pool.map(judge, (slice(k, k + 256) for k in range(0, len(a), 256))) if len(f)]
     if not found: return pd.DataFrame(dict(a=[], b=[], score=[], box=[])).astype(dict(a=int, b=int, score=float))
-    t = pd.concat(found, ignore_index=True).sort_values('score', ascending=False, kind='stable'); low, high = np.minimum(t['a'], t['b']), np.maximum(t['a'], t['b'])
-    return t[~pd.DataFrame(dict(low=low, high=high)).duplicated()].reset_index(drop=True) # the better of the two directions
+    t = pd.concat(found, ignore_index=True).sort_values('score', ascending=False, kind='stable')
+    low, high = np.minimum(t['a'], t['b']), np.maximum(t['a'], t['b'])
+    return t[~pd.DataFrame(dict(low=low, high=high)).duplicated()].reset_index(
+        drop=True
+    )  # the better of the two directions
 
 # %% ../../nbs/11b_data.duplicates.ipynb #a258f9c4
 def line_between(best:np.ndarray, # (N,) each item's best agreement, -1 where it has none
@@ -145,13 +215,20 @@ def near_duplicates(thumbs:np.ndarray, # (N, THUMB, THUMB) uint8, one of each gr
     "Pairs of items that are the same picture, the surest first."
     lively = np.flatnonzero(np.concatenate([p.std((1, 2)) > 2 for p in np.array_split(thumbs, len(thumbs)//4096 + 1)]))
     if len(lively) < 2: return pd.DataFrame(dict(a=[], b=[], score=[], box=[])).astype(dict(a=int, b=int, score=float))
-    t = thumbs if len(lively) == len(thumbs) else thumbs[lively]; pairs = agreement(t, *candidates(t)); best = np.full(len(t), -1.)
+    t = thumbs if len(lively) == len(thumbs) else thumbs[lively]
+    pairs = agreement(t, *candidates(t))
+    best = np.full(len(t), -1.0)
     for side in 'ab': np.maximum.at(best, pairs[side].to_numpy(int), pairs['score'].to_numpy())
-    pairs = pairs[pairs['score'] >= (line_between(best) if least is None else least)].sort_values('score', ascending=False, ignore_index=True)
+    pairs = pairs[pairs['score'] >= (line_between(best) if least is None else least)].sort_values(
+        'score', ascending=False, ignore_index=True
+    )
     return pairs.assign(a=lively[pairs['a'].to_numpy(int)], b=lively[pairs['b'].to_numpy(int)])
 
 def clusters(n:int, pairs:pd.DataFrame) -> np.ndarray: # (n,) the cluster of each item; a lone item is its own
     "What hangs together through pairs."
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
-    return connected_components(coo_array((np.ones(len(pairs)), (pairs['a'].to_numpy(int), pairs['b'].to_numpy(int))), (n, n)), directed=False)[1]
+
+    return connected_components(
+        coo_array((np.ones(len(pairs)), (pairs['a'].to_numpy(int), pairs['b'].to_numpy(int))), (n, n)), directed=False
+    )[1]

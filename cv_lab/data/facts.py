@@ -10,9 +10,16 @@ import numpy as np, pyarrow as pa
 from ..geometry import box_iou
 from .manifest import tags_of
 
-COUNTED = dict(width='of the image, pixels', height='of the image, pixels', objects='with a place: box, mask, outline or text', kinds='different labels among them',
-               smallest='side of a square as large as the smallest object, pixels', median='the same of the object of middle size', largest='the same of the largest',
-               crowding='the highest overlap (IoU) of two objects; 0 where none touch')
+COUNTED = dict(
+    width='of the image, pixels',
+    height='of the image, pixels',
+    objects='with a place: box, mask, outline or text',
+    kinds='different labels among them',
+    smallest='side of a square as large as the smallest object, pixels',
+    median='the same of the object of middle size',
+    largest='the same of the largest',
+    crowding='the highest overlap (IoU) of two objects; 0 where none touch',
+)
 
 # %% ../../nbs/10e_data.facts.ipynb #d152f664
 def _counted(anns:list[dict]) -> dict: # what the objects of one item say
@@ -22,8 +29,12 @@ def _counted(anns:list[dict]) -> dict: # what the objects of one item say
     side = np.sort(np.sqrt((b[:, 2] - b[:, 0])*(b[:, 3] - b[:, 1]))); over = box_iou(b, b); np.fill_diagonal(over, 0)
     return out | dict(smallest=side[0], median=np.median(side), largest=side[-1], crowding=over.max())
 
-def facts_of(t:pa.Table) -> dict[str, list]: # fact -> one text per row, None where there is none; as `spec.select` wants it
+def facts_of(
+    t: pa.Table,
+) -> dict[str, list]:  # fact -> one text per row, None where there is none; as `spec.select` wants it
     "The tags, the columns, and what can be counted."
     rows = [_counted(anns) for anns in t['annotations'].to_pylist()]; text = lambda v: None if v is None else f'{v:.6g}'
-    counted = {k: [text(r.get(k)) for r in rows] for k in COUNTED if k not in ('width', 'height')} | {k: [text(v) for v in t[k].to_pylist()] for k in ('width', 'height')}
+    counted = {k: [text(r.get(k)) for r in rows] for k in COUNTED if k not in ('width', 'height')} | {
+        k: [text(v) for v in t[k].to_pylist()] for k in ('width', 'height')
+    }
     return {k: v for k, v in counted.items() if any(x is not None for x in v)} | tags_of(t)

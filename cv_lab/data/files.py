@@ -80,7 +80,9 @@ def _look_at(paths:list[str]) -> list[Look]:
     found = []
     for p in paths:
         try:
-            if os.path.getsize(p) > MAX_BYTES: found.append(Look(fault='file too large', detail=f'over {MAX_BYTES >> 30} GiB')); continue
+            if os.path.getsize(p) > MAX_BYTES:
+                found.append(Look(fault='file too large', detail=f'over {MAX_BYTES >> 30} GiB'))
+                continue
             with open(p, 'rb') as f: found.append(look(f.read()))
         except OSError as e: found.append(Look(fault='cannot be read', detail=e.strerror or str(e)))
     return found
@@ -96,7 +98,12 @@ def look_all(paths:Iterable[str|Path],
         for b in batches: yield from _look_at(b)
         return
     from joblib import Parallel, cpu_count, delayed
-    for found in Parallel(workers or cpu_count(), return_as='generator')(delayed(_look_at)(b) for b in chain(first, batches)): yield from found
+
+    for found in Parallel(workers or cpu_count(), return_as='generator')(
+        delayed(_look_at)(b) for b in chain(first, batches)
+    ):
+        yield from found
+
 
 def _batches(it:Iterable, n:int) -> Iterator[list]:
     it = iter(it)
@@ -115,12 +122,17 @@ def _walk(root:Path, q:Quarantine) -> Iterator[str]: # relative, with forward sl
         for e in entries:
             name = below + e.name
             if _JUNK.match(e.name): continue
-            if '\udc80' <= max(e.name) <= '\udcff': q.drop(name.encode(errors='replace').decode(), 'name is not Unicode', part='file'); continue
+            if '\udc80' <= max(e.name) <= '\udcff':
+                q.drop(name.encode(errors='replace').decode(), 'name is not Unicode', part='file')
+                continue
             if e.is_symlink():
                 real = Path(os.path.realpath(e.path))
-                if not real.is_relative_to(os.path.realpath(root)): q.drop(name, 'link leads out of the folder', part='file'); continue
+                if not real.is_relative_to(os.path.realpath(root)):
+                    q.drop(name, 'link leads out of the folder', part='file')
+                    continue
                 if not real.exists(): q.drop(name, 'link leads nowhere', part='file'); continue
-                if real.is_dir() and (str(real) in seen or Path(os.path.realpath(folder)).is_relative_to(real)): continue
+                if real.is_dir() and (str(real) in seen or Path(os.path.realpath(folder)).is_relative_to(real)):
+                    continue
             if e.is_dir(): seen.add(os.path.realpath(e.path)); todo.append((name + '/', Path(e.path)))
             elif e.is_file(): yield name
 
@@ -134,7 +146,9 @@ def _closest(found:list[str], want:list[str], near:Iterable[str], name:str) -> s
     for home in near:
         at = [n for n in found if stem(n) == [p for p in _plain(home).split('/') if p not in ('', '.')] + want]
         if len(at) == 1: return at[0]
-    shared = lambda n: next((i for i, (a, b) in enumerate(zip(reversed(stem(n)), reversed(want))) if a != b), min(len(stem(n)), len(want)))
+    shared = lambda n: next(
+        (i for i, (a, b) in enumerate(zip(reversed(stem(n)), reversed(want))) if a != b), min(len(stem(n)), len(want))
+    )
     best = max(map(shared, found)); top = [n for n in found if shared(n) == best]
     exact = [n for n in top if n.replace('\\', '/').endswith(name.replace('\\', '/'))]
     return top[0] if len(top) == 1 else exact[0] if len(exact) == 1 else None
@@ -159,7 +173,11 @@ class Source:
 
     def find(self, *patterns:str) -> list[str]: # as a shell writes them, in lower case; `*` crosses folders
         "The files of those names; of a source that is one file, at most that one."
-        return [n for n in ([self.only] if self.only else self.names) if any(fnmatch.fnmatchcase(n.casefold(), p) for p in patterns)]
+        return [
+            n
+            for n in ([self.only] if self.only else self.names)
+            if any(fnmatch.fnmatchcase(n.casefold(), p) for p in patterns)
+        ]
 
     def path(self, name:str) -> Path: return inside(self.root, name)
 
@@ -167,7 +185,8 @@ class Source:
         "A text file's content; what is not UTF-8 is taken as Latin-1."
         try:
             with open(self.path(name), 'rb') as f: data = f.read(limit)
-        except OSError as e: raise BadInput(f'{name} cannot be read: {e.strerror}', 'a file', 'check the path') from None
+        except OSError as e:
+            raise BadInput(f'{name} cannot be read: {e.strerror}', 'a file', 'check the path') from None
         try: return data.decode('utf-8-sig', 'ignore' if limit else 'strict')
         except UnicodeDecodeError: return data.decode('latin-1')
 
@@ -189,8 +208,10 @@ class Source:
               ) -> str|None: # relative to the root; None when it is not there, or could be several
         "The image that is meant by a name."
         for home in (*near, ''):
-            if (hit := self._whole.get(f'{_plain(home).strip("/")}/{_plain(str(name))}'.strip('/'))) and suffix: return hit
-        want = _plain(str(name)).split('/'); want = [p for p in want if p not in ('', '.', '..') and not p.endswith(':')]
+            if (hit := self._whole.get(f'{_plain(home).strip("/")}/{_plain(str(name))}'.strip('/'))) and suffix:
+                return hit
+        want = _plain(str(name)).split('/')
+        want = [p for p in want if p not in ('', '.', '..') and not p.endswith(':')]
         if not want: return None
         if suffix: found = self._tails.get(want[-1], [])
         else: found = [n for s in SUFFIXES for n in self._tails.get(want[-1] + s, [])]
@@ -204,20 +225,34 @@ ARCHIVES = ('.zip', '.tar', '.tar.gz', '.tgz', '.tar.bz2', '.tar.xz')
 def _members(archive:Path) -> list[tuple[str, int, bool]]: # name, bytes, is it an ordinary file or folder
     "What an archive says it holds."
     if archive.name.lower().endswith('.zip'):
-        with zipfile.ZipFile(archive) as z: return [(m.filename, m.file_size, (m.external_attr >> 28) in (0, 4, 8)) for m in z.infolist()]
+        with zipfile.ZipFile(archive) as z:
+            return [(m.filename, m.file_size, (m.external_attr >> 28) in (0, 4, 8)) for m in z.infolist()]
     with tarfile.open(archive) as t: return [(m.name, m.size, m.isfile() or m.isdir()) for m in t]
 
 def unpack(archive:str|Path, into:str|Path) -> Path: # the folder with its content
     "Unpack a zip or tar, refusing whatever would leave the folder."
     archive = Path(archive); folder = Path(into)/f'{archive.name.split(".")[0]}-{file_digest(archive)[:12]}'
     if folder.is_dir(): return folder
-    try: members = _members(archive)
-    except (zipfile.BadZipFile, tarfile.TarError, OSError, EOFError) as e: raise BadInput(f'{archive.name} cannot be unpacked: {e}', 'a whole zip or tar file', 'download it again') from None
+    try:
+        members = _members(archive)
+    except (zipfile.BadZipFile, tarfile.TarError, OSError, EOFError) as e:
+        raise BadInput(
+            f'{archive.name} cannot be unpacked: {e}', 'a whole zip or tar file', 'download it again'
+        ) from None
     for name, _, plain in members:
         inside(folder, name)
-        if not plain: raise BadInput(f'{archive.name} holds a link or device: {name!r}', 'files and folders only', 'pack the files themselves')
+        if not plain:
+            raise BadInput(
+                f'{archive.name} holds a link or device: {name!r}',
+                'files and folders only',
+                'pack the files themselves',
+            )
     if (total := sum(m[1] for m in members)) > max(UNPACKED, 200*archive.stat().st_size):
-        raise BadInput(f'{archive.name} would unpack to {total/2**30:.0f} GiB, over 200 times its size', 'an archive of images', 'unpack it by hand if it can be trusted')
+        raise BadInput(
+            f'{archive.name} would unpack to {total / 2**30:.0f} GiB, over 200 times its size',
+            'an archive of images',
+            'unpack it by hand if it can be trusted',
+        )
     part = folder.with_name(folder.name + '.part'); part.mkdir(parents=True, exist_ok=True)
     if archive.name.lower().endswith('.zip'):
         with zipfile.ZipFile(archive) as z: z.extractall(part)

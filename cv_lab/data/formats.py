@@ -21,7 +21,16 @@ from ..audit import Log, log_of, record
 from ..core import Annotation, BadInput, Refusal, canonical_json, inside, write_atomic
 from .files import ARCHIVES, Look, Quarantine, Source, look_all, unpack
 from ..geometry import sound_rle
-from .manifest import PREDICTIONS, SCHEMA, Dataset, assign_splits, labels_in, load_dataset, make_table, save_dataset
+from cv_lab.data.manifest import (
+    PREDICTIONS,
+    SCHEMA,
+    Dataset,
+    assign_splits,
+    labels_in,
+    load_dataset,
+    make_table,
+    save_dataset,
+)
 
 # %% ../../nbs/11_data.formats.ipynb #40920b21
 CONTRACT = dict(
@@ -34,14 +43,42 @@ CONTRACT = dict(
 # and, where it has a place for some attributes only: ATTRIBUTES, their names, each with a value for example;
 # where models answer in it: predictions(source, dataset, find, ...) -> Iterator[Found], see nbs/11r_data.predictions.ipynb
 
-KINDS = ('class', 'box', 'polygon', 'mask', 'line', 'caption')            # what an annotation is; line: the image is one line of text
+KINDS = (
+    'class',
+    'box',
+    'polygon',
+    'mask',
+    'line',
+    'caption',
+)  # what an annotation is; line: the image is one line of text
 FIELDS = ('text', 'track_id', 'annotator', 'score', 'attributes')         # what it may say besides its label
-COLUMNS = ('split', 'group', 'source', 'license', 'consent', 'expires', 'captured_at', 'device', 'tags') # what an item may say
+COLUMNS = (
+    'split',
+    'group',
+    'source',
+    'license',
+    'consent',
+    'expires',
+    'captured_at',
+    'device',
+    'tags',
+)  # what an item may say
+
 
 def kind_of(a:dict|Annotation) -> str: # one of KINDS
     "What an annotation is."
     said = a.said() if isinstance(a, Annotation) else {k: v for k, v in a.items() if v is not None}
-    return next((kind for part, kind in dict(mask='mask', polygon='polygon', bbox='box', caption='caption', label='class', text='line').items() if part in said), 'class')
+    return next(
+        (
+            kind
+            for part, kind in dict(
+                mask='mask', polygon='polygon', bbox='box', caption='caption', label='class', text='line'
+            ).items()
+            if part in said
+        ),
+        'class',
+    )
+
 
 def attributes_kept(module:ModuleType, names:Iterable[str]) -> list[str]:
     "Those of some attributes that a format keeps."
@@ -50,13 +87,24 @@ def attributes_kept(module:ModuleType, names:Iterable[str]) -> list[str]:
 def formats() -> dict[str, ModuleType]: # name -> module, sorted
     "Every format there is: the modules of `cv_lab.data.format`."
     import cv_lab.data.format as home
-    return {m.name: importlib.import_module(f'cv_lab.data.format.{m.name}') for m in sorted(pkgutil.iter_modules(home.__path__), key=lambda m: m.name)}
+
+    return {
+        m.name: importlib.import_module(f'cv_lab.data.format.{m.name}')
+        for m in sorted(pkgutil.iter_modules(home.__path__), key=lambda m: m.name)
+    }
+
 
 def format_table() -> pd.DataFrame: # a row per format
     "What each format keeps and loses, from the modules themselves."
-    return pd.DataFrame({name: {'format': m.TITLE} | {k: '+' if k in m.KEEPS else '' for k in (*KINDS, *FIELDS, *COLUMNS)}
-                         | ({'attributes': 'some'} if hasattr(m, 'ATTRIBUTES') else {}) | {'loses': m.LOSES}
-                         for name, m in formats().items()}).T
+    return pd.DataFrame(
+        {
+            name: {'format': m.TITLE}
+            | {k: '+' if k in m.KEEPS else '' for k in (*KINDS, *FIELDS, *COLUMNS)}
+            | ({'attributes': 'some'} if hasattr(m, 'ATTRIBUTES') else {})
+            | {'loses': m.LOSES}
+            for name, m in formats().items()
+        }
+    ).T
 
 # %% ../../nbs/11_data.formats.ipynb #5756ff06
 @dataclass
@@ -66,8 +114,8 @@ class Found:
     annotations: list[dict] = field(default_factory=list) # fields of `Annotation`, unchecked
     item: dict = field(default_factory=dict)              # columns of the manifest: split, group, tags, ...
     size: tuple[float, float]|None = None                 # width, height as the annotation file says; None: it does not
-    predictions: list[dict] = field(default_factory=list) # what a model said; kept apart from the annotations
-    relative: bool = False           # boxes and polygons are in fractions of the image's width and height, not in pixels
+    predictions: list[dict] = field(default_factory=list)  # what a model said; kept apart from the annotations
+    relative: bool = False  # boxes and polygons are in fractions of the image's width and height, not in pixels
     data: bytes|None = None          # the image file, where it was packed
 
 @dataclass
@@ -82,7 +130,9 @@ class Reading:
 
 def natural(name:str) -> list: # a sort key
     "The order a person puts names in: 2 before 10."
-    return [(0, int(p), '') if p.isdecimal() else (1, 0, p) for p in re.split(r'(\d+)', name.casefold()) if p] + [(2, 0, name)]
+    return [(0, int(p), '') if p.isdecimal() else (1, 0, p) for p in re.split(r'(\d+)', name.casefold()) if p] + [
+        (2, 0, name)
+    ]
 
 # %% ../../nbs/11_data.formats.ipynb #52c82432
 NO_SPLIT = 'unsplit' # what items without a split are called, in a tally and as a folder
@@ -101,25 +151,31 @@ def split_in(path:str) -> str|None:
         if said := [s for w in words if (s := split_of(w))]: return said[-1]
     return None
 
-def unlisted(source:Source, listed:Iterable[str], also:Iterable[str]=()) -> None: # `also`: images that are no items, such as masks
+def unlisted(
+    source: Source, listed: Iterable[str], also: Iterable[str] = ()
+) -> None:  # `also`: images that are no items, such as masks
     "Set aside the images of a folder that no annotation file speaks of."
     if source.only is None:
         for n in sorted(set(source.images) - set(listed) - set(also)): source.quarantine.drop(n, 'image is not listed')
 
 # %% ../../nbs/11_data.formats.ipynb #2b586cfb
-def _box(b:Iterable, w:int, h:int, clip:bool) -> tuple[list[float]|None, str, str]: # the box, what was wrong, what was mended
+def _box(
+    b: Iterable, w: int, h: int, clip: bool
+) -> tuple[list[float] | None, str, str]:  # the box, what was wrong, what was mended
     try: b = [float(v) + 0. for v in b]                        # + 0.: no minus nought
     except (TypeError, ValueError): return None, 'box is not four numbers', ''
     if len(b) != 4 or not all(map(math.isfinite, b)): return None, 'box is not four numbers', ''
     if b[2] <= b[0] or b[3] <= b[1]: return None, 'box has no area', ''
-    if b[2] <= 0 or b[3] <= 0 or b[0] >= w or b[1] >= h: return (None, 'box lies outside the image', '') if clip else (b, '', '')
+    if b[2] <= 0 or b[3] <= 0 or b[0] >= w or b[1] >= h:
+        return (None, 'box lies outside the image', '') if clip else (b, '', '')
     if not clip or (b[0] >= 0 and b[1] >= 0 and b[2] <= w and b[3] <= h): return b, '', ''
     return [max(b[0], 0.), max(b[1], 0.), min(b[2], float(w)), min(b[3], float(h))], '', 'box reached out of the image'
 
 def _rings(rings:Iterable, w:int, h:int) -> tuple[list|None, str, str]:
     try: rings = [[float(v) + 0. for v in r] for r in rings]
     except (TypeError, ValueError): return None, 'polygon is not made of numbers', ''
-    if not rings or any(len(r) < 6 or len(r) % 2 or not all(map(math.isfinite, r)) for r in rings): return None, 'polygon has fewer than three points', ''
+    if not rings or any(len(r) < 6 or len(r) % 2 or not all(map(math.isfinite, r)) for r in rings):
+        return None, 'polygon has fewer than three points', ''
     cut = [[min(max(v, 0.), float(h if i % 2 else w)) for i, v in enumerate(r)] for r in rings]
     return cut, '', 'polygon reached out of the image' if cut != rings else ''
 
@@ -133,7 +189,16 @@ def _outline(a:dict) -> list[float]|None:
     return mask_box(rle_decode(a['mask']))
 
 _TEXTS = ('label', 'text', 'track_id', 'caption', 'annotator')
-MALFORMED = (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError, BadInput) # what a record raises that is not of the shape it should have
+MALFORMED = (
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    IndexError,
+    OverflowError,
+    BadInput,
+)  # what a record raises that is not of the shape it should have
+
 
 def _text(v) -> str: # that Arrow can hold
     if not isinstance(v, (str, int, float)): raise ValueError(f'{v!r} is not a text')
@@ -152,7 +217,8 @@ def _checked(a:dict, found:Found, w:int, h:int, clip:bool, q:Quarantine) -> Anno
     if 'mask' in a:
         try: a['mask'] = sound_rle(a['mask'])
         except BadInput as e: return drop(e.what)
-    if 'mask' in a and a['mask']['size'] != [h, w]: return drop('mask of another size than the image', f"{a['mask']['size']}, image {[h, w]}")
+    if 'mask' in a and a['mask']['size'] != [h, w]:
+        return drop('mask of another size than the image', f"{a['mask']['size']}, image {[h, w]}")
     if ('polygon' in a or 'mask' in a) and 'bbox' not in a:
         if (b := _outline(a)) is None: return drop('outline has no area')
         a['bbox'] = b
@@ -165,13 +231,17 @@ _TURN = {5: lambda x, y, W, H: (y, x),         6: lambda x, y, W, H: (W - y, x),
 
 def _turned(a:dict, look:Look) -> dict:
     "What was said about the stored pixels, about the upright ones."
-    turn = lambda pts: np.stack(_TURN[look.turned](*np.reshape(np.asarray(pts, float), (-1, 2)).T, look.width, look.height), 1)
+    turn = lambda pts: np.stack(
+        _TURN[look.turned](*np.reshape(np.asarray(pts, float), (-1, 2)).T, look.width, look.height), 1
+    )
     a = dict(a)
     if a.get('bbox') is not None: p = turn(a['bbox']); a['bbox'] = [*p.min(0).tolist(), *p.max(0).tolist()]
     if a.get('polygon') is not None: a['polygon'] = [turn(r).ravel().tolist() for r in a['polygon']]
     if a.get('mask') is not None:
         from cv_lab.geometry import rle_decode, rle_encode
-        m = rle_decode(a['mask']); a['mask'] = rle_encode({5: m.T, 6: m.T[:, ::-1], 7: m.T[::-1, ::-1], 8: m.T[::-1]}[look.turned])
+
+        m = rle_decode(a['mask'])
+        a['mask'] = rle_encode({5: m.T, 6: m.T[:, ::-1], 7: m.T[::-1, ::-1], 8: m.T[::-1]}[look.turned])
     return a
 
 def _same_size(found:Found, look:Look, q:Quarantine) -> bool:
@@ -183,21 +253,30 @@ def _same_size(found:Found, look:Look, q:Quarantine) -> bool:
     if look.turned >= 5 and (h, w) == (look.width, look.height):
         found.annotations = [_turned(a, look) for a in found.annotations]
         q.mend(found.image, 'labels were of the image before EXIF turned it', f'{w}x{h}', part='image'); return True
-    q.drop(found.image, 'size in the file is not that of the image', f'{w}x{h} said, {look.width}x{look.height} found'); return False
+    q.drop(found.image, 'size in the file is not that of the image', f'{w}x{h} said, {look.width}x{look.height} found')
+    return False
 
 # %% ../../nbs/11_data.formats.ipynb #51d7c746
 def _columns(found:Found, q:Quarantine) -> dict:
     "What is said of the item itself, as text."
     out = {}
     for k, v in found.item.items():
-        try: out |= {} if v is None else {k: {_text(t): _text(x) for t, x in v.items() if x is not None} if k == 'tags' else _text(v)}
-        except MALFORMED as e: q.drop(found.image, f'{k} cannot be read', str(e), part='column')
+        try:
+            out |= (
+                {}
+                if v is None
+                else {k: {_text(t): _text(x) for t, x in v.items() if x is not None} if k == 'tags' else _text(v)}
+            )
+        except MALFORMED as e:
+            q.drop(found.image, f'{k} cannot be read', str(e), part='column')
     return out
 
 def _row(found:Found, look:Look, clip:bool, q:Quarantine) -> dict|None:
     if look.fault: return q.drop(found.image, look.fault, look.detail)
     if not _same_size(found, look, q): return None
-    check = lambda a: _checked(_in_pixels(a, look.width, look.height) if found.relative else a, found, look.width, look.height, clip, q)
+    check = lambda a: _checked(
+        _in_pixels(a, look.width, look.height) if found.relative else a, found, look.width, look.height, clip, q
+    )
     anns, found.predictions = map(check, found.annotations), [p for p in map(check, found.predictions) if p is not None]
     row = dict(id=found.image, uri=found.image, sha256=look.sha256, width=look.width, height=look.height,
                annotations=[a for a in anns if a is not None]) | _columns(found, q)
@@ -206,8 +285,10 @@ def _row(found:Found, look:Look, clip:bool, q:Quarantine) -> dict|None:
 def _in_pixels(a:dict, w:int, h:int) -> dict: # rounded to a millionth of a pixel, which undoes the division exactly
     try:
         if a.get('bbox') is not None: a['bbox'] = [round(float(v)*s, 6) for v, s in zip(a['bbox'], (w, h, w, h))]
-        if a.get('polygon') is not None: a['polygon'] = [[round(float(v)*(h if i % 2 else w), 6) for i, v in enumerate(r)] for r in a['polygon']]
-    except (TypeError, ValueError): pass                   # the check that follows says so
+        if a.get('polygon') is not None:
+            a['polygon'] = [[round(float(v) * (h if i % 2 else w), 6) for i, v in enumerate(r)] for r in a['polygon']]
+    except (TypeError, ValueError):
+        pass                   # the check that follows says so
     return a
 
 def _once(items:Iterable[Found], q:Quarantine) -> Iterator[Found]:
@@ -216,7 +297,9 @@ def _once(items:Iterable[Found], q:Quarantine) -> Iterator[Found]:
         if f.image in seen: q.drop(f.image, 'image is listed twice')
         else: seen.add(f.image); yield f
 
-def _settled(reading:Reading, root:Path, images:Path|None, workers:int|None, q:Quarantine) -> Iterator[dict]: # rows of the manifest
+def _settled(
+    reading: Reading, root: Path, images: Path | None, workers: int | None, q: Quarantine
+) -> Iterator[dict]:  # rows of the manifest
     "Every image found, once, looked at and checked; copied to `images` if given."
     def placed():
         for f in _once(reading.items, q):
@@ -254,13 +337,26 @@ def tally_of(t:pa.Table, q:Quarantine) -> dict: # counts
     anns = t['annotations'].combine_chunks() if len(t) else pa.array([], SCHEMA.field('annotations').type)
     flat, has = pc.list_flatten(anns), lambda k: pc.is_valid(pc.struct_field(flat, k))
     none, kinds = lambda *ks: pc.invert(_any([has(k) for k in ks])), {}
-    kinds = dict(classes=pc.and_(has('label'), none('bbox', 'mask', 'polygon', 'caption')), boxes=pc.and_(has('bbox'), none('mask', 'polygon')),
-                 polygons=has('polygon'), masks=has('mask'), texts=has('text'), captions=has('caption'), tracked=has('track_id'))
+    kinds = dict(
+        classes=pc.and_(has('label'), none('bbox', 'mask', 'polygon', 'caption')),
+        boxes=pc.and_(has('bbox'), none('mask', 'polygon')),
+        polygons=has('polygon'),
+        masks=has('mask'),
+        texts=has('text'),
+        captions=has('caption'),
+        tracked=has('track_id'),
+    )
     counted = lambda a: {v['values'] or NO_SPLIT: v['counts'] for v in pc.value_counts(a).to_pylist()}
-    return dict(items=len(t), annotations=len(flat), kinds={k: n for k, m in kinds.items() if (n := int(pc.sum(m).as_py() or 0))},
-                unlabelled=int(pc.sum(pc.equal(pc.fill_null(pc.list_value_length(anns), 0), 0)).as_py() or 0), splits=counted(t['split']),
-                labels=dict(sorted(counted(pc.struct_field(flat, 'label').drop_null()).items(), key=lambda kv: natural(kv[0]))),
-                left_out=q.counts('left out'), mended=q.counts('mended'))
+    return dict(
+        items=len(t),
+        annotations=len(flat),
+        kinds={k: n for k, m in kinds.items() if (n := int(pc.sum(m).as_py() or 0))},
+        unlabelled=int(pc.sum(pc.equal(pc.fill_null(pc.list_value_length(anns), 0), 0)).as_py() or 0),
+        splits=counted(t['split']),
+        labels=dict(sorted(counted(pc.struct_field(flat, 'label').drop_null()).items(), key=lambda kv: natural(kv[0]))),
+        left_out=q.counts('left out'),
+        mended=q.counts('mended'),
+    )
 
 def _any(masks:list):
     out = masks[0]
@@ -270,13 +366,23 @@ def _any(masks:list):
 def write_tally(tally:dict) -> str: # a few lines
     "The tally in words."
     said = lambda d: ', '.join(f'{k} {n:,}' for k, n in d.items())
-    lines = [f"{tally['items']:,} items, {tally['annotations']:,} annotations" + (f" ({said(tally['kinds'])})" if tally['kinds'] else '')]
+    lines = [
+        f"{tally['items']:,} items, {tally['annotations']:,} annotations"
+        + (f" ({said(tally['kinds'])})" if tally['kinds'] else '')
+    ]
     if tally.get('predictions'): lines.append(f"predictions, kept apart: {tally['predictions']:,}")
     if tally['unlabelled']: lines.append(f"unlabelled: {tally['unlabelled']:,}")
     lines.append('splits: ' + said(tally['splits']))
     shown = dict(islice(tally['labels'].items(), 20)); more = len(tally['labels']) - len(shown)
     if shown: lines.append('labels: ' + said(shown) + (f' and {more} more' if more else ''))
-    return '\n'.join(lines + [f'{what}: {said(tally[key])}' for what, key in (('left out', 'left_out'), ('mended', 'mended')) if tally[key]])
+    return '\n'.join(
+        lines
+        + [
+            f'{what}: {said(tally[key])}'
+            for what, key in (('left out', 'left_out'), ('mended', 'mended'))
+            if tally[key]
+        ]
+    )
 
 # %% ../../nbs/11_data.formats.ipynb #1829efb0
 def recognise(source:Source) -> tuple[str, str]: # the format's name, and why
@@ -284,20 +390,44 @@ def recognise(source:Source) -> tuple[str, str]: # the format's name, and why
     claims = {name: m.recognise(source) for name, m in formats().items()}
     best = max((s for s, _ in claims.values()), default=0)
     top = {n: why for n, (s, why) in claims.items() if s == best}
-    if best == 0: raise BadInput(f'{source.only or source.root.name} is in no format that is known here', f'one of: {", ".join(claims)}', 'name the format, see: cvlab data formats')
-    if len(top) > 1: raise BadInput(f'{source.only or source.root.name} could be ' + ', or '.join(f'{n} ({w})' for n, w in top.items()), 'one format', f'say which: --format {next(iter(top))}')
+    if best == 0:
+        raise BadInput(
+            f'{source.only or source.root.name} is in no format that is known here',
+            f'one of: {", ".join(claims)}',
+            'name the format, see: cvlab data formats',
+        )
+    if len(top) > 1:
+        raise BadInput(
+            f'{source.only or source.root.name} could be ' + ', or '.join(f'{n} ({w})' for n, w in top.items()),
+            'one format',
+            f'say which: --format {next(iter(top))}',
+        )
     return next(iter(top.items()))
 
 def get_format(name:str) -> ModuleType:
     "The format of that name, its contract checked."
-    if name not in (found := formats()): raise BadInput(f'there is no format {name!r}', f'one of: {", ".join(found)}, or auto', 'see: cvlab data formats')
+    if name not in (found := formats()):
+        raise BadInput(
+            f'there is no format {name!r}', f'one of: {", ".join(found)}, or auto', 'see: cvlab data formats'
+        )
     lacks = [f'`{k}` is missing: {what}' for k, what in CONTRACT.items() if not hasattr(found[name], k)]
-    if lacks: raise BadInput(f'the format {name!r} does not keep the contract:\n  ' + '\n  '.join(lacks), 'all names of formats.CONTRACT', 'see nbs/11_data.formats.ipynb')
+    if lacks:
+        raise BadInput(
+            f'the format {name!r} does not keep the contract:\n  ' + '\n  '.join(lacks),
+            'all names of formats.CONTRACT',
+            'see nbs/11_data.formats.ipynb',
+        )
     return found[name]
 
 def _check_options(what:str, f, options:dict) -> None:
     known = list(inspect.signature(f).parameters)[1:]
-    if unknown := set(options) - set(known): raise BadInput(f'{what} has no option {", ".join(sorted(unknown))}', f'some of: {", ".join(known) or "none"}', 'see: cvlab data formats')
+    if unknown := set(options) - set(known):
+        raise BadInput(
+            f'{what} has no option {", ".join(sorted(unknown))}',
+            f'some of: {", ".join(known) or "none"}',
+            'see: cvlab data formats',
+        )
+
 
 def open_source(src:str|Path, unpacked:str|Path) -> Source:
     "A folder, a file, or an archive, which is unpacked first."
@@ -326,26 +456,52 @@ def import_dataset(src:str|Path,        # a folder, a file, or a zip or tar of o
     module = get_format(fmt); _check_options(f'import of {fmt}', module.read, options)
     try:
         reading = module.read(source, **options); items = iter(reading.items); first = next(items, None)
-        packed = first is not None and first.data is not None; reading.items = () if first is None else _chain(first, items)
+        packed = first is not None and first.data is not None
+        reading.items = () if first is None else _chain(first, items)
         images = out/'images' if copy or packed else None
         rows = _settled(reading, source.root, images, workers, q); tables = []
         while part := list(islice(rows, 4096)): tables.append(make_table(part))
-    except Refusal: raise
-    except Exception as e:                                 # damage that no reader foresaw is still no traceback
-        raise BadInput(f'{src} cannot be read as {fmt}: {type(e).__name__}: {e}', f'files as {module.TITLE} has them', 'check the file, or name another format') from e
+    except Refusal:
+        raise
+    except Exception as e:  # damage that no reader foresaw is still no traceback
+        raise BadInput(
+            f'{src} cannot be read as {fmt}: {type(e).__name__}: {e}',
+            f'files as {module.TITLE} has them',
+            'check the file, or name another format',
+        ) from e
     table = pa.concat_tables(tables).combine_chunks() if tables else make_table([])
     if splits == 'assign' and len(table): table = assign_splits(table)
     write_atomic(out/'quarantine.csv', q.table().to_csv(index=False))
     tally = tally_of(table, q)
-    if not len(table): raise BadInput(f'nothing in {src} could be imported as {fmt}' + (f': {tally["left_out"]}' if tally['left_out'] else ''), 'images that can be read', f'see {out/"quarantine.csv"}, or name another format')
-    if strict and q.rows: raise Quarantined(f'{len(q.rows)} things in {src} are not as they should be: {tally["left_out"] | tally["mended"]}', 'nothing left out or mended under --strict', f'see {out/"quarantine.csv"}')
+    if not len(table):
+        raise BadInput(
+            f'nothing in {src} could be imported as {fmt}' + (f': {tally["left_out"]}' if tally['left_out'] else ''),
+            'images that can be read',
+            f'see {out / "quarantine.csv"}, or name another format',
+        )
+    if strict and q.rows:
+        raise Quarantined(
+            f'{len(q.rows)} things in {src} are not as they should be: {tally["left_out"] | tally["mended"]}',
+            'nothing left out or mended under --strict',
+            f'see {out / "quarantine.csv"}',
+        )
     classes = list(reading.classes or []); classes += sorted(set(labels_in(table)) - set(classes), key=natural)
-    about = dict(format=fmt, why=why, imported_from=str(Path(src).resolve()), left_out=tally['left_out'], mended=tally['mended']) | ({fmt: reading.about} if reading.about else {})
+    about = dict(
+        format=fmt, why=why, imported_from=str(Path(src).resolve()), left_out=tally['left_out'], mended=tally['mended']
+    ) | ({fmt: reading.about} if reading.about else {})
     said = make_table(reading.predictions, PREDICTIONS) if reading.predictions else None
     if said is not None:
-        tally['predictions'] = len(pc.list_flatten(said['annotations'])); sink = pa.BufferOutputStream(); pq.write_table(said, sink)
+        tally['predictions'] = len(pc.list_flatten(said['annotations']))
+        sink = pa.BufferOutputStream()
+        pq.write_table(said, sink)
         write_atomic(out/'predictions.parquet', sink.getvalue().to_pybytes())
-    return ImportResult(save_dataset(Dataset(table, name or out.name, images or source.root, classes, about), out), tally, q.table(), said)
+    return ImportResult(
+        save_dataset(Dataset(table, name or out.name, images or source.root, classes, about), out),
+        tally,
+        q.table(),
+        said,
+    )
+
 
 def _chain(first, rest):
     yield first
@@ -361,7 +517,9 @@ class Target:
     lost: dict[str, int] = field(default_factory=dict)
     files: int = 0
 
-    def rows(self, split:str|None=None) -> Iterator[dict]: # annotations as `Annotation`s, tags as a dict; NO_SPLIT: those without
+    def rows(
+        self, split: str | None = None
+    ) -> Iterator[dict]:  # annotations as `Annotation`s, tags as a dict; NO_SPLIT: those without
         "The items, in order."
         for batch in self.dataset.table.to_batches(max_chunksize=2048):
             for r in batch.to_pylist():
@@ -378,7 +536,8 @@ class Target:
 
     def stems(self) -> dict[str, str]: # id -> a name without folder and suffix, used once
         "Short names for formats that keep all files in one folder: the file's own where it is the only one."
-        if not hasattr(self, '_stems'): self._stems = _stems(self.dataset.table['uri'].to_pylist(), self.dataset.table['id'].to_pylist())
+        if not hasattr(self, '_stems'):
+            self._stems = _stems(self.dataset.table['uri'].to_pylist(), self.dataset.table['id'].to_pylist())
         return self._stems
 
     def lose(self, what:str, n:int=1) -> None: self.lost[what] = self.lost.get(what, 0) + n
@@ -398,7 +557,12 @@ class Target:
                 try: os.link(src, to); return name
                 except OSError: pass
             shutil.copyfile(src, to)
-        except OSError as e: raise BadInput(f'{row["uri"]} cannot be read: {e.strerror}', f'a file under {self.dataset.root}', 'restore it, or import the dataset again') from None
+        except OSError as e:
+            raise BadInput(
+                f'{row["uri"]} cannot be read: {e.strerror}',
+                f'a file under {self.dataset.root}',
+                'restore it, or import the dataset again',
+            ) from None
         return name
 
 def _stems(uris:list[str], ids:list[str]) -> dict[str, str]:
@@ -406,7 +570,9 @@ def _stems(uris:list[str], ids:list[str]) -> dict[str, str]:
     for i, u in zip(ids, uris):
         u = str(u); stem, dot, suffix = u.rpartition('.') if '.' in u.rsplit('/', 1)[-1] else (u, '', '')
         whole = re.sub(r'[/\\]+', '_', stem); names = [stem.rsplit('/', 1)[-1], whole, f'{whole}_{suffix}']
-        n = next((n for n in names if n and n.casefold() not in taken), None) or next(m for k in range(2, len(uris) + 2) if (m := f'{whole}_{k}').casefold() not in taken)
+        n = next((n for n in names if n and n.casefold() not in taken), None) or next(
+            m for k in range(2, len(uris) + 2) if (m := f'{whole}_{k}').casefold() not in taken
+        )
         taken.add(n.casefold()); out[i] = n
     return out
 
@@ -428,7 +594,8 @@ def losses(t:pa.Table, module:ModuleType) -> dict[str, int]: # what -> how often
             for a in r['annotations'] or []:
                 for f in FIELDS:
                     if f in keeps or not a[f] or (f == 'text' and kind_of(a) == 'line'): continue
-                    if n := len(dict(a[f])) - len(attributes_kept(module, dict(a[f]))) if f == 'attributes' else 1: count(f, n)
+                    if n := len(dict(a[f])) - len(attributes_kept(module, dict(a[f]))) if f == 'attributes' else 1:
+                        count(f, n)
                 if (k := kind_of(a)) not in keeps: count(k)
     return dict(sorted(lost.items()))
 
@@ -436,26 +603,55 @@ def with_predictions(t:pa.Table, predictions:pa.Table) -> pa.Table:
     "A table with what a model says about its items among their annotations."
     said = {r['id']: r['annotations'] or [] for r in predictions.select(['id', 'annotations']).to_pylist()}
     anns = [(a or []) + said.get(i, []) for i, a in zip(t['id'].to_pylist(), t['annotations'].to_pylist())]
-    return t.set_column(t.schema.get_field_index('annotations'), SCHEMA.field('annotations'), pa.array(anns, SCHEMA.field('annotations').type))
+    return t.set_column(
+        t.schema.get_field_index('annotations'),
+        SCHEMA.field('annotations'),
+        pa.array(anns, SCHEMA.field('annotations').type),
+    )
 
-def export_dataset(dataset:Dataset|str|Path, # or its folder
-                   format:str,               # a name of `formats()`
-                   dst:str|Path,             # a folder that is not there yet, or empty
-                   images:Literal['copy', 'link', 'none']='copy',
-                   split:str|None=None,      # only this one
-                   predictions:pa.Table|None=None, # a model's, to be written beside: pre-annotations for a labelling tool
-                   log:Log|None=None, by:str|None=None, # where it is said who took what; that of the workspace it is written into, or comes from, when None
-                   **options) -> ExportResult: # options of the format's `write`
+
+def export_dataset(
+    dataset: Dataset | str | Path,  # or its folder
+    format: str,  # a name of `formats()`
+    dst: str | Path,  # a folder that is not there yet, or empty
+    images: Literal['copy', 'link', 'none'] = 'copy',
+    split: str | None = None,  # only this one
+    predictions: pa.Table | None = None,  # a model's, to be written beside: pre-annotations for a labelling tool
+    log: Log | None = None,
+    by: str
+    | None = None,  # where it is said who took what; that of the workspace it is written into, or comes from, when None
+    **options,
+) -> ExportResult: # options of the format's `write`
     "Write a dataset as another tool reads it."
-    d = dataset if isinstance(dataset, Dataset) else load_dataset(dataset); dst, version = Path(dst).resolve(), d.version
-    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())): raise BadInput(f'{dst} is not empty', 'a folder that is not there yet', 'name another, or remove it')
+    d = dataset if isinstance(dataset, Dataset) else load_dataset(dataset)
+    dst, version = Path(dst).resolve(), d.version
+    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
+        raise BadInput(f'{dst} is not empty', 'a folder that is not there yet', 'name another, or remove it')
     module = get_format(format); _check_options(f'export as {format}', module.write, options)
     if split: d = Dataset(d.split(split), d.name, d.root, d.classes, d.about)
-    if not len(d): raise BadInput(f'there is nothing to export{f" in split {split}" if split else ""}', 'a dataset with items', f'splits: {", ".join(map(str, pc.unique(load_dataset(dataset).table["split"]).to_pylist())) if not isinstance(dataset, Dataset) else "see its table"}')
+    if not len(d):
+        raise BadInput(
+            f'there is nothing to export{f" in split {split}" if split else ""}',
+            'a dataset with items',
+            f'splits: {", ".join(map(str, pc.unique(load_dataset(dataset).table["split"]).to_pylist())) if not isinstance(dataset, Dataset) else "see its table"}',
+        )
     if predictions is not None: d = Dataset(with_predictions(d.table, predictions), d.name, d.root, d.classes, d.about)
-    target = Target(d, dst.with_name(f'.{dst.name}.{secrets.token_hex(4)}'), images, losses(d.table, module)); target.root.mkdir(parents=True)
+    target = Target(d, dst.with_name(f'.{dst.name}.{secrets.token_hex(4)}'), images, losses(d.table, module))
+    target.root.mkdir(parents=True)
     try:
-        if log := log or log_of(d.root, False) or log_of(dst, False): record(log, 'export', by, dataset=d.name, version=version, items=len(d), split=split, format=format, images=images, to=str(dst))
+        if log := log or log_of(d.root, False) or log_of(dst, False):
+            record(
+                log,
+                'export',
+                by,
+                dataset=d.name,
+                version=version,
+                items=len(d),
+                split=split,
+                format=format,
+                images=images,
+                to=str(dst),
+            )
         module.write(target, **options)
         if dst.exists(): dst.rmdir()
         target.root.rename(dst)
@@ -468,20 +664,60 @@ def little_dataset(folder:str|Path, module:ModuleType) -> Dataset:
     from PIL import Image
     keeps, folder = set(module.KEEPS), Path(folder); rows = []
     square = lambda: np.pad(np.ones((8, 6), bool), ((4, 18), (20, 14)))
-    kinds = dict(box=lambda: dict(label='cat', bbox=[2, 3, 18.5, 20]), polygon=lambda: dict(label='red dog', polygon=[[20, 4, 36, 6, 30.5, 24, 22, 20]]),
-                 mask=lambda: dict(label='cat', mask=_rle(square())), line=lambda: dict(text='Grün 10 €'), caption=lambda: dict(caption='A cat, and a dog.'))
+    kinds = dict(
+        box=lambda: dict(label='cat', bbox=[2, 3, 18.5, 20]),
+        polygon=lambda: dict(label='red dog', polygon=[[20, 4, 36, 6, 30.5, 24, 22, 20]]),
+        mask=lambda: dict(label='cat', mask=_rle(square())),
+        line=lambda: dict(text='Grün 10 €'),
+        caption=lambda: dict(caption='A cat, and a dog.'),
+    )
     kinds['class'] = lambda: dict(label='cat')
     if 'class' in keeps and keeps & {'box', 'polygon', 'mask'}: kinds['class'] = lambda: dict(label='indoors')
-    extra = dict(text='EXIT', track_id='7', annotator='Ada', score=.75, attributes=dict(getattr(module, 'ATTRIBUTES', dict(occluded='1'))))
-    item = dict(split='train', group='film-1', source='shop', license='CC0', consent='form-3', expires='2031-12-31', captured_at='2024-05-01', device='cam-2', tags=dict(light='day'))
+    extra = dict(
+        text='EXIT',
+        track_id='7',
+        annotator='Ada',
+        score=0.75,
+        attributes=dict(getattr(module, 'ATTRIBUTES', dict(occluded='1'))),
+    )
+    item = dict(
+        split='train',
+        group='film-1',
+        source='shop',
+        license='CC0',
+        consent='form-3',
+        expires='2031-12-31',
+        captured_at='2024-05-01',
+        device='cam-2',
+        tags=dict(light='day'),
+    )
     for i in range(3):
         anns = [kinds[k]() for k in KINDS if k in keeps] if i < 2 else []
         if i == 0:
-            for a in anns: a |= {f: v for f, v in extra.items() if (f in keeps or f == 'attributes' and hasattr(module, 'ATTRIBUTES')) and ('bbox' in a or 'polygon' in a)}
+            for a in anns:
+                a |= {
+                    f: v
+                    for f, v in extra.items()
+                    if (f in keeps or f == 'attributes' and hasattr(module, 'ATTRIBUTES'))
+                    and ('bbox' in a or 'polygon' in a)
+                }
         path = folder/f'photo {i + 1}.png'; folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.random.default_rng(i).integers(0, 255, (30, 40, 3), np.uint8)).save(path)
         look = next(look_all([path])); q = Quarantine()
-        rows.append(_row(Found(path.name, anns, {k: v for k, v in item.items() if k in keeps} | (dict(split='val') if i and 'split' in keeps else {})), look, True, q)); assert not q.rows, q.rows
+        rows.append(
+            _row(
+                Found(
+                    path.name,
+                    anns,
+                    {k: v for k, v in item.items() if k in keeps}
+                    | (dict(split='val') if i and 'split' in keeps else {}),
+                ),
+                look,
+                True,
+                q,
+            )
+        )
+        assert not q.rows, q.rows
     t = make_table(rows); return Dataset(t, 'little', folder, sorted(labels_in(t), key=natural))
 
 def _rle(mask:np.ndarray) -> dict:
@@ -491,10 +727,22 @@ def _rle(mask:np.ndarray) -> dict:
 def content(t:pa.Table, module:ModuleType) -> list: # sorted; two tables say the same to a format when these are equal
     "What a table says of what a format keeps, without names and order."
     def one(a):
-        a = {k: v for k, v in a.items() if v is not None and (k not in FIELDS or k in module.KEEPS or k == 'attributes' or (k == 'text' and kind_of(a) == 'line'))}
+        a = {
+            k: v
+            for k, v in a.items()
+            if v is not None
+            and (k not in FIELDS or k in module.KEEPS or k == 'attributes' or (k == 'text' and kind_of(a) == 'line'))
+        }
         if 'attributes' in a: a['attributes'] = {k: v for k, v in a['attributes'] if k in attributes_kept(module, [k])}
         if not a.get('attributes'): a.pop('attributes', None)
         return canonical_json(a)
-    rows = [dict(sha256=r['sha256'], annotations=sorted(one(a) for a in r['annotations'] if kind_of(a) in module.KEEPS), **{c: r[c] for c in COLUMNS if c in module.KEEPS})
-            for r in t.to_pylist()]
+
+    rows = [
+        dict(
+            sha256=r['sha256'],
+            annotations=sorted(one(a) for a in r['annotations'] if kind_of(a) in module.KEEPS),
+            **{c: r[c] for c in COLUMNS if c in module.KEEPS},
+        )
+        for r in t.to_pylist()
+    ]
     return sorted(map(canonical_json, rows))

@@ -23,52 +23,103 @@ def out_of_fold(features:np.ndarray,          # (N, D)
     from sklearn.model_selection import StratifiedGroupKFold
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
-    y = pd.Index(classes).get_indexer(pd.Index(given, dtype=object)); X = np.asarray(features, np.float32); out = np.full((len(y), len(classes)), 1/len(classes))
-    if (y < 0).any(): raise BadInput(f'labels that are no class: {sorted({str(g) for g, k in zip(given, y) if k < 0})[:3]}', f'one of: {", ".join(classes)}', 'correct them first')
+
+    y = pd.Index(classes).get_indexer(pd.Index(given, dtype=object))
+    X = np.asarray(features, np.float32)
+    out = np.full((len(y), len(classes)), 1 / len(classes))
+    if (y < 0).any():
+        raise BadInput(
+            f'labels that are no class: {sorted({str(g) for g, k in zip(given, y) if k < 0})[:3]}',
+            f'one of: {", ".join(classes)}',
+            'correct them first',
+        )
     if np.unique(y).size < 2: return out
-    X = StandardScaler().fit_transform(X); some = X[np.random.default_rng(seed).choice(len(X), min(len(X), 500), replace=False)]
+    X = StandardScaler().fit_transform(X)
+    some = X[np.random.default_rng(seed).choice(len(X), min(len(X), 500), replace=False)]
     gamma = 1/np.median(((some[:, None] - some[None, :200])**2).sum(-1))
-    for train, test in StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(X, y, np.arange(len(y)) if groups is None else pd.factorize(np.asarray(groups, object))[0]):
-        m = make_pipeline(Nystroem(gamma=gamma, n_components=min(400, len(train)), random_state=seed), LogisticRegression(C=30, max_iter=300)).fit(X[train], y[train])
-        out[np.ix_(test, m[-1].classes_)] = m.predict_proba(X[test]); out[np.ix_(test, np.setdiff1d(np.arange(len(classes)), m[-1].classes_))] = 0
+    for train, test in StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(
+        X, y, np.arange(len(y)) if groups is None else pd.factorize(np.asarray(groups, object))[0]
+    ):
+        m = make_pipeline(
+            Nystroem(gamma=gamma, n_components=min(400, len(train)), random_state=seed),
+            LogisticRegression(C=30, max_iter=300),
+        ).fit(X[train], y[train])
+        out[np.ix_(test, m[-1].classes_)] = m.predict_proba(X[test])
+        out[np.ix_(test, np.setdiff1d(np.arange(len(classes)), m[-1].classes_))] = 0
     return out
 
 # %% ../../nbs/11s_data.label_errors.ipynb #04a2a117
-def confident_joint(given:np.ndarray, # (N,) index of the label
-                    probs:np.ndarray, # (N, C) held-out probabilities
-                   ) -> tuple[np.ndarray, np.ndarray]: # (C, C) counts: given x true; (N,) the class an item counts for, -1: none
+def confident_joint(
+    given: np.ndarray,  # (N,) index of the label
+    probs: np.ndarray,  # (N, C) held-out probabilities
+) -> tuple[np.ndarray, np.ndarray]:  # (C, C) counts: given x true; (N,) the class an item counts for, -1: none
     "The confident joint of Northcutt et al. (2021), equation 1."
-    n, c = probs.shape; threshold = np.array([probs[given == k, k].mean() if (given == k).any() else np.inf for k in range(c)])
-    above = np.where(probs >= threshold, probs, -1); counts_for = np.where(above.max(1) >= 0, above.argmax(1), -1); sure = counts_for >= 0
+    n, c = probs.shape
+    threshold = np.array([probs[given == k, k].mean() if (given == k).any() else np.inf for k in range(c)])
+    above = np.where(probs >= threshold, probs, -1)
+    counts_for = np.where(above.max(1) >= 0, above.argmax(1), -1)
+    sure = counts_for >= 0
     return np.bincount(given[sure]*c + counts_for[sure], minlength=c*c).reshape(c, c), counts_for
 
-def noise_joint(given:np.ndarray, probs:np.ndarray) -> np.ndarray: # (C, C), sums to 1
+def noise_joint(given:np.ndarray, probs:np.ndarray) -> np.ndarray:  # (C, C), sums to 1
     "The estimated joint distribution of given and true labels (equation 3): the confident joint, scaled to the counts of the given labels."
     counts = confident_joint(given, probs)[0].astype(float); rows = counts.sum(1, keepdims=True)
-    counts = np.where(rows > 0, counts/np.maximum(rows, 1), np.eye(len(counts)))*np.bincount(given, minlength=len(counts))[:, None]
+    counts = (
+        np.where(rows > 0, counts / np.maximum(rows, 1), np.eye(len(counts)))
+        * np.bincount(given, minlength=len(counts))[:, None]
+    )
     return counts/max(counts.sum(), 1)
 
 # %% ../../nbs/11s_data.label_errors.ipynb #6538e3bf
-def label_errors(t:pa.Table,            # manifest rows
-                 predictions:pa.Table,  # held-out predictions with `probs`, such as from `out_of_fold` or a run's test split
-                 classes:Sequence[str], multilabel:bool=False) -> pd.DataFrame: # id, given, suggested, p_given, p_suggested; the surest first
+def label_errors(
+    t: pa.Table,  # manifest rows
+    predictions: pa.Table,  # held-out predictions with `probs`, such as from `out_of_fold` or a run's test split
+    classes: Sequence[str],
+    multilabel: bool = False,
+) -> pd.DataFrame:  # id, given, suggested, p_given, p_suggested; the surest first
     "Items whose label is probably wrong."
     at = {i: p for i, p in zip(predictions['id'].to_pylist(), predictions['probs'].to_pylist()) if p is not None}
-    rows = [(i, {a['label'] for a in anns or [] if a['label'] is not None}) for i, anns in zip(t['id'].to_pylist(), t['annotations'].to_pylist()) if i in at]
+    rows = [
+        (i, {a['label'] for a in anns or [] if a['label'] is not None})
+        for i, anns in zip(t['id'].to_pylist(), t['annotations'].to_pylist())
+        if i in at
+    ]
     rows = [(i, s) for i, s in rows if s <= set(classes) and (multilabel or len(s) == 1)]
     if not rows: return pd.DataFrame(columns=['id', 'given', 'suggested', 'p_given', 'p_suggested'])
     probs = np.array([at[i] for i, _ in rows], float)
-    if probs.shape[1] != len(classes): raise BadInput(f'predictions over {probs.shape[1]} classes', f'{len(classes)} of them', 'predict with a model of these classes')
-    def named(given, p, name): # rows of the table
-        _, counts_for = confident_joint(given, p); sure = (counts_for >= 0) & (counts_for != given); own = np.maximum(p[np.arange(len(given)), given], 1e-9)
+    if probs.shape[1] != len(classes):
+        raise BadInput(
+            f'predictions over {probs.shape[1]} classes',
+            f'{len(classes)} of them',
+            'predict with a model of these classes',
+        )
+
+    def named(given, p, name):  # rows of the table
+        _, counts_for = confident_joint(given, p)
+        sure = (counts_for >= 0) & (counts_for != given)
+        own = np.maximum(p[np.arange(len(given)), given], 1e-9)
         to = np.where(sure, counts_for, p.argmax(1)); odds = np.where(to == given, 0, p[np.arange(len(given)), to]/own)
-        expected = round(len(given)*(1 - np.trace(noise_joint(given, p)))); rank = np.empty(len(given), int); rank[np.argsort(-odds, kind='stable')] = np.arange(len(given))
+        expected = round(len(given) * (1 - np.trace(noise_joint(given, p))))
+        rank = np.empty(len(given), int)
+        rank[np.argsort(-odds, kind='stable')] = np.arange(len(given))
         wrong = np.flatnonzero((to != given) & (sure | (odds > 10) | (rank < expected) & (odds > 1)))
         return [(rows[k][0], name(given[k]), name(to[k]), p[k, given[k]], p[k, to[k]]) for k in wrong]
-    if multilabel: out = [r for c, n in enumerate(classes) for r in named(np.array([n in s for _, s in rows], int), np.stack([1 - probs[:, c], probs[:, c]], 1), lambda k, n=n: n if k else f'no {n}')]
+
+    if multilabel:
+        out = [
+            r
+            for c, n in enumerate(classes)
+            for r in named(
+                np.array([n in s for _, s in rows], int),
+                np.stack([1 - probs[:, c], probs[:, c]], 1),
+                lambda k, n=n: n if k else f'no {n}',
+            )
+        ]
     else: out = named(np.array([list(classes).index(next(iter(s))) for _, s in rows]), probs, lambda k: classes[k])
     found = pd.DataFrame(out, columns=['id', 'given', 'suggested', 'p_given', 'p_suggested'])
-    return found.iloc[np.argsort(-found['p_suggested']/found['p_given'].clip(1e-9), kind='stable')].reset_index(drop=True)
+    return found.iloc[np.argsort(-found['p_suggested'] / found['p_given'].clip(1e-9), kind='stable')].reset_index(
+        drop=True
+    )
 
 # %% ../../nbs/11s_data.label_errors.ipynb #da64248b
 def object_errors(t:pa.Table, predictions:pa.Table, # held-out
@@ -79,8 +130,18 @@ def object_errors(t:pa.Table, predictions:pa.Table, # held-out
     at, rows = dict(zip(predictions['id'].to_pylist(), predictions['annotations'].to_pylist())), []
     for item, anns in zip(t['id'].to_pylist(), t['annotations'].to_pylist()):
         if item not in at: continue
-        shaped = lambda these: [a for a in these or [] if a['bbox'] is not None or a['mask'] is not None]; g, p = shaped(anns), shaped(at[item])
-        rows += _compare(item, g, p, _overlaps(g, p), np.array([a['score'] if a['score'] is not None else 1. for a in p]), sure, same, touch)
+        shaped = lambda these: [a for a in these or [] if a['bbox'] is not None or a['mask'] is not None]
+        g, p = shaped(anns), shaped(at[item])
+        rows += _compare(
+            item,
+            g,
+            p,
+            _overlaps(g, p),
+            np.array([a['score'] if a['score'] is not None else 1.0 for a in p]),
+            sure,
+            same,
+            touch,
+        )
     found = pd.DataFrame(rows, columns=['id', 'kind', 'given', 'suggested', 'score', 'bbox'])
     return found.sort_values('score', ascending=False, kind='stable', ignore_index=True)
 
@@ -96,9 +157,17 @@ def _compare(item, g, p, iou, score, sure, same, touch) -> list[tuple]: # id, ki
     for k, a in enumerate(g):
         own = label == a['label']; near = iou[k]
         as_own, as_other = (np.max(score*m*(near >= same), initial=0) for m in (own, ~own))
-        if as_other >= sure and as_own < touch: j = int(np.argmax(score*~own*(near >= same))); out.append((item, 'misnamed', a['label'], label[j], as_other, a['bbox'])); continue
-        partly = score*own*(near >= touch)*(near < same)*(iou.max(0, initial=0) == near)      # a prediction that nothing else given fits better
-        if as_own == 0 and np.max(partly, initial=0) >= sure: j = int(np.argmax(partly)); out.append((item, 'misplaced', a['label'], a['label'], score[j]*(1 - near[j]), p[j]['bbox'])); continue
+        if as_other >= sure and as_own < touch:
+            j = int(np.argmax(score * ~own * (near >= same)))
+            out.append((item, 'misnamed', a['label'], label[j], as_other, a['bbox']))
+            continue
+        partly = (
+            score * own * (near >= touch) * (near < same) * (iou.max(0, initial=0) == near)
+        )  # a prediction that nothing else given fits better
+        if as_own == 0 and np.max(partly, initial=0) >= sure:
+            j = int(np.argmax(partly))
+            out.append((item, 'misplaced', a['label'], a['label'], score[j] * (1 - near[j]), p[j]['bbox']))
+            continue
         if not (near >= touch).any(): out.append((item, 'unsupported', a['label'], None, 1 - sure, a['bbox']))
     lone = (iou.max(0, initial=0) < touch) & (score >= sure)
     return out + [(item, 'overlooked', None, label[j], score[j], p[j]['bbox']) for j in np.flatnonzero(lone)]

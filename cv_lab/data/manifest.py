@@ -33,7 +33,9 @@ SCHEMA = pa.schema([
 PREDICTIONS = pa.schema([('id', pa.string()), ('annotations', pa.list_(ANNOTATION)),
                          ('probs', pa.list_(pa.float64())), ('embedding', pa.list_(pa.float32()))])
 
-LATER = ('expires',) # columns that came later: where a manifest lacks one, nothing was said, and its version stays what it was
+LATER = (
+    'expires',
+)  # columns that came later: where a manifest lacks one, nothing was said, and its version stays what it was
 SPLITS = ('train', 'val', 'test')
 
 # %% ../../nbs/10_data.manifest.ipynb #83924af1
@@ -42,9 +44,17 @@ def make_table(rows:Iterable[dict], # one per item; what is missing is null
     "Rows as a table of the given columns; `annotations` may be `Annotation`s or dicts, `tags` a dict."
     def row(r):
         if unknown := set(r) - set(schema.names):
-            raise BadInput(f'unknown columns {sorted(unknown)}', f'some of: {", ".join(schema.names)}', 'put them into `tags`')
-        r = dict(r, annotations=[a.said() if isinstance(a, Annotation) else Annotation(**a).said() for a in r.get('annotations') or []])
-        if 'tags' in schema.names: r['tags'] = [(k, str(v)) for k, v in sorted(dict(r.get('tags') or {}).items()) if v is not None]
+            raise BadInput(
+                f'unknown columns {sorted(unknown)}', f'some of: {", ".join(schema.names)}', 'put them into `tags`'
+            )
+        r = dict(
+            r,
+            annotations=[
+                a.said() if isinstance(a, Annotation) else Annotation(**a).said() for a in r.get('annotations') or []
+            ],
+        )
+        if 'tags' in schema.names:
+            r['tags'] = [(k, str(v)) for k, v in sorted(dict(r.get('tags') or {}).items()) if v is not None]
         return r
     return pa.Table.from_pylist([row(r) for r in rows], schema=schema)
 
@@ -56,22 +66,33 @@ def check_table(t:pa.Table, classes:Sequence[str]|None=None) -> pa.Table:
         ids = t['id'].filter(mask)[:3].to_pylist()
         raise BadInput(f'{what}: {", ".join(map(str, ids))}', expected, mend)
     sha_ok = pc.fill_null(pc.match_substring_regex(t['sha256'], '^[0-9a-f]{64}$'), False)
-    if not pc.all(sha_ok, min_count=0).as_py(): refuse('items without a content hash', pc.invert(sha_ok), '64 hex digits', 'import the images again')
+    if not pc.all(sha_ok, min_count=0).as_py():
+        refuse('items without a content hash', pc.invert(sha_ok), '64 hex digits', 'import the images again')
     if len(pc.unique(t['id'])) != len(t):
         twice = [v['values'] for v in pc.value_counts(t['id']).to_pylist() if v['counts'] > 1][:3]
-        raise BadInput(f'ids that stand twice: {", ".join(map(str, twice))}', 'one row per id', 'rename or drop the duplicates')
+        raise BadInput(
+            f'ids that stand twice: {", ".join(map(str, twice))}', 'one row per id', 'rename or drop the duplicates'
+        )
     split_ok = pc.or_(pc.is_null(t['split']), pc.is_in(t['split'], pa.array(SPLITS)))
-    if not pc.all(split_ok, min_count=0).as_py(): refuse('items of an unknown split', pc.invert(split_ok), f'one of: {", ".join(SPLITS)}', 'rename the split')
+    if not pc.all(split_ok, min_count=0).as_py():
+        refuse('items of an unknown split', pc.invert(split_ok), f'one of: {", ".join(SPLITS)}', 'rename the split')
     if classes is not None and (unknown := set(labels_in(t)) - set(classes)):
-        raise BadInput(f'labels that are no class of this problem: {", ".join(sorted(unknown))}', f'one of: {", ".join(classes)}',
-                       'correct the labels, or add the classes to the problem file')
+        raise BadInput(
+            f'labels that are no class of this problem: {", ".join(sorted(unknown))}',
+            f'one of: {", ".join(classes)}',
+            'correct the labels, or add the classes to the problem file',
+        )
     return t
 
 def _cast(t:pa.Table) -> pa.Table:
     for c in LATER:
         if c not in t.schema.names: t = t.append_column(c, pa.nulls(len(t), pa.string()))
     if missing := [c for c in SCHEMA.names if c not in t.schema.names]:
-        raise BadInput(f'the table lacks the columns {", ".join(missing)}', f'the columns {", ".join(SCHEMA.names)}', 'see nbs/10_data.manifest.ipynb')
+        raise BadInput(
+            f'the table lacks the columns {", ".join(missing)}',
+            f'the columns {", ".join(SCHEMA.names)}',
+            'see nbs/10_data.manifest.ipynb',
+        )
     try: return t.select(SCHEMA.names).cast(SCHEMA)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as e:
         raise BadInput(f'a column has the wrong type: {e}', str(SCHEMA), 'see nbs/10_data.manifest.ipynb') from None
@@ -100,13 +121,16 @@ def tags_of(t:pa.Table) -> dict[str, list]: # tag -> one text per row, None wher
     tags, start = {}, 0
     for c in t['tags'].chunks:
         row, keys, values = _entries(c); keys = keys.to_numpy(False).astype(object); values = values.to_numpy(False)
-        for k in dict.fromkeys(keys): tags.setdefault(k, np.full(len(t), None))[start + row[keys == k]] = values[keys == k]
+        for k in dict.fromkeys(keys):
+            tags.setdefault(k, np.full(len(t), None))[start + row[keys == k]] = values[keys == k]
         start += len(c)
     out = {k: t[k].to_pylist() for k in ('split', 'source', 'license', 'device', 'captured_at')}
     return out | {k: tags[k].tolist() for k in sorted(tags)}
 
-def _entries(c:pa.MapArray) -> tuple[np.ndarray, pa.Array, pa.Array]: # row of each entry, keys, values
-    lengths = np.diff(c.offsets.to_numpy()); row = np.repeat(np.arange(len(c)), lengths); at = slice(c.offsets[0].as_py(), c.offsets[-1].as_py())
+def _entries(c:pa.MapArray) -> tuple[np.ndarray, pa.Array, pa.Array]:  # row of each entry, keys, values
+    lengths = np.diff(c.offsets.to_numpy())
+    row = np.repeat(np.arange(len(c)), lengths)
+    at = slice(c.offsets[0].as_py(), c.offsets[-1].as_py())
     said = c.is_valid().to_numpy(False)[row]
     return row[said], c.keys[at].filter(said), c.items[at].filter(said)
 
@@ -120,29 +144,43 @@ def _clusters(t:pa.Table) -> tuple[pa.Array, np.ndarray]: # a name for each clus
     image = pc.index_in(t['sha256'], images).drop_null().to_numpy()
     links = coo_array((np.ones(len(image), np.int8), (of[has], n + image)), shape=(n + len(images),)*2)
     of_name = connected_components(links, directed=False)[1][:n]
-    by_name = np.argsort(pc.rank(names).to_numpy(), kind='stable'); found, first, back = np.unique(of_name[by_name], return_index=True, return_inverse=True)
+    by_name = np.argsort(pc.rank(names).to_numpy(), kind='stable')
+    found, first, back = np.unique(of_name[by_name], return_index=True, return_inverse=True)
     cluster = np.empty(n, int); cluster[by_name] = back
     return names.take(by_name[first]), cluster[of]
 
 def _seeded(seed:int, names:pa.Array) -> np.ndarray: # (N,) S32
     "A hash of each name: an order that depends on nothing else."
     out = np.empty(len(names), 'S32')
-    for i in range(0, len(out), 500_000): out[i:i+500_000] = [hashlib.sha256(f'{seed}/{g}'.encode()).digest() for g in names.slice(i, 500_000).to_pylist()]
+    for i in range(0, len(out), 500_000):
+        out[i : i + 500_000] = [
+            hashlib.sha256(f'{seed}/{g}'.encode()).digest() for g in names.slice(i, 500_000).to_pylist()
+        ]
     return out
 
-def _cluster_labels(of:np.ndarray, labels:pa.Array, n:int) -> np.ndarray: # (n,) index of the sorted labels, -1 where there is none
+def _cluster_labels(
+    of: np.ndarray, labels: pa.Array, n: int
+) -> np.ndarray:  # (n,) index of the sorted labels, -1 where there is none
     "The first label of each cluster."
-    names = pc.unique(labels).drop_null(); names = names.take(pc.sort_indices(names)); label = pc.fill_null(pc.index_in(labels, names), -1).to_numpy()
-    out = np.full(n, -1); said = np.flatnonzero(label >= 0)[::-1]; out[of[said]] = label[said]   # of many writes the last one stays
+    names = pc.unique(labels).drop_null()
+    names = names.take(pc.sort_indices(names))
+    label = pc.fill_null(pc.index_in(labels, names), -1).to_numpy()
+    out = np.full(n, -1)
+    said = np.flatnonzero(label >= 0)[::-1]
+    out[of[said]] = label[said]  # of many writes the last one stays
     return out
 
 # %% ../../nbs/10_data.manifest.ipynb #22040581
-def _shares_drawn(size:np.ndarray, label:np.ndarray, order:np.ndarray, cuts:np.ndarray) -> np.ndarray: # (N,) which share
+def _shares_drawn(
+    size: np.ndarray, label: np.ndarray, order: np.ndarray, cuts: np.ndarray
+) -> np.ndarray:  # (N,) which share
     "Cut the clusters of every class, in their order, where the shares end; a cluster lies where its middle does."
     order = order[np.argsort(label[order], kind='stable')]; sized, out = size[order], np.zeros(len(order), int)
     begins = np.flatnonzero(np.diff(label[order], prepend=-2)); lengths = np.diff(begins, append=len(order))
     before = np.cumsum(sized) - sized; total = np.add.reduceat(sized, begins) if len(order) else sized
-    out[order] = np.searchsorted(cuts, (before - np.repeat(before[begins], lengths) + sized/2)/np.repeat(total, lengths), side='right')
+    out[order] = np.searchsorted(
+        cuts, (before - np.repeat(before[begins], lengths) + sized / 2) / np.repeat(total, lengths), side='right'
+    )
     return out
 
 def assign_splits(t:pa.Table,
@@ -151,12 +189,21 @@ def assign_splits(t:pa.Table,
                  ) -> pa.Table:
     "Give every item without a split one of `shares`, by group, balanced by class."
     if set(shares) - set(SPLITS) or abs(sum(shares.values()) - 1) > 1e-6 or min(shares.values()) < 0:
-        raise BadInput(f'shares {shares}', f'shares of {", ".join(SPLITS)} that sum to 1', 'for example train=.7, val=.15, test=.15')
+        raise BadInput(
+            f'shares {shares}',
+            f'shares of {", ".join(SPLITS)} that sum to 1',
+            'for example train=.7, val=.15, test=.15',
+        )
     names, of = _clusters(t); n = len(names)
-    drawn = _shares_drawn(np.bincount(of, minlength=n), _cluster_labels(of, _first_labels(t), n), np.argsort(_seeded(seed, names), kind='stable'),
-                          np.cumsum(list(shares.values()))[:-1])
+    drawn = _shares_drawn(
+        np.bincount(of, minlength=n),
+        _cluster_labels(of, _first_labels(t), n),
+        np.argsort(_seeded(seed, names), kind='stable'),
+        np.cumsum(list(shares.values()))[:-1],
+    )
     drawn = np.array([SPLITS.index(s) for s in shares])[drawn] if n else drawn
-    had = np.full(n, -1); np.maximum.at(had, of, pc.fill_null(pc.index_in(t['split'], pa.array(SPLITS)), -1).to_numpy())   # held out wins
+    had = np.full(n, -1)
+    np.maximum.at(had, of, pc.fill_null(pc.index_in(t['split'], pa.array(SPLITS)), -1).to_numpy())  # held out wins
     chosen = pa.array(SPLITS).take(np.where(had >= 0, had, drawn)[of])
     return t.set_column(t.schema.get_field_index('split'), SCHEMA.field('split'), chosen)
 
@@ -172,23 +219,35 @@ def _binary(a:pa.Array) -> pa.Array: # large_binary; null where nothing is said
     "What each element says, as bytes; different content, different bytes."
     t = a.type
     if pa.types.is_map(t) or pa.types.is_list(t) or pa.types.is_large_list(t): return _joined(a)
-    if pa.types.is_struct(t): b = _fields(t.names, a.flatten(), len(a)); return pc.if_else(pc.equal(pc.binary_length(b), 0), None, b)
-    if pa.types.is_floating(t): return _eight(pc.add(a.cast(pa.float64()), 0.))       # so that -0 is 0
-    if pa.types.is_integer(t) or pa.types.is_boolean(t): return _eight(a.cast(pa.int8() if t == pa.bool_() else t).cast(pa.int64()))
+    if pa.types.is_struct(t):
+        b = _fields(t.names, a.flatten(), len(a))
+        return pc.if_else(pc.equal(pc.binary_length(b), 0), None, b)
+    if pa.types.is_floating(t): return _eight(pc.add(a.cast(pa.float64()), 0.))  # so that -0 is 0
+    if pa.types.is_integer(t) or pa.types.is_boolean(t):
+        return _eight(a.cast(pa.int8() if t == pa.bool_() else t).cast(pa.int64()))
     return a.cast(pa.large_binary())
 
 def _eight(a:pa.Array) -> pa.Array:
-    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(8), len(a), a.buffers(), offset=a.offset).cast(pa.large_binary())
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(8), len(a), a.buffers(), offset=a.offset).cast(
+        pa.large_binary()
+    )
+
 
 def _framed(b:pa.Array) -> list[pa.Array]: # the length, then the bytes; both null where `b` is
     return [_eight(pc.binary_length(b)), b]
 
 def _fields(names:list[str], columns:list, n:int) -> pa.Array:
     "Named parts, joined in the order of their names; what is null is left out, and so is an empty list."
-    said = [(pa.scalar(f'{name}='.encode(), pa.large_binary()), _binary(c)) for name, c in sorted(zip(names, columns)) if c.null_count < len(c)]
+    said = [
+        (pa.scalar(f'{name}='.encode(), pa.large_binary()), _binary(c))
+        for name, c in sorted(zip(names, columns))
+        if c.null_count < len(c)
+    ]
     parts = [pc.binary_join_element_wise(name, *_framed(b), pa.scalar(b'', pa.large_binary())) for name, b in said]
     empty = pa.array([b'']*n, pa.large_binary())
-    return pc.binary_join_element_wise(empty, *parts, pa.scalar(b'', pa.large_binary()), null_handling='replace', null_replacement='')
+    return pc.binary_join_element_wise(
+        empty, *parts, pa.scalar(b'', pa.large_binary()), null_handling='replace', null_replacement=''
+    )
 
 # %% ../../nbs/10_data.manifest.ipynb #5b2fa69a
 def _joined(a:pa.Array) -> pa.Array:
@@ -196,10 +255,13 @@ def _joined(a:pa.Array) -> pa.Array:
     if pa.types.is_map(a.type):
         row, keys, values = _entries(a)
         if (pc.less(keys[1:], keys[:-1]).to_numpy(False) & (np.diff(row) == 0)).any():
-            order = np.lexsort((pc.rank(keys, tiebreaker='dense').to_numpy(), row)); keys, values = keys.take(order), values.take(order)
+            order = np.lexsort((pc.rank(keys, tiebreaker='dense').to_numpy(), row))
+            keys, values = keys.take(order), values.take(order)
         e, lengths = _fields(['key', 'value'], [keys, values], len(keys)), np.bincount(row, minlength=len(a))
     else: e, lengths = _binary(a.flatten()), pc.fill_null(pc.list_value_length(a), 0).to_numpy(False)
-    e = pc.binary_join_element_wise(pc.fill_null(_eight(pc.binary_length(e)), b'\xff'*8), pc.fill_null(e, b''), pa.scalar(b'', pa.large_binary()))
+    e = pc.binary_join_element_wise(
+        pc.fill_null(_eight(pc.binary_length(e)), b'\xff' * 8), pc.fill_null(e, b''), pa.scalar(b'', pa.large_binary())
+    )
     _, starts, data = e.buffers(); starts = np.frombuffer(starts, np.int64)[e.offset:e.offset + len(e) + 1]
     ends = pa.py_buffer(np.ascontiguousarray(starts[np.r_[0, np.cumsum(lengths)]]))
     said = pa.array(lengths > 0).buffers()[1]
@@ -216,7 +278,9 @@ def row_digests(t:pa.Table) -> np.ndarray: # (N,) S32
 
 def version_of(t:pa.Table) -> str: # 16 hex digits
     "The version of a dataset: a hash of its content, not of its file."
-    return hashlib.sha256(np.sort(row_digests(t.select([c for c in SCHEMA.names if c in t.schema.names])))).hexdigest()[:16]
+    return hashlib.sha256(np.sort(row_digests(t.select([c for c in SCHEMA.names if c in t.schema.names])))).hexdigest()[
+        :16
+    ]
 
 # %% ../../nbs/10_data.manifest.ipynb #2d4e577f
 @dataclass
@@ -241,39 +305,77 @@ class Dataset:
 
     def read(self, uri:str) -> bytes: # the image file's content
         "The bytes of one item, from inside the dataset's root."
-        try: return inside(self.root, uri).read_bytes()
-        except OSError as e: raise NotFound(f'{uri} cannot be read: {e.strerror}', f'a file under {self.root}', 'restore it, or import the dataset again') from None
+        try:
+            return inside(self.root, uri).read_bytes()
+        except OSError as e:
+            raise NotFound(
+                f'{uri} cannot be read: {e.strerror}',
+                f'a file under {self.root}',
+                'restore it, or import the dataset again',
+            ) from None
 
-    def __repr__(self): return f'Dataset({self.name}, {len(self)} items, {len(self.classes)} classes, version {self.version})'
+    def __repr__(self):
+        return f'Dataset({self.name}, {len(self)} items, {len(self.classes)} classes, version {self.version})'
 
 # %% ../../nbs/10_data.manifest.ipynb #4c4b75d9
 def save_dataset(d:Dataset, folder:str|Path) -> Dataset:
     "Write `manifest.parquet` and `dataset.json`; a reader sees the old dataset or the new one."
     folder = Path(folder).resolve(); root = d.root.resolve()
-    t = check_table(d.table); write_atomic(folder/f'manifest-{d.version}.parquet', lambda f: pq.write_table(t, f, compression='zstd'))
+    t = check_table(d.table)
+    write_atomic(folder / f'manifest-{d.version}.parquet', lambda f: pq.write_table(t, f, compression='zstd'))
     where = root.relative_to(folder).as_posix() if root.is_relative_to(folder) else str(root)
-    write_json(folder/'dataset.json', dict(name=d.name, version=d.version, manifest=f'manifest-{d.version}.parquet', root=where,
-                                           items=len(d), classes=d.classes, about=d.about))
+    write_json(
+        folder / 'dataset.json',
+        dict(
+            name=d.name,
+            version=d.version,
+            manifest=f'manifest-{d.version}.parquet',
+            root=where,
+            items=len(d),
+            classes=d.classes,
+            about=d.about,
+        ),
+    )
     return replace(d, root=root)
 
 def load_dataset(folder:str|Path, verify:bool=True) -> Dataset:
     "Read a dataset; a manifest that is not the version it says it is, is refused."
     folder = Path(folder)
     if not (folder/'dataset.json').is_file():
-        raise NotFound(f'{folder} is no dataset', 'a folder with dataset.json', f'make one with: cvlab data import IMAGES --format imagefolder --out {folder}')
+        raise NotFound(
+            f'{folder} is no dataset',
+            'a folder with dataset.json',
+            f'make one with: cvlab data import IMAGES --format imagefolder --out {folder}',
+        )
     meta = read_json(folder/'dataset.json')
-    try: t = check_table(pq.read_table(inside(folder, meta['manifest'])))
-    except (pa.ArrowInvalid, OSError) as e: raise Damaged(f'the manifest of {folder} cannot be read: {e}', 'a Parquet file', 'import the dataset again') from None
+    try:
+        t = check_table(pq.read_table(inside(folder, meta['manifest'])))
+    except (pa.ArrowInvalid, OSError) as e:
+        raise Damaged(
+            f'the manifest of {folder} cannot be read: {e}', 'a Parquet file', 'import the dataset again'
+        ) from None
     if verify and (v := version_of(t)) != meta['version']:
-        raise Damaged(f'the manifest of {folder} is version {v}, but dataset.json says {meta["version"]}', 'the manifest that was written', 'import the dataset again')
-    return Dataset(t, meta['name'], (folder/meta['root']).resolve(), meta['classes'], meta.get('about', {}), meta['version'])
+        raise Damaged(
+            f'the manifest of {folder} is version {v}, but dataset.json says {meta["version"]}',
+            'the manifest that was written',
+            'import the dataset again',
+        )
+    return Dataset(
+        t, meta['name'], (folder / meta['root']).resolve(), meta['classes'], meta.get('about', {}), meta['version']
+    )
 
 # %% ../../nbs/10_data.manifest.ipynb #3ca8413d
 def diff_versions(old:pa.Table, new:pa.Table) -> dict[str, list[str]]: # ids of `new` (of `old` where removed)
     "What was added, removed, relabelled or moved to another split."
-    at = pc.index_in(new['sha256'], pc.unique(old['sha256'])); gone = pc.invert(pc.is_in(old['sha256'], pc.unique(new['sha256'])))
+    at = pc.index_in(new['sha256'], pc.unique(old['sha256']))
+    gone = pc.invert(pc.is_in(old['sha256'], pc.unique(new['sha256'])))
     first = pc.index_in(pc.unique(old['sha256']), old['sha256'].combine_chunks())
     kept, was = new.filter(at.is_valid()), old.select(['split', 'annotations']).take(first.take(at.drop_null()))
     differs = lambda c: pa.array(row_digests(kept.select([c])) != row_digests(was.select([c])))
     ids = lambda t, mask: t['id'].filter(mask).to_pylist()
-    return dict(added=ids(new, at.is_null()), removed=ids(old, gone), relabelled=ids(kept, differs('annotations')), moved=ids(kept, differs('split')))
+    return dict(
+        added=ids(new, at.is_null()),
+        removed=ids(old, gone),
+        relabelled=ids(kept, differs('annotations')),
+        moved=ids(kept, differs('split')),
+    )

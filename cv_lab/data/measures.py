@@ -25,13 +25,20 @@ def luminance(data:bytes, # an image file's content
     "The grey levels of an image file, as cheaply as its format allows."
     im = open_image(data); said = dict(format=im.format, width=im.width, height=im.height, exif_turn=0)
     if im.format == 'JPEG':
-        if data.rfind(b'\xff\xd9') < data.rfind(b'\xff\xda'): raise BadImage('the JPEG file has no end', 'a complete image file', 'fetch it again')
+        if data.rfind(b'\xff\xd9') < data.rfind(b'\xff\xda'):
+            raise BadImage('the JPEG file has no end', 'a complete image file', 'fetch it again')
         s = LOOK/max(im.size); im.draft('L', (max(1, int(im.width*s)), max(1, int(im.height*s))))
-    said['exif_turn'] = im.getexif().get(274, 1) if im.format in ('JPEG', 'PNG', 'WEBP') else 1; said['tells'] = ','.join(sorted(told(im)))
+    said['exif_turn'] = im.getexif().get(274, 1) if im.format in ('JPEG', 'PNG', 'WEBP') else 1
+    said['tells'] = ','.join(sorted(told(im)))
     if im.mode not in ('L', 'RGB'): im = Image.fromarray(decode(data))
     else:
-        try: im = ImageOps.exif_transpose(im) if said['exif_turn'] > 1 else im; im.load()
-        except Exception as e: raise BadImage(f'the {said["format"]} image cannot be decoded: {e}', 'a complete image file', 'fetch it again') from None
+        try:
+            im = ImageOps.exif_transpose(im) if said['exif_turn'] > 1 else im
+            im.load()
+        except Exception as e:
+            raise BadImage(
+                f'the {said["format"]} image cannot be decoded: {e}', 'a complete image file', 'fetch it again'
+            ) from None
     if said['exif_turn'] in (5, 6, 7, 8): said.update(width=said['height'], height=said['width'])
     k = max(im.size)//LOOK
     return np.asarray((im.reduce(k) if k > 1 else im).convert('L')), said
@@ -46,24 +53,54 @@ def blur_effect(px:np.ndarray, # (h, w) grey levels
     for lines in (px[::max(1, px.shape[0]//128)], px[:, ::max(1, px.shape[1]//128)].T):
         lines = lines.astype(np.float32)
         here = np.maximum(np.abs(np.diff(lines)) - floor, 0); there = np.abs(np.diff(uniform_filter1d(lines, width)))
-        total = float(here.sum()); worst = max(worst, 1 - float(np.maximum(here - there, 0).sum())/total if total else 1.)
+        total = float(here.sum())
+        worst = max(worst, 1 - float(np.maximum(here - there, 0).sum()) / total if total else 1.0)
     return worst
 
 # %% ../../nbs/11a_data.measures.ipynb #665c27f1
 THUMB = 64 # pixels: the side of a thumbnail
-MEASURES = ('sha256', 'pixels', 'format', 'width', 'height', 'exif_turn', 'tells', 'mean', 'spread', 'p01', 'p05', 'p50', 'p95', 'p99', 'white',
-            'blur', 'texture')
+MEASURES = (
+    'sha256',
+    'pixels',
+    'format',
+    'width',
+    'height',
+    'exif_turn',
+    'tells',
+    'mean',
+    'spread',
+    'p01',
+    'p05',
+    'p50',
+    'p95',
+    'p99',
+    'white',
+    'blur',
+    'texture',
+)
 
 def measure(data:bytes, # an image file's content
            ) -> dict: # `MEASURES`, and `thumb`
     "What can be said about one image file without a model. Grey levels are 0..255."
-    px, said = luminance(data); im = Image.fromarray(px); count = np.array(im.histogram(), float)/px.size; share = np.cumsum(count)
+    px, said = luminance(data)
+    im = Image.fromarray(px)
+    count = np.array(im.histogram(), float) / px.size
+    share = np.cumsum(count)
     mean = count @ np.arange(256); level = {f'p{q:02}': int(np.searchsorted(share, q/100)) for q in (1, 5, 50, 95, 99)}
     down = Image.Resampling.BOX if min(im.size) > THUMB else Image.Resampling.BILINEAR
     thumb = np.asarray(im.resize((THUMB, THUMB), down)); k = THUMB//16
-    return dict(sha256=hashlib.sha256(data).hexdigest(), pixels=hashlib.blake2b(px, digest_size=16, key=repr(px.shape).encode()).hexdigest(),
-                mean=float(mean), spread=float(np.sqrt(count @ (np.arange(256) - mean)**2)), white=float(1 - share[249]), blur=blur_effect(px),
-                texture=float(thumb.reshape(16, k, 16, k).mean((1, 3)).std()), thumb=thumb, **level, **said)
+    return dict(
+        sha256=hashlib.sha256(data).hexdigest(),
+        pixels=hashlib.blake2b(px, digest_size=16, key=repr(px.shape).encode()).hexdigest(),
+        mean=float(mean),
+        spread=float(np.sqrt(count @ (np.arange(256) - mean) ** 2)),
+        white=float(1 - share[249]),
+        blur=blur_effect(px),
+        texture=float(thumb.reshape(16, k, 16, k).mean((1, 3)).std()),
+        thumb=thumb,
+        **level,
+        **said,
+    )
 
 # %% ../../nbs/11a_data.measures.ipynb #053041d4
 def _measure_some(root:str, uris:list[str]) -> list[dict]:
@@ -79,20 +116,33 @@ def _measure_some(root:str, uris:list[str]) -> list[dict]:
 def _measured(root:str, uris:list[str], workers:int|None, size:int=64) -> Iterator[list[dict]]:
     "Measures in the order of `uris`; here first, then in processes, when the rest would take more than five seconds."
     cores, began, done = workers or os.cpu_count() or 1, time.perf_counter(), 0
-    while done < len(uris) and (cores == 1 or not workers and (time.perf_counter() - began)*(len(uris) - done) <= 5*done):
+    while done < len(uris) and (
+        cores == 1 or not workers and (time.perf_counter() - began) * (len(uris) - done) <= 5 * done
+    ):
         yield (found := _measure_some(root, uris[done:done + size])); done += len(found)
     if done < len(uris):
         from joblib import Parallel, delayed
-        yield from Parallel(cores, return_as='generator')(delayed(_measure_some)(root, uris[i:i + size]) for i in range(done, len(uris), size))
 
-def measure_files(d:Dataset, workers:int|None=None, # processes; None: all cores when it pays
-                 ) -> tuple[pd.DataFrame, np.ndarray]: # a row per item: id, broken (None or why), MEASURES; (N, THUMB, THUMB) uint8
+        yield from Parallel(cores, return_as='generator')(
+            delayed(_measure_some)(root, uris[i : i + size]) for i in range(done, len(uris), size)
+        )
+
+
+def measure_files(
+    d: Dataset,
+    workers: int | None = None,  # processes; None: all cores when it pays
+) -> tuple[pd.DataFrame, np.ndarray]:  # a row per item: id, broken (None or why), MEASURES; (N, THUMB, THUMB) uint8
     "Measure every item of a dataset."
     shape = (len(d), THUMB, THUMB); rows = []
-    thumbs = np.zeros(shape, np.uint8) if len(d) < 250_000 else np.memmap(tempfile.TemporaryFile(), np.uint8, 'w+', shape=shape)
+    thumbs = (
+        np.zeros(shape, np.uint8)
+        if len(d) < 250_000
+        else np.memmap(tempfile.TemporaryFile(), np.uint8, 'w+', shape=shape)
+    )
     with tqdm(total=len(d), desc=f'reading {d.name}', unit='file', disable=None, leave=False) as bar:
         for found in _measured(str(d.root), d.table['uri'].to_pylist(), workers):
             for i, f in enumerate(found, len(rows)): thumbs[i] = f.pop('thumb', 0)
             rows += found; bar.update(len(found))
-    t = pd.DataFrame(rows, columns=['broken', *MEASURES]).astype({'broken': object}); t.insert(0, 'id', d.table['id'].to_pylist())
+    t = pd.DataFrame(rows, columns=['broken', *MEASURES]).astype({'broken': object})
+    t.insert(0, 'id', d.table['id'].to_pylist())
     return t, thumbs

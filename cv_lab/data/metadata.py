@@ -15,7 +15,10 @@ from ..image import BadImage, decode, open_image
 
 # %% ../../nbs/10e_data.metadata.ipynb #796a2ec2
 _GPS, _EXIF, _TURN = 0x8825, 0x8769, 0x0112
-_OWNER, _SERIAL = {0x013B, 0x8298, 0x9C9D, 0xA430, 0x013C}, {0xA431, 0xA435, 0xA420, 0xC62F}    # artist, copyright, author, owner, computer; body, lens, image, camera
+_OWNER, _SERIAL = (
+    {0x013B, 0x8298, 0x9C9D, 0xA430, 0x013C},
+    {0xA431, 0xA435, 0xA420, 0xC62F},
+)  # artist, copyright, author, owner, computer; body, lens, image, camera
 _NOTE, _MAKER = {0x010E, 0x9286, 0x9C9B, 0x9C9C, 0x9C9E, 0x9C9F}, {0x927C}
 
 def told(im:Image.Image, # as `open_image` gives it
@@ -29,7 +32,12 @@ def told(im:Image.Image, # as `open_image` gives it
         if 'exif' in info and exif.get_ifd(1): out.add('preview')
     xmp = info.get('xmp') or info.get('XML:com.adobe.xmp')
     if xmp: out |= {'xmp'} | ({'gps'} if 'GPSL' in (xmp if isinstance(xmp, str) else xmp.decode('latin-1')) else set())
-    blocks = {n for n, body in getattr(im, 'applist', []) if body[:12] != b'ICC_PROFILE\0'} - {'APP0', 'APP1', 'APP14', 'COM'}
+    blocks = {n for n, body in getattr(im, 'applist', []) if body[:12] != b'ICC_PROFILE\0'} - {
+        'APP0',
+        'APP1',
+        'APP14',
+        'COM',
+    }
     if info.get('photoshop') or 'APP13' in blocks: out.add('iptc')
     if blocks - {'APP13'}: out.add('maker')
     if info.get('comment') or (im.format == 'PNG' and set(im.text) - {'XML:com.adobe.xmp'}): out.add('note')
@@ -45,20 +53,30 @@ def _jpeg(data:bytes, turn:int) -> Iterator[bytes]:
         while data[at:at + 2] == b'\xff\xff': at += 1                                  # fill bytes
         if at + 2 > len(data) or data[at] != 0xff: raise ValueError('no marker where one should be')
         kind = data[at + 1]
-        if kind == 0xd9: yield data[at:at + 2]; return                                 # the end; what follows goes
-        end = at + 2 + (0 if 0xd0 <= kind <= 0xd7 or kind == 1 else struct.unpack_from('>H', data, at + 2)[0]); body = data[at + 4:end]
+        if kind == 0xd9: yield data[at:at + 2]; return  # the end; what follows goes
+        end = at + 2 + (0 if 0xD0 <= kind <= 0xD7 or kind == 1 else struct.unpack_from('>H', data, at + 2)[0])
+        body = data[at + 4 : end]
         if kind != 0xe0 and not told_turn:
-            told_turn = True; said = b'Exif\0\0' + _just_turn(turn); yield b'\xff\xe1' + struct.pack('>H', len(said) + 2) + said
-        if kind == 0xe0: yield b'\xff\xe0\0\x10' + body[:12] + b'\0\0' if body[:5] == b'JFIF\0' else b''    # without its thumbnail
+            told_turn = True
+            said = b'Exif\0\0' + _just_turn(turn)
+            yield b'\xff\xe1' + struct.pack('>H', len(said) + 2) + said
+        if kind == 0xE0:
+            yield b'\xff\xe0\0\x10' + body[:12] + b'\0\0' if body[:5] == b'JFIF\0' else b''  # without its thumbnail
         elif kind == 0xfe or (0xe0 < kind <= 0xef and body[:12] != b'ICC_PROFILE\0' and body[:5] != b'Adobe'): pass
         else: yield data[at:end]
         at = end
-        if kind == 0xda:                                                               # the pixels, up to the next marker
-            while (end := data.index(b'\xff', end)) + 1 < len(data) and (data[end + 1] == 0 or 0xd0 <= data[end + 1] <= 0xd7): end += 2
+        if kind == 0xda:  # the pixels, up to the next marker
+            while (end := data.index(b'\xff', end)) + 1 < len(data) and (
+                data[end + 1] == 0 or 0xD0 <= data[end + 1] <= 0xD7
+            ):
+                end += 2
             yield data[at:end]; at = end
 
 # %% ../../nbs/10e_data.metadata.ipynb #75f681a5
-_PNG = set(b'IHDR PLTE IDAT IEND tRNS cHRM gAMA iCCP sBIT sRGB cICP mDCV cLLI bKGD hIST pHYs sPLT acTL fcTL fdAT'.split())
+_PNG = set(
+    b'IHDR PLTE IDAT IEND tRNS cHRM gAMA iCCP sBIT sRGB cICP mDCV cLLI bKGD hIST pHYs sPLT acTL fcTL fdAT'.split()
+)
+
 
 def _png(data:bytes, turn:int) -> Iterator[bytes]:
     at, kind = 8, b''; yield data[:8]
@@ -66,7 +84,9 @@ def _png(data:bytes, turn:int) -> Iterator[bytes]:
         size, kind = struct.unpack_from('>I4s', data, at); end = at + 12 + size
         if end > len(data): raise ValueError('a chunk is cut short')
         if kind in _PNG: yield data[at:end]
-        if kind == b'IHDR' and turn > 1: said = b'eXIf' + _just_turn(turn); yield struct.pack('>I', len(said) - 4) + said + struct.pack('>I', zlib.crc32(said))
+        if kind == b'IHDR' and turn > 1:
+            said = b'eXIf' + _just_turn(turn)
+            yield struct.pack('>I', len(said) - 4) + said + struct.pack('>I', zlib.crc32(said))
         at = end
 
 _WEBP = set(b'VP8X,VP8 ,VP8L,ALPH,ANIM,ANMF,ICCP'.split(b','))
@@ -76,7 +96,10 @@ def _webp(data:bytes, turn:int) -> Iterator[bytes]:
     while at + 8 <= end:
         kind, size = struct.unpack_from('<4sI', data, at); chunk = data[at:at + 8 + size + size % 2]; at += len(chunk)
         if len(chunk) < 8 + size: raise ValueError('a chunk is cut short')
-        if kind == b'VP8X': chunk = chunk[:8] + bytes([chunk[8] & ~0x0c | (8 if turn > 1 else 0)]) + chunk[9:]     # no XMP; EXIF where there is a turn
+        if kind == b'VP8X':
+            chunk = (
+                chunk[:8] + bytes([chunk[8] & ~0x0C | (8 if turn > 1 else 0)]) + chunk[9:]
+            )  # no XMP; EXIF where there is a turn
         if kind in _WEBP: out += chunk
     if turn > 1: said = _just_turn(turn); out += struct.pack('<4sI', b'EXIF', len(said)) + said
     yield b'RIFF' + struct.pack('<I', len(out) + 4) + b'WEBP' + out
@@ -104,8 +127,15 @@ def strip(data:bytes, # an image file's content
     "An image file without its metadata."
     im = open_image(data); how = _HOW.get(im.format); turn = im.getexif().get(_TURN, 1)
     if how is None: return data
-    try: new = b''.join(how(data, turn if turn in range(2, 9) else 1))
-    except (ValueError, IndexError, struct.error) as e: raise BadImage(f'the {im.format} file is not whole: {e}', 'a complete image file', 'fetch it again') from None
+    try:
+        new = b''.join(how(data, turn if turn in range(2, 9) else 1))
+    except (ValueError, IndexError, struct.error) as e:
+        raise BadImage(f'the {im.format} file is not whole: {e}', 'a complete image file', 'fetch it again') from None
     after = open_image(new); after.load(); before = decode(data)
-    if told(after) or not np.array_equal(decode(new), before): raise Damaged(f'metadata of a {im.format} file cannot be taken out safely', 'the same pixels, and nothing told', 'keep it out of the dataset, and report it')
+    if told(after) or not np.array_equal(decode(new), before):
+        raise Damaged(
+            f'metadata of a {im.format} file cannot be taken out safely',
+            'the same pixels, and nothing told',
+            'keep it out of the dataset, and report it',
+        )
     return new

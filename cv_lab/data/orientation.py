@@ -13,10 +13,21 @@ def layout(thumbs:np.ndarray, # (N, S, S) grey levels
           ) -> np.ndarray: # (N, D) float32
     "Brightness, texture and edge directions by place."
     n, s = thumbs.shape[:2]; mean = lambda x, k: x.reshape(n, k, s//k, k, s//k).mean((2, 4))
-    x = thumbs.astype(np.float32); x = x - x.mean((1, 2), keepdims=True); x = x/np.maximum(x.std((1, 2), keepdims=True), 1)
-    soft = mean(x, s//2); dy, dx = np.gradient(soft, axis=(1, 2)); size = np.hypot(dx, dy); way = (np.arctan2(dy, dx)*4/np.pi).astype(np.int8) % 8
+    x = thumbs.astype(np.float32)
+    x = x - x.mean((1, 2), keepdims=True)
+    x = x / np.maximum(x.std((1, 2), keepdims=True), 1)
+    soft = mean(x, s // 2)
+    dy, dx = np.gradient(soft, axis=(1, 2))
+    size = np.hypot(dx, dy)
+    way = (np.arctan2(dy, dx) * 4 / np.pi).astype(np.int8) % 8
     edges = np.stack([(size*(way == k)).reshape(n, 4, s//8, 4, s//8).sum((2, 4)) for k in range(8)], -1).reshape(n, -1)
-    return np.hstack([mean(x, 16).reshape(n, -1), 4*np.sqrt(edges/np.maximum(edges.sum(1, keepdims=True), 1e-6)), mean(x*x, 4).reshape(n, -1)**.5]).astype(np.float32)
+    return np.hstack(
+        [
+            mean(x, 16).reshape(n, -1),
+            4 * np.sqrt(edges / np.maximum(edges.sum(1, keepdims=True), 1e-6)),
+            mean(x * x, 4).reshape(n, -1) ** 0.5,
+        ]
+    ).astype(np.float32)
 
 # %% ../../nbs/11c_data.orientation.ipynb #a52e6881
 def turned(thumbs:np.ndarray,      # (N, S, S) grey levels
@@ -34,14 +45,24 @@ def turned(thumbs:np.ndarray,      # (N, S, S) grey levels
     fold = np.random.default_rng(0).permutation(n) % 3; score = np.zeros((n, 4)); right = []
     spin = lambda i, q: layout(np.rot90(thumbs[i], q, axes=(1, 2)))
     for f in range(3):
-        taught = np.flatnonzero(fold != f); taught = taught[::max(1, len(taught)//most)]; asked = np.flatnonzero(fold == f)
+        taught = np.flatnonzero(fold != f)
+        taught = taught[:: max(1, len(taught) // most)]
+        asked = np.flatnonzero(fold == f)
         X = np.concatenate([spin(taught, q) for q in range(4)])
-        model = make_pipeline(StandardScaler(), PCA(min(100, *X.shape), random_state=0), LogisticRegression(C=.05, max_iter=300)).fit(X, np.repeat(np.arange(4), len(taught)))
+        model = make_pipeline(
+            StandardScaler(), PCA(min(100, *X.shape), random_state=0), LogisticRegression(C=0.05, max_iter=300)
+        ).fit(X, np.repeat(np.arange(4), len(taught)))
         for part in np.array_split(asked, len(asked)//2048 + 1):
-            up = model.predict_log_proba(spin(part, 0)); right.append(up.argmax(1) == 0); doubt = np.flatnonzero(up[:, 0] < np.log(.3))
+            up = model.predict_log_proba(spin(part, 0))
+            right.append(up.argmax(1) == 0)
+            doubt = np.flatnonzero(up[:, 0] < np.log(0.3))
             if not len(doubt): continue
-            answers = np.stack([up[doubt]] + [model.predict_log_proba(spin(part[doubt], q)) for q in (1, 2, 3)]) # (4 turns, M, 4)
-            score[part[doubt]] = np.stack([np.mean([answers[q, :, (q + k) % 4] for q in range(4)], 0) for k in range(4)], 1)
+            answers = np.stack(
+                [up[doubt]] + [model.predict_log_proba(spin(part[doubt], q)) for q in (1, 2, 3)]
+            )  # (4 turns, M, 4)
+            score[part[doubt]] = np.stack(
+                [np.mean([answers[q, :, (q + k) % 4] for q in range(4)], 0) for k in range(4)], 1
+            )
     if np.concatenate(right).mean() < learnable: return none
     p = np.exp(score); p /= p.sum(1, keepdims=True); k = p.argmax(1); out = np.flatnonzero((k > 0) & (p.max(1) > sure))
     return pd.DataFrame(dict(item=out, quarters=(-k[out]) % 4, p=p[out, k[out]]))

@@ -17,7 +17,11 @@ def rotated_box(cx:float, cy:float,     # centre, pixels
                ) -> dict: # polygon and attributes of an annotation
     "A rotated box as a polygon that remembers its angle."
     c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-    ring = [round(v, 6) for x, y in ((-w/2, -h/2), (w/2, -h/2), (w/2, h/2), (-w/2, h/2)) for v in (cx + x*c - y*s, cy + x*s + y*c)]
+    ring = [
+        round(v, 6)
+        for x, y in ((-w / 2, -h / 2), (w / 2, -h / 2), (w / 2, h / 2), (-w / 2, h / 2))
+        for v in (cx + x * c - y * s, cy + x * s + y * c)
+    ]
     return dict(polygon=[ring], attributes=dict(rotation=f'{degrees:.10g}'))
 
 def unrotated_box(polygon:list[list[float]], degrees:float) -> tuple[float, float, float, float]|None: # cx, cy, w, h
@@ -42,7 +46,9 @@ def mask_of(runs:list[int], height:int, width:int,
     try: runs = np.asarray(runs, np.int64)
     except (OverflowError, TypeError, ValueError): runs = np.array(-1)
     if runs.ndim != 1 or (runs < 0).any() or runs.sum() != height*width:
-        raise BadInput('runs that do not fill the mask', f'{height} x {width} = {height*width} pixels', 'export the mask again')
+        raise BadInput(
+            'runs that do not fill the mask', f'{height} x {width} = {height * width} pixels', 'export the mask again'
+        )
     return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape((height, width), order=order)
 
 # %% ../../nbs/10b_data.outlines.ipynb #8f8a841f
@@ -53,10 +59,14 @@ def from_brush(rle:list[int], # bytes
     def take(n):
         nonlocal at
         at += n
-        if at > len(bits): raise BadInput('a brush region that ends too early', 'the rle of a Label Studio region', 'export it again')
+        if at > len(bits):
+            raise BadInput('a brush region that ends too early', 'the rle of a Label Studio region', 'export it again')
         return int(bits[at - n:at], 2)
     total, word = take(32), take(5) + 1; sizes = [take(4) + 1 for _ in range(4)]
-    if total != height*width*4 or word != 8: raise BadInput(f'a brush region of {total} bytes', f'{height} x {width} x 4', 'check original_width and original_height')
+    if total != height * width * 4 or word != 8:
+        raise BadInput(
+            f'a brush region of {total} bytes', f'{height} x {width} x 4', 'check original_width and original_height'
+        )
     out, i = np.zeros(total, np.uint8), 0
     while i < total:
         repeated, n = take(1), take(sizes[take(2)]) + 1

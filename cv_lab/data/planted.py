@@ -25,64 +25,117 @@ def _burnt(im, floor, share): # nothing darker than `floor`, and this share of t
     return Image.fromarray((px*k + floor).clip(0, 255).astype(np.uint8))
 def _gain(im, r): return ImageEnhance.Brightness(im).enhance(r.choice([r.uniform(.55, .8), r.uniform(1.2, 1.5)]))
 
-SPOIL = dict( # kind: (image, random numbers) -> an image file
-    unreadable=lambda im, r: (b := _file(im, ['JPEG', 'PNG', 'WEBP'][r.integers(3)]))[:int(len(b)*r.uniform(.2, .9))],
-    blank=lambda im, r: _file(Image.fromarray((np.full((im.height, im.width), r.uniform(70, 230)) + r.normal(0, r.uniform(0, 2), (im.height, im.width))).clip(0, 255).astype(np.uint8))),
-    dark=lambda im, r: _file(im.point(lambda v, g=r.uniform(.06, .2): int(v*g))), # noqa: B008
-    blown_out=lambda im, r: _file(_burnt(im, r.uniform(100, 160), r.uniform(.2, .8))),
-    blurred=lambda im, r: _file(im.filter(ImageFilter.GaussianBlur(max(im.size)/r.uniform(40, 60)))))
+SPOIL = dict(  # kind: (image, random numbers) -> an image file
+    unreadable=lambda im, r: (b := _file(im, ['JPEG', 'PNG', 'WEBP'][r.integers(3)]))[
+        : int(len(b) * r.uniform(0.2, 0.9))
+    ],
+    blank=lambda im, r: _file(
+        Image.fromarray(
+            (np.full((im.height, im.width), r.uniform(70, 230)) + r.normal(0, r.uniform(0, 2), (im.height, im.width)))
+            .clip(0, 255)
+            .astype(np.uint8)
+        )
+    ),
+    dark=lambda im, r: _file(im.point(lambda v, g=r.uniform(0.06, 0.2): int(v * g))),  # noqa: B008
+    blown_out=lambda im, r: _file(_burnt(im, r.uniform(100, 160), r.uniform(0.2, 0.8))),
+    blurred=lambda im, r: _file(im.filter(ImageFilter.GaussianBlur(max(im.size) / r.uniform(40, 60)))),
+)
 NEAR = dict(
-    near_crop=lambda im, r: _file(_crop(im, r)), near_resize=lambda im, r: _file(im.resize([max(1, int(v*r.uniform(.4, .8))) for v in im.size])),
-    near_jpeg=lambda im, r: _file(im, 'JPEG', quality=int(r.integers(10, 50))), near_brightness=lambda im, r: _file(_gain(im, r)))
-NAMES = dict.fromkeys(NEAR, ('near_duplicate', 'leaked_near')) | dict.fromkeys(('duplicate', 'leaked_content'), ('duplicate', 'leaked_content')) # what a check calls it
+    near_crop=lambda im, r: _file(_crop(im, r)),
+    near_resize=lambda im, r: _file(im.resize([max(1, int(v * r.uniform(0.4, 0.8))) for v in im.size])),
+    near_jpeg=lambda im, r: _file(im, 'JPEG', quality=int(r.integers(10, 50))),
+    near_brightness=lambda im, r: _file(_gain(im, r)),
+)
+NAMES = dict.fromkeys(NEAR, ('near_duplicate', 'leaked_near')) | dict.fromkeys(
+    ('duplicate', 'leaked_content'), ('duplicate', 'leaked_content')
+)  # what a check calls it
 
 # %% ../../nbs/12f_data.planted.ipynb #ab2f1c2a
 def _said(r:dict) -> dict: # a row that `make_table` takes again
     say = lambda a: {k: dict(v) if k == 'attributes' else v for k, v in a.items() if v is not None}
     return dict(r, tags=dict(r['tags'] or []), annotations=[say(a) for a in r['annotations'] or []])
 
-def _flipped(a:dict, classes:list[str], rng) -> dict: return a | dict(label=str(rng.choice([c for c in classes if c != a['label']])))
+def _flipped(a: dict, classes: list[str], rng) -> dict:
+    return a | dict(label=str(rng.choice([c for c in classes if c != a['label']])))
 
-def plant(d:Dataset, folder:str|Path, # where the spoiled copy goes
-          each:int=20, seed:int=0) -> tuple[Dataset, pd.DataFrame]: # the copy; id, kind, of (the item it copies, or None)
+
+def plant(
+    d: Dataset,
+    folder: str | Path,  # where the spoiled copy goes
+    each: int = 20,
+    seed: int = 0,
+) -> tuple[Dataset, pd.DataFrame]:  # the copy; id, kind, of (the item it copies, or None)
     "A copy of a dataset with `each` faults of every kind, each in another item."
     folder, rng = Path(folder), np.random.default_rng(seed); rows = [_said(r) for r in d.table.to_pylist()]
     files = {r['id']: d.read(r['uri']) for r in rows}; free = iter(rng.permutation(len(rows))); planted = []
-    image = lambda r: Image.fromarray(decode(files[r['id']])); other = lambda r: 'train' if r['split'] != 'train' else 'test'
-    def spoiled(kind, make): r = rows[next(free)]; files[r['id']] = make(image(r), rng); planted.append((r['id'], kind, None))
+    image = lambda r: Image.fromarray(decode(files[r['id']]))
+    other = lambda r: 'train' if r['split'] != 'train' else 'test'
+
+    def spoiled(kind, make):
+        r = rows[next(free)]
+        files[r['id']] = make(image(r), rng)
+        planted.append((r['id'], kind, None))
+
     def copied(kind, make, split=lambda r: r['split']):
         r = rows[next(free)]; new = dict(r, id=f'{kind}-{len(planted)}', group=None, split=split(r)); rows.append(new)
         files[new['id']] = make(r); planted.append((new['id'], kind, r['id']))
     for kind, make in SPOIL.items(): [spoiled(kind, make) for _ in range(each)]
-    for _ in range(each): copied('duplicate', lambda r: files[r['id']]); copied('leaked_content', lambda r: files[r['id']], other)
+    for _ in range(each):
+        copied('duplicate', lambda r: files[r['id']])
+        copied('leaked_content', lambda r: files[r['id']], other)
     for kind, make in NEAR.items(): [copied(kind, lambda r, make=make: make(image(r), rng)) for _ in range(each)]
     for _ in range(each):
-        a, b = rows[next(free)], rows[next(free)]; a['group'] = b['group'] = f'planted {len(planted)}'; b['split'] = other(a)
+        a, b = rows[next(free)], rows[next(free)]
+        a['group'] = b['group'] = f'planted {len(planted)}'
+        b['split'] = other(a)
         planted.append((b['id'], 'leaked_group', a['id']))
     if len(d.classes) > 1 and all(len(r['annotations']) == 1 for r in rows):
-        for _ in range(each): r = rows[next(free)]; r['annotations'] = [_flipped(r['annotations'][0], d.classes, rng)]; planted.append((r['id'], 'label_error', None))
+        for _ in range(each):
+            r = rows[next(free)]
+            r['annotations'] = [_flipped(r['annotations'][0], d.classes, rng)]
+            planted.append((r['id'], 'label_error', None))
     for k, r in enumerate(rows):
-        r['uri'] = f'{k:06}'; r['sha256'] = digest(files[r['id']]); r['width'] = r['height'] = None; write_atomic(folder/r['uri'], files[r['id']], sync=False)
-    return replace(d, table=make_table(rows), root=folder, version=''), pd.DataFrame(planted, columns=['id', 'kind', 'of'])
+        r['uri'] = f'{k:06}'
+        r['sha256'] = digest(files[r['id']])
+        r['width'] = r['height'] = None
+        write_atomic(folder / r['uri'], files[r['id']], sync=False)
+    return replace(d, table=make_table(rows), root=folder, version=''), pd.DataFrame(
+        planted, columns=['id', 'kind', 'of']
+    )
 
 # %% ../../nbs/12f_data.planted.ipynb #4882295c
-def found_table(findings:pd.DataFrame,  # of a report on the copy
-                planted:pd.DataFrame,
-                before=None,            # the report on the dataset as it was: what it found is not held against the check
-               ) -> pd.DataFrame: # per kind: planted, found, recall, named, own, precision
+def found_table(
+    findings: pd.DataFrame,  # of a report on the copy
+    planted: pd.DataFrame,
+    before=None,  # the report on the dataset as it was: what it found is not held against the check
+) -> pd.DataFrame: # per kind: planted, found, recall, named, own, precision
     "Recall and precision of each kind of finding."
     f = findings.assign(own=False if before is None else _own(findings, before)); rows = {}
     for kind, p in planted.groupby('kind', sort=False):
         names = NAMES.get(kind, (kind,)); named = f[f['kind'].isin(names)]; ids = set(named['id'])
         pairs = set(zip(named['id'], named['other'])) | set(zip(named['other'], named['id']))
         hits = sum((r.id, r.of) in pairs or r.id in ids or (r.of in ids and r.of is not None) for r in p.itertuples())
-        family = planted[planted['kind'].map(lambda k, names=names: NAMES.get(k, (k,)) == names)]; known = set(family['id']) | set(family['of'].dropna())
+        family = planted[planted['kind'].map(lambda k, names=names: NAMES.get(k, (k,)) == names)]
+        known = set(family['id']) | set(family['of'].dropna())
         right = named['id'].isin(known); own = named['own'] & ~right; judged = len(named) - own.sum()
-        rows[kind] = dict(planted=len(p), found=hits, recall=hits/len(p), named=len(named), own=own.sum(), precision=right.sum()/judged if judged else float('nan'))
+        rows[kind] = dict(
+            planted=len(p),
+            found=hits,
+            recall=hits / len(p),
+            named=len(named),
+            own=own.sum(),
+            precision=right.sum() / judged if judged else float('nan'),
+        )
     return pd.DataFrame(rows).T.astype(dict(planted=int, found=int, named=int, own=int)).rename_axis('kind')
 
 def _own(findings:pd.DataFrame, before) -> np.ndarray: # (N,) bool
     "What was found before anything was planted, or lies between two items of one group."
     had = set(zip(before.findings['id'], before.findings['kind'])); t = before.dataset.table
     group = {i: g for i, g in zip(t['id'].to_pylist(), t['group'].to_pylist()) if g}
-    return np.array([(r.id, r.kind) in had or (r.other in group and group.get(r.id) == group[r.other]) for r in findings.itertuples()], bool)
+    return np.array(
+        [
+            (r.id, r.kind) in had or (r.other in group and group.get(r.id) == group[r.other])
+            for r in findings.itertuples()
+        ],
+        bool,
+    )

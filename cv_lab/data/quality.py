@@ -23,10 +23,14 @@ from .orientation import turned
 from .terms import expired, term_rules
 
 # %% ../../nbs/12_data.quality.ipynb #093b8f3f
-KINDS = dict( # kind: (severity, what it means, what to do)
+KINDS = dict(  # kind: (severity, what it means, what to do)
     unreadable=('error', 'the file is missing, cut short, or no image', 'fetch it again, or drop the item'),
     changed=('error', 'the file is not the one that was imported', 'import the dataset again'),
-    leaked_group=('error', 'its group is also in another split', 'move it to the split of the other items of the group'),
+    leaked_group=(
+        'error',
+        'its group is also in another split',
+        'move it to the split of the other items of the group',
+    ),
     leaked_near=('error', 'nearly the same picture is in another split', 'drop it here, or move it there'),
     leaked_content=('error', 'the same picture is in another split', 'drop it here, or move it there'),
     conflict=('error', 'the same picture carries other labels elsewhere', 'decide which is right'),
@@ -36,30 +40,60 @@ KINDS = dict( # kind: (severity, what it means, what to do)
     personal=('warning', 'the file names an owner or a serial number', 'cvlab data strip'),
     duplicate=('warning', 'the same picture stands in this split twice', 'drop one'),
     near_duplicate=('warning', 'nearly the same picture stands in this split', 'drop one, unless it is meant so'),
-    wrong_size=('warning', 'the manifest says another size than the file', 'import the dataset again; check boxes and masks'),
+    wrong_size=(
+        'warning',
+        'the manifest says another size than the file',
+        'import the dataset again; check boxes and masks',
+    ),
     no_class=('warning', 'a class without items in a split', 'label some, or drop the class'),
-    label_error=('warning', 'a model that did not see its label is sure of another', 'let somebody look who knows the classes'),
+    label_error=(
+        'warning',
+        'a model that did not see its label is sure of another',
+        'let somebody look who knows the classes',
+    ),
     overlooked=('warning', 'a held-out model is sure of an object that nobody marked', 'look, and mark it'),
     misnamed=('warning', 'a held-out model is sure of another class for an object', 'look, and correct the class'),
     misplaced=('warning', 'a held-out model draws an object elsewhere', 'look, and redraw it'),
-    unsupported=('warning', 'an object was marked where a held-out model sees nothing', 'look, and drop it if it is not there'),
+    unsupported=(
+        'warning',
+        'an object was marked where a held-out model sees nothing',
+        'look, and drop it if it is not there',
+    ),
     unlabelled=('warning', 'nothing was said about it', 'label it, or confirm that there is nothing'),
     box_outside=('warning', 'a box reaches out of the image', 'clip it'),
     box_tiny=('warning', 'a box far smaller than others of its class: a slip of the mouse', 'drop or redraw it'),
-    absent=('warning', 'a class that nearly every item carries is missing here', 'look whether somebody forgot to mark it'),
+    absent=(
+        'warning',
+        'a class that nearly every item carries is missing here',
+        'look whether somebody forgot to mark it',
+    ),
     box_twice=('warning', 'two boxes of one class cover the same', 'drop one'),
     blank=('warning', 'hardly any structure in the picture', 'look, and drop it if it is empty'),
     dark=('warning', 'hardly anything brighter than black', 'look, and drop it if nothing can be seen'),
     blown_out=('warning', 'burnt out to white, and nothing dark left', 'look, and drop it if nothing can be seen'),
-    blurred=('warning', 'out of focus, moved, or blown up from a small picture', 'look, and drop it if it is unlike real input'),
+    blurred=(
+        'warning',
+        'out of focus, moved, or blown up from a small picture',
+        'look, and drop it if it is unlike real input',
+    ),
     odd_size=('warning', 'a size unlike the others', 'look whether it belongs here'),
     odd_aspect=('warning', 'a shape unlike the others', 'look whether it is turned or cropped'),
     turned=('warning', 'by what the others look like, it lies on its side or on its head', 'turn it back'),
-    exif_turned=('note', 'an EXIF mark turns it when shown', 'check that boxes and masks were made on the turned picture'))
+    exif_turned=(
+        'note',
+        'an EXIF mark turns it when shown',
+        'check that boxes and masks were made on the turned picture',
+    ),
+)
+
 
 def finding(kind:str, ids, detail, other=None) -> pd.DataFrame: # id, kind, severity, detail, other
     "Findings of one kind."
-    return pd.DataFrame(dict(id=list(ids), kind=kind, severity=KINDS[kind][0], detail=detail, other=other), columns=['id', 'kind', 'severity', 'detail', 'other'], dtype=object)
+    return pd.DataFrame(
+        dict(id=list(ids), kind=kind, severity=KINDS[kind][0], detail=detail, other=other),
+        columns=['id', 'kind', 'severity', 'detail', 'other'],
+        dtype=object,
+    )
 
 # %% ../../nbs/12_data.quality.ipynb #914b9315
 def picture_findings(seen:pd.DataFrame, thumbs:np.ndarray, # from `measure_files`
@@ -68,19 +102,42 @@ def picture_findings(seen:pd.DataFrame, thumbs:np.ndarray, # from `measure_files
     "Items that look wrong by themselves."
     t = seen[seen['broken'].isna()]; small = np.minimum(t['width'], t['height']).astype(float)
     blank = (t['texture'] < np.where(t['p99'] < 64, .5, 2)) & (t['spread'] < 8) & (t['p99'] - t['p01'] < 40)
-    dark = (t['p99'] < 64) & ~blank; blown = ((t['white'] > .5) & (t['p05'] > 128) | (t['white'] > .1) & (t['p01'] >= 96)) & ~blank
-    off = lambda v, least: (np.abs(v - np.nanmedian(v)) > np.maximum(least, 3*1.4826*np.nanmedian(np.abs(v - np.nanmedian(v))))) if len(v) else v > 0
+    dark = (t['p99'] < 64) & ~blank
+    blown = ((t['white'] > 0.5) & (t['p05'] > 128) | (t['white'] > 0.1) & (t['p01'] >= 96)) & ~blank
+    off = lambda v, least: (
+        (np.abs(v - np.nanmedian(v)) > np.maximum(least, 3 * 1.4826 * np.nanmedian(np.abs(v - np.nanmedian(v)))))
+        if len(v)
+        else v > 0
+    )
     size, shape = np.log2((t['width']*t['height']).astype(float))/2, np.log2((t['width']/t['height']).astype(float))
-    marks = dict(blank=(blank, lambda r: f'grey levels spread by {r.spread:.1f}'), dark=(dark, lambda r: f'99 % of the pixels are at most {r.p99:.0f} of 255'),
-                 blown_out=(blown, lambda r: f'{r.white:.0%} of the pixels are white, 99 % at least {r.p01:.0f} of 255'),
-                 blurred=(((t['blur'] > .85) | (t['blur'] > .5) & off(t['blur'], .15) & (t['blur'] > t['blur'].median())) & (small >= 48) & ~blank & ~dark & ~blown, lambda r: f'blur effect {r.blur:.2f}'),
-                 odd_size=(off(size, 1.), lambda r: f'{r.width:.0f} x {r.height:.0f} pixels'), odd_aspect=(off(shape, .5), lambda r: f'{r.width:.0f} x {r.height:.0f} pixels'),
-                 exif_turned=(t['exif_turn'] > 1, lambda r: f'EXIF orientation {r.exif_turn:.0f}'))
+    marks = dict(
+        blank=(blank, lambda r: f'grey levels spread by {r.spread:.1f}'),
+        dark=(dark, lambda r: f'99 % of the pixels are at most {r.p99:.0f} of 255'),
+        blown_out=(blown, lambda r: f'{r.white:.0%} of the pixels are white, 99 % at least {r.p01:.0f} of 255'),
+        blurred=(
+            ((t['blur'] > 0.85) | (t['blur'] > 0.5) & off(t['blur'], 0.15) & (t['blur'] > t['blur'].median()))
+            & (small >= 48)
+            & ~blank
+            & ~dark
+            & ~blown,
+            lambda r: f'blur effect {r.blur:.2f}',
+        ),
+        odd_size=(off(size, 1.0), lambda r: f'{r.width:.0f} x {r.height:.0f} pixels'),
+        odd_aspect=(off(shape, 0.5), lambda r: f'{r.width:.0f} x {r.height:.0f} pixels'),
+        exif_turned=(t['exif_turn'] > 1, lambda r: f'EXIF orientation {r.exif_turn:.0f}'),
+    )
     out = [finding('unreadable', seen.loc[seen['broken'].notna(), 'id'], seen['broken'].dropna().tolist())]
     for kind, (mark, say) in marks.items():
-        if 0 < mark.sum() <= max(1, style*len(t)): out.append(finding(kind, t.loc[mark, 'id'], [say(r) for r in t[mark].itertuples()]))
+        if 0 < mark.sum() <= max(1, style * len(t)):
+            out.append(finding(kind, t.loc[mark, 'id'], [say(r) for r in t[mark].itertuples()]))
     whole = t.index[(t['p99'] - t['p01'] > 40) & (small >= 24)].to_numpy(); lying = turned(thumbs[whole])
-    out.append(finding('turned', t.loc[whole[lying['item']], 'id'], [f'probably by {90*(-q % 4)} degrees' for q in lying['quarters']]))
+    out.append(
+        finding(
+            'turned',
+            t.loc[whole[lying['item']], 'id'],
+            [f'probably by {90 * (-q % 4)} degrees' for q in lying['quarters']],
+        )
+    )
     return pd.concat(out, ignore_index=True)
 
 # %% ../../nbs/12_data.quality.ipynb #c5348b2a
@@ -94,8 +151,12 @@ def _labels_of(t:pa.Table) -> list[str]: # one text per row, equal where the sam
 
 def _rows(t:pa.Table, seen:pd.DataFrame) -> pd.DataFrame: # the first may stay
     "What is compared between items, in the order of who may stay."
-    rows = pd.DataFrame({c: t[c].to_pylist() for c in ('id', 'split', 'group')} | dict(said=_labels_of(t), item=range(len(t))), dtype=object)
-    rows['pixels'] = seen['pixels'].to_numpy(); rows['order'] = rows['split'].map({'test': 0, 'val': 1, 'train': 2}).fillna(3)
+    rows = pd.DataFrame(
+        {c: t[c].to_pylist() for c in ('id', 'split', 'group')} | dict(said=_labels_of(t), item=range(len(t))),
+        dtype=object,
+    )
+    rows['pixels'] = seen['pixels'].to_numpy()
+    rows['order'] = rows['split'].map({'test': 0, 'val': 1, 'train': 2}).fillna(3)
     return rows.sort_values(['order', 'id'], kind='stable')
 
 def between_findings(t:pa.Table, seen:pd.DataFrame) -> pd.DataFrame:
@@ -106,10 +167,18 @@ def between_findings(t:pa.Table, seen:pd.DataFrame) -> pd.DataFrame:
         first = has.drop_duplicates(key).set_index(key)[['id', 'split', 'said']].add_prefix('first_')
         return has[has[key].duplicated()].join(first, on=key)
     def add(kind, x, say): out.append(finding(kind, x['id'], [say(r) for r in x.itertuples()], x['first_id'].tolist()))
-    same = extra('pixels'); apart = (same['split'] != same['first_split']) & same['split'].notna(); parted = extra('group'); parted = parted[parted['split'] != parted['first_split']]
+
+    same = extra('pixels')
+    apart = (same['split'] != same['first_split']) & same['split'].notna()
+    parted = extra('group')
+    parted = parted[parted['split'] != parted['first_split']]
     add('leaked_content', same[apart], lambda r: f'in {r.split}; the same as {r.first_id} in {r.first_split}')
     add('duplicate', same[~apart], lambda r: f'the same as {r.first_id}')
-    add('conflict', same[same['said'] != same['first_said']], lambda r: f'“{r.said}” here, “{r.first_said}” at {r.first_id}')
+    add(
+        'conflict',
+        same[same['said'] != same['first_said']],
+        lambda r: f'“{r.said}” here, “{r.first_said}” at {r.first_id}',
+    )
     add('leaked_group', parted, lambda r: f'in {r.split}; group “{r.group}” is in {r.first_split} too')
     return pd.concat(out, ignore_index=True)
 
@@ -120,17 +189,34 @@ def near_pairs(t:pa.Table, seen:pd.DataFrame, thumbs:np.ndarray, # from `measure
     "Pairs of rows that show nearly the same picture."
     rows = _rows(t, seen); small = np.minimum(seen['width'], seen['height']).to_numpy(float)[rows['item'].to_numpy(int)]
     one = rows[(small >= smallest) & rows['pixels'].notna() & ~rows['pixels'].duplicated()]['item'].to_numpy(int)
-    near = near_duplicates(thumbs[one]); a, b = near['a'].to_numpy(int), near['b'].to_numpy(int) # `one` is in the order of who may stay
+    near = near_duplicates(thumbs[one])
+    a, b = near['a'].to_numpy(int), near['b'].to_numpy(int)  # `one` is in the order of who may stay
     return pd.DataFrame(dict(keep=one[np.minimum(a, b)], drop=one[np.maximum(a, b)], score=near['score'].astype(float)))
 
 def near_findings(t:pa.Table, pairs:pd.DataFrame) -> pd.DataFrame:
     "For each item that is nearly another: the other that is most like it, one of another split first."
     ids, split = np.array(t['id'].to_pylist(), object), np.array(t['split'].to_pylist(), object); p = pairs.copy()
-    p['leaks'] = np.array([a is not None and b is not None and a != b for a, b in zip(split[p['keep'].to_numpy(int)], split[p['drop'].to_numpy(int)])], bool)
+    p['leaks'] = np.array(
+        [
+            a is not None and b is not None and a != b
+            for a, b in zip(split[p['keep'].to_numpy(int)], split[p['drop'].to_numpy(int)])
+        ],
+        bool,
+    )
     p = p.sort_values(['leaks', 'score'], ascending=False, kind='stable').drop_duplicates('drop'); out = []
     for kind, q in (('leaked_near', p[p['leaks']]), ('near_duplicate', p[~p['leaks']])):
         a, b = q['keep'].to_numpy(int), q['drop'].to_numpy(int)
-        out.append(finding(kind, ids[b], [f'{s:.0%} like {i}' + (f' in {w}; this is in {v}' if kind == 'leaked_near' else '') for s, i, v, w in zip(q['score'], ids[a], split[b], split[a])], ids[a].tolist()))
+        out.append(
+            finding(
+                kind,
+                ids[b],
+                [
+                    f'{s:.0%} like {i}' + (f' in {w}; this is in {v}' if kind == 'leaked_near' else '')
+                    for s, i, v, w in zip(q['score'], ids[a], split[b], split[a])
+                ],
+                ids[a].tolist(),
+            )
+        )
     return pd.concat(out, ignore_index=True)
 
 # %% ../../nbs/12_data.quality.ipynb #8eca4a74
@@ -138,40 +224,88 @@ def table_findings(t:pa.Table, seen:pd.DataFrame, classes:list[str]) -> pd.DataF
     "Where the manifest says other than the files do, and what it does not say."
     ids = np.array(t['id'].to_pylist(), object); out = []
     w, h = (t[c].to_numpy(zero_copy_only=False).astype(float) for c in ('width', 'height'))
-    fine = seen['broken'].isna().to_numpy(); changed = fine & (seen['sha256'].to_numpy() != np.array(t['sha256'].to_pylist(), object))
+    fine = seen['broken'].isna().to_numpy()
+    changed = fine & (seen['sha256'].to_numpy() != np.array(t['sha256'].to_pylist(), object))
     other = fine & ~np.isnan(w) & ((w != seen['width'].to_numpy()) | (h != seen['height'].to_numpy()))
-    out += [finding('changed', ids[changed], 'its content hash differs from the manifest'),
-            finding('wrong_size', ids[other], [f'{a:.0f} x {b:.0f} in the manifest, {c:.0f} x {e:.0f} in the file' for a, b, c, e in zip(w[other], h[other], seen['width'][other], seen['height'][other])])]
+    out += [
+        finding('changed', ids[changed], 'its content hash differs from the manifest'),
+        finding(
+            'wrong_size',
+            ids[other],
+            [
+                f'{a:.0f} x {b:.0f} in the manifest, {c:.0f} x {e:.0f} in the file'
+                for a, b, c, e in zip(w[other], h[other], seen['width'][other], seen['height'][other])
+            ],
+        ),
+    ]
     silent = pc.fill_null(pc.list_value_length(t['annotations']), 0).to_numpy() == 0
     out.append(finding('unlabelled', ids[silent], 'no annotation'))
-    over = expired(t); tells = seen['tells'].fillna('').str.split(',').map(set); out.append(finding('expired', ids[over], [f'it was to be used until {v}' for v in t['expires'].filter(pa.array(over)).to_pylist()]))
-    for kind, what in dict(gps={'gps'}, personal={'owner', 'serial'}).items(): has = tells.map(lambda v, what=what: bool(v & what)).to_numpy(bool); out.append(finding(kind, ids[has], [', '.join(sorted(v)) for v in tells[has]]))
+    over = expired(t)
+    tells = seen['tells'].fillna('').str.split(',').map(set)
+    out.append(
+        finding(
+            'expired',
+            ids[over],
+            [f'it was to be used until {v}' for v in t['expires'].filter(pa.array(over)).to_pylist()],
+        )
+    )
+    for kind, what in dict(gps={'gps'}, personal={'owner', 'serial'}).items():
+        has = tells.map(lambda v, what=what: bool(v & what)).to_numpy(bool)
+        out.append(finding(kind, ids[has], [', '.join(sorted(v)) for v in tells[has]]))
     if len(flat := pc.list_flatten(t['annotations']).combine_chunks()):
         parents, labels = pc.list_parent_indices(t['annotations']).to_numpy(), pc.struct_field(flat, 'label')
-        wrong = pc.and_(pc.is_valid(labels), pc.invert(pc.is_in(labels, pa.array(classes, pa.string())))).to_numpy(zero_copy_only=False)
-        out.append(finding('unknown_label', ids[parents[wrong]], [f'“{v}”' for v in labels.filter(pa.array(wrong)).to_pylist()]))
+        wrong = pc.and_(pc.is_valid(labels), pc.invert(pc.is_in(labels, pa.array(classes, pa.string())))).to_numpy(
+            zero_copy_only=False
+        )
+        out.append(
+            finding(
+                'unknown_label', ids[parents[wrong]], [f'“{v}”' for v in labels.filter(pa.array(wrong)).to_pylist()]
+            )
+        )
         out.append(_absent_findings(ids, parents, labels))
-        out.append(_box_findings(ids, parents, flat, np.where(fine, seen['width'], w), np.where(fine, seen['height'], h)))
+        out.append(
+            _box_findings(ids, parents, flat, np.where(fine, seen['width'], w), np.where(fine, seen['height'], h))
+        )
     return pd.concat(out, ignore_index=True)
 
 def _absent_findings(ids, parents, labels, usual:float=.9) -> pd.DataFrame:
     "Labelled items without a class that nine in ten labelled items carry."
-    seen = pd.DataFrame(dict(item=parents, label=labels.to_pylist())).dropna().drop_duplicates(); items = seen['item'].nunique(); out = [finding('absent', [], [])]
+    seen = pd.DataFrame(dict(item=parents, label=labels.to_pylist())).dropna().drop_duplicates()
+    items = seen['item'].nunique()
+    out = [finding('absent', [], [])]
     for c, n in seen['label'].value_counts().items():
-        if usual*items <= n < items: lacks = np.setdiff1d(seen['item'], seen.loc[seen['label'] == c, 'item']); out.append(finding('absent', ids[lacks], f'no {c}, which {n/items:.0%} of the items carry'))
+        if usual * items <= n < items:
+            lacks = np.setdiff1d(seen['item'], seen.loc[seen['label'] == c, 'item'])
+            out.append(finding('absent', ids[lacks], f'no {c}, which {n / items:.0%} of the items carry'))
     return pd.concat(out)
 
 def _box_findings(ids, parents, flat, w, h) -> pd.DataFrame:
     "Boxes that leave the image, that are far too small, and that say the same twice."
     boxes = pc.struct_field(flat, 'bbox'); has = np.flatnonzero(pc.is_valid(boxes).to_numpy(zero_copy_only=False))
     if not len(has): return finding('box_outside', [], [])
-    b = pc.list_flatten(boxes).to_numpy().reshape(-1, 4); p = parents[has]; label = np.array(pc.struct_field(flat, 'label').take(pa.array(has)).to_pylist(), object)
+    b = pc.list_flatten(boxes).to_numpy().reshape(-1, 4)
+    p = parents[has]
+    label = np.array(pc.struct_field(flat, 'label').take(pa.array(has)).to_pylist(), object)
     out = (b[:, 0] < -1) | (b[:, 1] < -1) | (b[:, 2] > w[p].astype(float) + 1) | (b[:, 3] > h[p].astype(float) + 1)
-    side = pd.Series((b[:, 2:] - b[:, :2]).min(1)); tiny = (side < .1*side.groupby(pd.Series(label).fillna('')).transform('median')).to_numpy()
+    side = pd.Series((b[:, 2:] - b[:, :2]).min(1))
+    tiny = (side < 0.1 * side.groupby(pd.Series(label).fillna('')).transform('median')).to_numpy()
     a, c = same_boxes(b, p, label)
-    return pd.concat([finding('box_outside', ids[p[out]], [f'{v.round(1).tolist()} in {w[k]:.0f} x {h[k]:.0f}' for v, k in zip(b[out], p[out])]),
-                      finding('box_tiny', ids[p[tiny]], [f'{n}: {v.round(1).tolist()}' for n, v in zip(label[tiny], b[tiny])]),
-                      finding('box_twice', ids[p[a]], [f'{label[i]}: {b[i].round(1).tolist()} and {b[j].round(1).tolist()}' for i, j in zip(a, c)])])
+    return pd.concat(
+        [
+            finding(
+                'box_outside',
+                ids[p[out]],
+                [f'{v.round(1).tolist()} in {w[k]:.0f} x {h[k]:.0f}' for v, k in zip(b[out], p[out])],
+            ),
+            finding('box_tiny', ids[p[tiny]], [f'{n}: {v.round(1).tolist()}' for n, v in zip(label[tiny], b[tiny])]),
+            finding(
+                'box_twice',
+                ids[p[a]],
+                [f'{label[i]}: {b[i].round(1).tolist()} and {b[j].round(1).tolist()}' for i, j in zip(a, c)],
+            ),
+        ]
+    )
+
 
 def same_boxes(b:np.ndarray,     # (N, 4) xyxy
                item:np.ndarray,  # (N,) which image
@@ -184,7 +318,9 @@ def same_boxes(b:np.ndarray,     # (N, 4) xyxy
         i, j = order[:-step], order[step:]
         near = (item[i] == item[j]) & (label[i] == label[j]) & (b[j, 0] - b[i, 0] <= (1 - iou)*(b[i, 2] - b[i, 0]))
         if not near.any(): break
-        i, j = i[near], j[near]; x = np.minimum(b[i, 2:], b[j, 2:]) - np.maximum(b[i, :2], b[j, :2]); inter = x.clip(0).prod(1)
+        i, j = i[near], j[near]
+        x = np.minimum(b[i, 2:], b[j, 2:]) - np.maximum(b[i, :2], b[j, :2])
+        inter = x.clip(0).prod(1)
         over = inter/((b[i, 2:] - b[i, :2]).prod(1) + (b[j, 2:] - b[j, :2]).prod(1) - inter) >= iou
         found.append((i[over], j[over])); step += 1
     return tuple(np.concatenate(v) for v in zip(*found))
@@ -194,51 +330,128 @@ def label_findings(t:pa.Table, predictions:pa.Table, # held-out
                    classes:list[str], multilabel:bool=False) -> pd.DataFrame:
     "Labels, boxes and masks that a held-out model is sure are wrong."
     a, b = label_errors(t, predictions, classes, multilabel), object_errors(t, predictions)
-    say = dict(overlooked=lambda r: f'{r.suggested}, score {r.score:.2f}, at {[round(v) for v in r.bbox or []]}', misnamed=lambda r: f'“{r.given}”, rather “{r.suggested}” ({r.score:.2f})',
-               misplaced=lambda r: f'{r.given}: rather at {[round(v) for v in r.bbox or []]}', unsupported=lambda r: f'{r.given} at {[round(v) for v in r.bbox or []]}')
-    return pd.concat([finding('label_error', a['id'], [f'“{r.given}” ({r.p_given:.0%}), rather “{r.suggested}” ({r.p_suggested:.0%})' for r in a.itertuples()]),
-                      *(finding(k, b.loc[b['kind'] == k, 'id'], [f(r) for r in b[b['kind'] == k].itertuples()]) for k, f in say.items())], ignore_index=True)
+    say = dict(
+        overlooked=lambda r: f'{r.suggested}, score {r.score:.2f}, at {[round(v) for v in r.bbox or []]}',
+        misnamed=lambda r: f'“{r.given}”, rather “{r.suggested}” ({r.score:.2f})',
+        misplaced=lambda r: f'{r.given}: rather at {[round(v) for v in r.bbox or []]}',
+        unsupported=lambda r: f'{r.given} at {[round(v) for v in r.bbox or []]}',
+    )
+    return pd.concat(
+        [
+            finding(
+                'label_error',
+                a['id'],
+                [
+                    f'“{r.given}” ({r.p_given:.0%}), rather “{r.suggested}” ({r.p_suggested:.0%})'
+                    for r in a.itertuples()
+                ],
+            ),
+            *(
+                finding(k, b.loc[b['kind'] == k, 'id'], [f(r) for r in b[b['kind'] == k].itertuples()])
+                for k, f in say.items()
+            ),
+        ],
+        ignore_index=True,
+    )
 
 # %% ../../nbs/12_data.quality.ipynb #df05e7b4
-def class_counts(t:pa.Table, classes:list[str]) -> pd.DataFrame: # rows: classes; columns: splits; items that carry the class
+def class_counts(
+    t: pa.Table, classes: list[str]
+) -> pd.DataFrame:  # rows: classes; columns: splits; items that carry the class
     "How many items of each split carry each class."
     flat = pc.list_flatten(t['annotations']).combine_chunks()
     at = pc.list_parent_indices(t['annotations']).to_numpy() if len(flat) else np.zeros(0, int)
-    pairs = pd.DataFrame(dict(item=at, label=pc.struct_field(flat, 'label').to_pylist() if len(flat) else [])).dropna().drop_duplicates()
+    pairs = (
+        pd.DataFrame(dict(item=at, label=pc.struct_field(flat, 'label').to_pylist() if len(flat) else []))
+        .dropna()
+        .drop_duplicates()
+    )
     split = np.array(pc.fill_null(t['split'], 'none').to_pylist(), object)
     names = [s for s in (*SPLITS, 'none') if (split == s).any()]
     counts = pd.crosstab(pairs['label'], split[pairs['item'].astype(int)]) if len(pairs) else pd.DataFrame()
-    return counts.reindex(index=classes, columns=names, fill_value=0).rename_axis(index='class', columns='split').astype(int)
+    return (
+        counts.reindex(index=classes, columns=names, fill_value=0)
+        .rename_axis(index='class', columns='split')
+        .astype(int)
+    )
 
 # %% ../../nbs/12_data.quality.ipynb #21d59fdb
-def judge_data(rules:DataRules, t:pa.Table, findings:pd.DataFrame, counts:pd.DataFrame) -> list[dict]: # rule, verdict, said, expected
+def judge_data(
+    rules: DataRules, t: pa.Table, findings: pd.DataFrame, counts: pd.DataFrame
+) -> list[dict]:  # rule, verdict, said, expected
     "The data rules of a problem, judged."
     n = {k: findings.loc[findings['kind'] == k, 'id'].nunique() for k in KINDS}; items = max(len(t), 1)
-    leaked = findings.loc[findings['kind'].isin(['leaked_group', 'leaked_content'] + ['leaked_near']*(not rules.allow_near_duplicates)), 'id'].nunique()
+    leaked = findings.loc[
+        findings['kind'].isin(['leaked_group', 'leaked_content'] + ['leaked_near'] * (not rules.allow_near_duplicates)),
+        'id',
+    ].nunique()
     gps = findings.loc[findings['kind'] == 'gps', 'id'].drop_duplicates()
     train = counts['train'] if 'train' in counts else counts.sum(axis=1)
     least = train.sort_values(kind='stable').index[0] if len(train) else None
-    def rule(name, ok, said, expected): return dict(rule=name, verdict='pass' if ok else 'fail', said=said, expected=expected)
+
+    def rule(name, ok, said, expected):
+        return dict(rule=name, verdict='pass' if ok else 'fail', said=said, expected=expected)
+
     return [
-        rule('items that can be read', n['unreadable']/items <= rules.max_broken, f'{n["unreadable"]} of {len(t)} cannot', f'at most {rules.max_broken:.2%}'),
+        rule(
+            'items that can be read',
+            n['unreadable'] / items <= rules.max_broken,
+            f'{n["unreadable"]} of {len(t)} cannot',
+            f'at most {rules.max_broken:.2%}',
+        ),
         rule('files as imported', not n['changed'], f'{n["changed"]} changed', 'none'),
-        rule('nothing shared between splits', rules.allow_leaks or not leaked,
-             f'{leaked} items leak' + (f', {n["leaked_near"]} items are nearly like one of another split' if n['leaked_near'] else ''), 'any number' if rules.allow_leaks else 'none'),
+        rule(
+            'nothing shared between splits',
+            rules.allow_leaks or not leaked,
+            f'{leaked} items leak'
+            + (f', {n["leaked_near"]} items are nearly like one of another split' if n['leaked_near'] else ''),
+            'any number' if rules.allow_leaks else 'none',
+        ),
         rule('labels are classes', not n['unknown_label'], f'{n["unknown_label"]} items with other labels', 'none'),
-        rule('training items of each class', least is None or train[least] >= rules.min_per_class,
-             'no classes' if least is None else f'“{least}” has {train[least]}', f'at least {rules.min_per_class}'),
+        rule(
+            'training items of each class',
+            least is None or train[least] >= rules.min_per_class,
+            'no classes' if least is None else f'“{least}” has {train[least]}',
+            f'at least {rules.min_per_class}',
+        ),
         *term_rules(rules, t),
-        rule('no file says where it was taken', not rules.no_gps or not len(gps), f'{len(gps)} do' + (f': {", ".join(gps[:3])}' if len(gps) else ''), 'none' if rules.no_gps else 'any number')]
+        rule(
+            'no file says where it was taken',
+            not rules.no_gps or not len(gps),
+            f'{len(gps)} do' + (f': {", ".join(gps[:3])}' if len(gps) else ''),
+            'none' if rules.no_gps else 'any number',
+        ),
+    ]
 
 # %% ../../nbs/12_data.quality.ipynb #18e660b5
 def quality_parts(t:pa.Table, findings:pd.DataFrame, counts:pd.DataFrame) -> dict[str, float]: # each in [0, 1]
     "The parts of the score."
     share = lambda *kinds: 1 - findings.loc[findings['kind'].isin(kinds), 'id'].nunique()/max(len(t), 1)
     p = counts.sum(axis=1).to_numpy(float); p = p[p > 0]/max(p.sum(), 1)
-    even = float(np.exp(-(p*np.log(p)).sum())/max(len(counts), 1)) if len(p) else 1. # effective number of classes (Hill, 1973), as a share
-    return dict(readable=share('unreadable', 'changed', 'wrong_size'), separate=share('leaked_group', 'leaked_content', 'leaked_near'),
-                unique=share('duplicate', 'near_duplicate', 'conflict'), visible=share('blank', 'dark', 'blown_out', 'blurred', 'turned'),
-                labelled=share('unlabelled', 'absent', 'unknown_label', 'box_outside', 'box_tiny', 'box_twice', 'label_error', 'overlooked', 'misnamed', 'misplaced', 'unsupported'), balanced=even)
+    even = (
+        float(np.exp(-(p * np.log(p)).sum()) / max(len(counts), 1)) if len(p) else 1.0
+    )  # effective number of classes (Hill, 1973), as a share
+    return dict(
+        readable=share('unreadable', 'changed', 'wrong_size'),
+        separate=share('leaked_group', 'leaked_content', 'leaked_near'),
+        unique=share('duplicate', 'near_duplicate', 'conflict'),
+        visible=share('blank', 'dark', 'blown_out', 'blurred', 'turned'),
+        labelled=share(
+            'unlabelled',
+            'absent',
+            'unknown_label',
+            'box_outside',
+            'box_tiny',
+            'box_twice',
+            'label_error',
+            'overlooked',
+            'misnamed',
+            'misplaced',
+            'unsupported',
+        ),
+        balanced=even,
+    )
+
 
 def quality_score(parts:dict[str, float]) -> float: # in [0, 1]
     "The geometric mean of the parts."
@@ -263,23 +476,43 @@ class Report:
     def tally(self) -> pd.DataFrame: # kind, severity, items, first, meaning, to_do
         "Findings by kind, the worst first."
         by = self.findings.groupby('kind', sort=False)['id']
-        rows = [(k, s, by.get_group(k).nunique(), by.get_group(k).drop_duplicates()[:5].tolist(), m, d) for k, (s, m, d) in KINDS.items() if k in by.groups]
+        rows = [
+            (k, s, by.get_group(k).nunique(), by.get_group(k).drop_duplicates()[:5].tolist(), m, d)
+            for k, (s, m, d) in KINDS.items()
+            if k in by.groups
+        ]
         return pd.DataFrame(rows, columns=['kind', 'severity', 'items', 'first', 'meaning', 'to_do'])
 
     def to_json(self) -> dict: # ready for `write_json`
         "The verdict as other rooms read it."
-        return dict(ok=self.ok, dataset=self.dataset.name, version=self.dataset.version, items=len(self.dataset), score=round(self.score, 4),
-                    parts={k: round(v, 4) for k, v in self.parts.items()}, rules=self.rules, findings=self.tally().to_dict('records'),
-                    classes={str(c): {k: int(v) for k, v in row.items()} for c, row in self.counts.iterrows()})
+        return dict(
+            ok=self.ok,
+            dataset=self.dataset.name,
+            version=self.dataset.version,
+            items=len(self.dataset),
+            score=round(self.score, 4),
+            parts={k: round(v, 4) for k, v in self.parts.items()},
+            rules=self.rules,
+            findings=self.tally().to_dict('records'),
+            classes={str(c): {k: int(v) for k, v in row.items()} for c, row in self.counts.iterrows()},
+        )
 
     def _repr_markdown_(self) -> str:
         mark = lambda v: dict(fail='**fail**').get(v, v)
-        lines = [f'**{self.dataset.name}**, version `{self.dataset.version}`: {len(self.dataset)} items, score {self.score:.2f} '
-                 f'({", ".join(f"{k} {v:.2f}" for k, v in self.parts.items())})', '', '| rule | verdict | seen | expected |', '|---|---|---|---|']
+        lines = [
+            f'**{self.dataset.name}**, version `{self.dataset.version}`: {len(self.dataset)} items, score {self.score:.2f} '
+            f'({", ".join(f"{k} {v:.2f}" for k, v in self.parts.items())})',
+            '',
+            '| rule | verdict | seen | expected |',
+            '|---|---|---|---|',
+        ]
         lines += [f'| {r["rule"]} | {mark(r["verdict"])} | {r["said"]} | {r["expected"]} |' for r in self.rules]
         if len(t := self.tally()):
             lines += ['', '| found | items | first | what to do |', '|---|---|---|---|']
-            lines += [f'| {r.kind} ({r.severity}): {r.meaning} | {r.items} | {", ".join(map(str, r.first[:3]))} | {r.to_do} |' for r in t.itertuples()]
+            lines += [
+                f'| {r.kind} ({r.severity}): {r.meaning} | {r.items} | {", ".join(map(str, r.first[:3]))} | {r.to_do} |'
+                for r in t.itertuples()
+            ]
         return '\n'.join(lines)
 
 # %% ../../nbs/12_data.quality.ipynb #a1100167
@@ -290,15 +523,30 @@ def check(dataset:Dataset,
          ) -> Report:
     "Look at every item of a dataset, and judge it."
     t = dataset.table; classes = problem.classes if problem else dataset.classes or labels_in(t)
-    seen, thumbs = measure_files(dataset, workers); counts, pairs = class_counts(t, classes), near_pairs(t, seen, thumbs)
+    seen, thumbs = measure_files(dataset, workers)
+    counts, pairs = class_counts(t, classes), near_pairs(t, seen, thumbs)
     first = seen.groupby('pixels')['pixels'].transform(lambda v: v.index[0]); same = first.dropna().astype(int)
     seen['cluster'] = clusters(len(t), pd.DataFrame(dict(a=[*pairs['keep'], *same], b=[*pairs['drop'], *same.index])))
     missing = [(c, s) for c, row in counts.iterrows() for s, v in row.items() if v == 0]
-    found = pd.concat([picture_findings(seen, thumbs), between_findings(t, seen), near_findings(t, pairs), table_findings(t, seen, classes),
-                       *([label_findings(t, predictions, classes, bool(problem and problem.multilabel))] if predictions is not None else []),
-                       finding('no_class', [f'class {c}' for c, _ in missing], [f'no item in {s}' for _, s in missing])], ignore_index=True)
+    found = pd.concat(
+        [
+            picture_findings(seen, thumbs),
+            between_findings(t, seen),
+            near_findings(t, pairs),
+            table_findings(t, seen, classes),
+            *(
+                [label_findings(t, predictions, classes, bool(problem and problem.multilabel))]
+                if predictions is not None
+                else []
+            ),
+            finding('no_class', [f'class {c}' for c, _ in missing], [f'no item in {s}' for _, s in missing]),
+        ],
+        ignore_index=True,
+    )
     rank = {k: i for i, k in enumerate(KINDS)}
-    found = found.sort_values('kind', key=lambda v: v.map(rank), kind='stable', ignore_index=True) # within a kind: as found, the surest first where there is an order
+    found = found.sort_values(
+        'kind', key=lambda v: v.map(rank), kind='stable', ignore_index=True
+    )  # within a kind: as found, the surest first where there is an order
     rules = judge_data(problem.data if problem else DataRules(), t, found, counts)
     return Report(dataset, seen, found, counts, rules, quality_parts(t, found, counts))
 
@@ -306,21 +554,40 @@ def check(dataset:Dataset,
 def plot_balance(r:Report):
     "Items of each class in each split."
     import matplotlib.pyplot as plt
-    c = r.counts; share = c/np.maximum(c.sum(), 1); n = len(c); fig, ax = plt.subplots(figsize=(min(14, 3 + .35*n*max(1, len(c.columns))), 3))
+
+    c = r.counts
+    share = c / np.maximum(c.sum(), 1)
+    n = len(c)
+    fig, ax = plt.subplots(figsize=(min(14, 3 + 0.35 * n * max(1, len(c.columns))), 3))
     for k, s in enumerate(c.columns):
-        ax.bar(np.arange(n) + (k - (len(c.columns) - 1)/2)*.8/len(c.columns), share[s], .8/len(c.columns), label=f'{s} ({c[s].sum()})', color=['#0072B2', '#E69F00', '#009E73', '#999999'][k])
-    ax.set(xticks=range(n), ylabel='share of the split'); ax.set_xticklabels([str(v)[:16] for v in c.index], rotation=90 if n > 12 else 0)
+        ax.bar(
+            np.arange(n) + (k - (len(c.columns) - 1) / 2) * 0.8 / len(c.columns),
+            share[s],
+            0.8 / len(c.columns),
+            label=f'{s} ({c[s].sum()})',
+            color=['#0072B2', '#E69F00', '#009E73', '#999999'][k],
+        )
+    ax.set(xticks=range(n), ylabel='share of the split')
+    ax.set_xticklabels([str(v)[:16] for v in c.index], rotation=90 if n > 12 else 0)
     ax.spines[['top', 'right']].set_visible(False); ax.legend(frameon=False); fig.tight_layout(); return fig
 
 def plot_findings(r:Report, kinds:list[str]|None=None, # None: all that were found
                   each:int=4):
     "Examples of each kind of finding; where a fault lies between two items, the other is shown beside it."
     import matplotlib.pyplot as plt
-    named = set(r.findings['id']) | set(r.findings['other'].dropna()); some = r.dataset.table.filter(pc.is_in(r.dataset.table['id'], pa.array(sorted(named), pa.string())))
+
+    named = set(r.findings['id']) | set(r.findings['other'].dropna())
+    some = r.dataset.table.filter(pc.is_in(r.dataset.table['id'], pa.array(sorted(named), pa.string())))
     at = {i: (u, a) for i, u, a in zip(*(some[c].to_pylist() for c in ('id', 'uri', 'annotations')))}
-    rows = [(k, x) for k in (kinds or KINDS) if len(x := r.findings[(r.findings['kind'] == k) & r.findings['id'].isin(at)].drop_duplicates('id')[:each])]
+    rows = [
+        (k, x)
+        for k in (kinds or KINDS)
+        if len(x := r.findings[(r.findings['kind'] == k) & r.findings['id'].isin(at)].drop_duplicates('id')[:each])
+    ]
     if not rows: return None
-    fig, axes = plt.subplots(len(rows), each + 1, figsize=(2 + 2.1*each, 1.9*len(rows)), squeeze=False, layout='constrained')
+    fig, axes = plt.subplots(
+        len(rows), each + 1, figsize=(2 + 2.1 * each, 1.9 * len(rows)), squeeze=False, layout='constrained'
+    )
     for ax in axes.flat: ax.axis('off')
     for line, (kind, found) in zip(axes, rows):
         line[0].text(0, .5, f'{kind}\n' + textwrap.fill(KINDS[kind][1], 24), va='center', fontsize=8)
@@ -332,7 +599,11 @@ def plot_findings(r:Report, kinds:list[str]|None=None, # None: all that were fou
 def beside(images:list[np.ndarray]) -> np.ndarray: # (H, W, 3) uint8
     "Images side by side, at one height."
     h = max(i.shape[0] for i in images); gap = np.full((h, max(2, h//24), 3), 255, np.uint8); out = []
-    for i in images: out += [np.asarray(Image.fromarray(i).resize((max(1, i.shape[1]*h//i.shape[0]), h), Image.Resampling.NEAREST)), gap]
+    for i in images:
+        out += [
+            np.asarray(Image.fromarray(i).resize((max(1, i.shape[1] * h // i.shape[0]), h), Image.Resampling.NEAREST)),
+            gap,
+        ]
     return np.hstack(out[:-1])
 
 _INK = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
@@ -342,7 +613,13 @@ def _look(d:Dataset, uri:str, annotations:list[dict], # what is said about it
     "An item as shown: small, with its boxes, a colour per class; a grey page where it cannot be read."
     try: im = Image.fromarray(decode(d.read(uri)))
     except BadInput: return np.full((64, 64, 3), 220, np.uint8)
-    k = min(1, side/max(im.size)); im = im.resize((max(1, round(im.width*k)), max(1, round(im.height*k)))); pen = ImageDraw.Draw(im)
+    k = min(1, side / max(im.size))
+    im = im.resize((max(1, round(im.width * k)), max(1, round(im.height * k))))
+    pen = ImageDraw.Draw(im)
     for a in annotations or []:
-        if a['bbox'] is not None: pen.rectangle([v*k for v in a['bbox']], outline=_INK[(d.classes.index(a['label']) if a['label'] in d.classes else 0) % len(_INK)])
+        if a['bbox'] is not None:
+            pen.rectangle(
+                [v * k for v in a['bbox']],
+                outline=_INK[(d.classes.index(a['label']) if a['label'] in d.classes else 0) % len(_INK)],
+            )
     return np.asarray(im)

@@ -27,25 +27,50 @@ PLAN = '.rewrite/plan.json'
 def _staged(d:Dataset, folder:Path, new:Callable, copies:bool) -> dict: # id -> what changes
     "Make the new files aside."
     part, items = folder/'.rewrite', {}; shutil.rmtree(part, ignore_errors=True); part.mkdir(parents=True)
-    for n, r in enumerate(tqdm(d.table.to_pylist(), desc=f'rewriting {d.name}', unit='file', disable=None, leave=False)):
+    for n, r in enumerate(
+        tqdm(d.table.to_pylist(), desc=f'rewriting {d.name}', unit='file', disable=None, leave=False)
+    ):
         data = d.read(r['uri'])
-        if digest(data) != r['sha256']: raise Damaged(f'{r["uri"]} is not the file that was imported', f'sha256 {r["sha256"]}', 'import the dataset again')
+        if digest(data) != r['sha256']:
+            raise Damaged(
+                f'{r["uri"]} is not the file that was imported', f'sha256 {r["sha256"]}', 'import the dataset again'
+            )
         made = new(r, data); made, suffix = made if isinstance(made, tuple) else (made, None)
         if made is None or made == data:
             if not copies: continue
             made, suffix = data, None
         uri = str(Path(r['uri']).with_suffix(suffix).as_posix()) if suffix else r['uri']; seen = look(made)
-        write_atomic(part/str(n), made, sync=False); items[r['id']] = dict(file=str(n), old=r['uri'], uri=uri, was=r['sha256'], sha256=seen.sha256, width=seen.width, height=seen.height)
-    taken = [i['uri'] for i in items.values()] + [r['uri'] for r in d.table.select(['id', 'uri']).to_pylist() if r['id'] not in items]
-    if len(set(taken)) < len(taken): raise BadInput(f'two items would share the file {next(u for u in taken if taken.count(u) > 1)}', 'a file per item', 'rename one of them, and import again')
+        write_atomic(part / str(n), made, sync=False)
+        items[r['id']] = dict(
+            file=str(n),
+            old=r['uri'],
+            uri=uri,
+            was=r['sha256'],
+            sha256=seen.sha256,
+            width=seen.width,
+            height=seen.height,
+        )
+    taken = [i['uri'] for i in items.values()] + [
+        r['uri'] for r in d.table.select(['id', 'uri']).to_pylist() if r['id'] not in items
+    ]
+    if len(set(taken)) < len(taken):
+        raise BadInput(
+            f'two items would share the file {next(u for u in taken if taken.count(u) > 1)}',
+            'a file per item',
+            'rename one of them, and import again',
+        )
     return items
 
 def _rewritten(d:Dataset, plan:dict) -> Dataset:
     "The dataset as it will be."
     t, items = d.table, plan['items']; ids = t['id'].to_pylist()
     for c in ('uri', 'sha256', 'width', 'height'):
-        now = [items[i][c] if i in items else v for i, v in zip(ids, t[c].to_pylist())]; t = t.set_column(t.schema.get_field_index(c), SCHEMA.field(c), pa.array(now, SCHEMA.field(c).type))
-    log = [*d.about.get('rewritten', []), dict(how=plan['event'], version=plan['version'], items=sum(i['was'] != i['sha256'] for i in items.values()))]
+        now = [items[i][c] if i in items else v for i, v in zip(ids, t[c].to_pylist())]
+        t = t.set_column(t.schema.get_field_index(c), SCHEMA.field(c), pa.array(now, SCHEMA.field(c).type))
+    log = [
+        *d.about.get('rewritten', []),
+        dict(how=plan['event'], version=plan['version'], items=sum(i['was'] != i['sha256'] for i in items.values())),
+    ]
     return Dataset(t, d.name, Path(plan['root']), d.classes, d.about | dict(rewritten=log))
 
 # %% ../../nbs/12h_data.rewrite.ipynb #d9a3ab9a
@@ -53,13 +78,35 @@ def finish(folder:str|Path) -> dict|None: # the line of the version log; None: n
     "Do the rest of a rewriting that was begun."
     folder = Path(folder)
     if not (folder/PLAN).is_file(): return None
-    plan = read_json(folder/PLAN); d = load_dataset(folder); log = log_of(folder); new = _rewritten(d, plan) if d.version == plan['version'] else d
-    if d.version not in (plan['version'], plan['becomes']): raise Damaged(f'{folder} was changed while it was rewritten', f'version {plan["version"]}', f'restore it, or remove {folder/PLAN} if you know why')
+    plan = read_json(folder / PLAN)
+    d = load_dataset(folder)
+    log = log_of(folder)
+    new = _rewritten(d, plan) if d.version == plan['version'] else d
+    if d.version not in (plan['version'], plan['becomes']):
+        raise Damaged(
+            f'{folder} was changed while it was rewritten',
+            f'version {plan["version"]}',
+            f'restore it, or remove {folder / PLAN} if you know why',
+        )
     if not any(e.get('rewrite') == plan['id'] for e in log.read()):
-        record(log, plan['event'], plan['by'], rewrite=plan['id'], dataset=d.name, folder=str(folder), version=plan['version'], becomes=plan['becomes'], items=len(plan['items']), **plan['what'])
+        record(
+            log,
+            plan['event'],
+            plan['by'],
+            rewrite=plan['id'],
+            dataset=d.name,
+            folder=str(folder),
+            version=plan['version'],
+            becomes=plan['becomes'],
+            items=len(plan['items']),
+            **plan['what'],
+        )
     root = Path(plan['root'])
     for i in plan['items'].values():
-        if (made := folder/'.rewrite'/i['file']).exists(): to = inside(root, i['uri']); to.parent.mkdir(parents=True, exist_ok=True); os.replace(made, to)
+        if (made := folder / '.rewrite' / i['file']).exists():
+            to = inside(root, i['uri'])
+            to.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(made, to)
     line = commit(folder, new, plan['why'], plan['by'], renamed={i['was']: i['sha256'] for i in plan['items'].values()})
     for i in plan['items'].values():
         if plan['mine'] and i['old'] != i['uri']: inside(root, i['old']).unlink(missing_ok=True)
@@ -69,7 +116,9 @@ def finish(folder:str|Path) -> dict|None: # the line of the version log; None: n
 def _alone(folder:Path):
     try:
         with FileLock(folder/'.rewrite.lock', timeout=0): yield
-    except Timeout: raise Refusal(f'{folder} is being rewritten by another process', 'one at a time', 'wait for it') from None
+    except Timeout:
+        raise Refusal(f'{folder} is being rewritten by another process', 'one at a time', 'wait for it') from None
+
 
 def rewrite(folder:str|Path, new:Callable, # (row, file's content) -> new content, or that and a suffix; None: as it is
             event:str, why:str, by:str|None=None, # for the audit log and the version log
@@ -77,19 +126,38 @@ def rewrite(folder:str|Path, new:Callable, # (row, file's content) -> new conten
     "Give the items of a dataset new files: its next version."
     folder = Path(folder).resolve(); load_dataset(folder, verify=False)
     with _alone(folder):
-        finish(folder); d = load_dataset(folder); mine = d.root.resolve().is_relative_to(folder); root = d.root.resolve() if mine else folder/'images'
+        finish(folder)
+        d = load_dataset(folder)
+        mine = d.root.resolve().is_relative_to(folder)
+        root = d.root.resolve() if mine else folder / 'images'
         items = _staged(d, folder, new, not mine); changed = {k: i for k, i in items.items() if i['was'] != i['sha256']}
         if not changed: shutil.rmtree(folder/'.rewrite'); return None
-        plan = dict(id=secrets.token_hex(8), event=event, why=why, by=by, what=what, version=d.version, root=str(root), mine=mine, items=items)
+        plan = dict(
+            id=secrets.token_hex(8),
+            event=event,
+            why=why,
+            by=by,
+            what=what,
+            version=d.version,
+            root=str(root),
+            mine=mine,
+            items=items,
+        )
         plan['becomes'] = _rewritten(d, plan).version; write_json(folder/PLAN, plan)
         return finish(folder)
 
 # %% ../../nbs/12h_data.rewrite.ipynb #79d1fde7
-def strip_dataset(folder:str|Path, by:str|None=None) -> dict: # items, told (kind -> items), version; version None: nothing was told
+def strip_dataset(
+    folder: str | Path, by: str | None = None
+) -> dict:  # items, told (kind -> items), version; version None: nothing was told
     "Take the metadata out of every file of a dataset; pixels and orientation stay."
     count = {}
     def new(row, data):
         for k in (kinds := told(open_image(data))): count[k] = count.get(k, 0) + 1
         return strip(data) if kinds else None
     line = rewrite(folder, new, 'strip', 'metadata taken out, pixels unchanged', by)
-    return dict(items=0 if line is None else load_dataset(folder, verify=False).about['rewritten'][-1]['items'], told=dict(sorted(count.items())), version=line and line['version'])
+    return dict(
+        items=0 if line is None else load_dataset(folder, verify=False).about['rewritten'][-1]['items'],
+        told=dict(sorted(count.items())),
+        version=line and line['version'],
+    )

@@ -46,15 +46,28 @@ _ABOUT_DIGITS = dict(
     what='1,797 scans of handwritten digits, 8x8 pixels, from 13 people, as scikit-learn ships them',
     creators='E. Alpaydin, C. Kaynak (1998), Optical Recognition of Handwritten Digits, test part',
     license='CC BY 4.0 according to the UCI Machine Learning Repository (dataset 80); scikit-learn states none of its own for the data',
-    session='thirteenths of the file in its order: close to a writer; the writers themselves are not recorded')
+    session='thirteenths of the file in its order: close to a writer; the writers themselves are not recorded',
+)
 
 def _digit_rows(scans:np.ndarray, labels:np.ndarray) -> list[dict]:
     "A row for every scan, still without its file's hash."
     first = {}; ink = scans.sum((1, 2))/np.maximum(1, (scans > 0).sum((1, 2))); bold = ink > np.median(ink)
-    return [dict(id=f'digit-{i:04}', uri=f'images/digit-{i:04}.png', width=s.shape[1], height=s.shape[0],
-                 group=f'scan {first.setdefault(s.tobytes(), i):04}', source='sklearn.datasets.load_digits', license='CC-BY-4.0',
-                 device='scanner (not recorded)', annotations=[dict(label=str(labels[i]))],
-                 tags=dict(stroke='bold' if bold[i] else 'thin', session=i*13//len(scans))) for i, s in enumerate(scans)]
+    return [
+        dict(
+            id=f'digit-{i:04}',
+            uri=f'images/digit-{i:04}.png',
+            width=s.shape[1],
+            height=s.shape[0],
+            group=f'scan {first.setdefault(s.tobytes(), i):04}',
+            source='sklearn.datasets.load_digits',
+            license='CC-BY-4.0',
+            device='scanner (not recorded)',
+            annotations=[dict(label=str(labels[i]))],
+            tags=dict(stroke='bold' if bold[i] else 'thin', session=i * 13 // len(scans)),
+        )
+        for i, s in enumerate(scans)
+    ]
+
 
 SHARES = dict(train=.64, val=.15, test=.21)
 
@@ -68,7 +81,9 @@ def digits(folder:str|Path, # made when it is not there
         data = _png(np.rint(scan*(255/16)).astype(np.uint8))
         write_atomic(folder/row['uri'], data, sync=False); row['sha256'] = digest(data)
     table = assign_splits(make_table(rows), SHARES)
-    return save_dataset(Dataset(table, 'digits', folder, [str(c) for c in range(10)], dict(_ABOUT_DIGITS, recipe=recipe)), folder)
+    return save_dataset(
+        Dataset(table, 'digits', folder, [str(c) for c in range(10)], dict(_ABOUT_DIGITS, recipe=recipe)), folder
+    )
 
 # %% ../../nbs/14_data.samples.ipynb #b5cee578
 @dataclass(frozen=True)
@@ -115,18 +130,21 @@ def _crop(px:np.ndarray, width:int, height:int, rng) -> np.ndarray: # (height, w
     return np.asarray(im.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < .5 else im, np.float32)/255
 
 # %% ../../nbs/14_data.samples.ipynb #257b64da
-def glyph(scan:np.ndarray,     # (8, 8), 0..16
-          height:float,        # of the scan's eight rows, pixels
-          angle:float=0.,      # radians, clockwise
-          shear:float=0.,      # to the right per pixel upwards
-          shift:tuple[float, float]=(0., 0.), # x, y; parts of a pixel
-         ) -> np.ndarray: # (S, S) float32 in [0, 1]: how much of each pixel is ink; the scan's centre lies in the middle
+def glyph(
+    scan: np.ndarray,  # (8, 8), 0..16
+    height: float,  # of the scan's eight rows, pixels
+    angle: float = 0.0,  # radians, clockwise
+    shear: float = 0.0,  # to the right per pixel upwards
+    shift: tuple[float, float] = (0.0, 0.0),  # x, y; parts of a pixel
+) -> np.ndarray:  # (S, S) float32 in [0, 1]: how much of each pixel is ink; the scan's centre lies in the middle
     "A scan as ink."
     v = np.zeros((12, 12), np.float32); v[2:10, 2:10] = scan/max(1, scan.max())
     S = math.ceil(height*1.5); s, c, n = 8/height, math.cos(angle), math.sin(angle)
     turn = np.array([[c + shear*-n, n + shear*c], [-n, c]])*s           # output pixel -> block
     start = 6 - turn @ (S/2 + np.array(shift))
-    t = Image.fromarray(v).transform((S, S), Image.Transform.AFFINE, (*turn[0], start[0], *turn[1], start[1]), Image.Resampling.BICUBIC)
+    t = Image.fromarray(v).transform(
+        (S, S), Image.Transform.AFFINE, (*turn[0], start[0], *turn[1], start[1]), Image.Resampling.BICUBIC
+    )
     t = ((np.asarray(t) - .18)/.3).clip(0, 1)
     return t*t*(3 - 2*t)
 
@@ -146,7 +164,11 @@ def _times(light:str, camera:str, rng) -> datetime:
     "A moment of 2025 at which that light, and that camera, can be."
     first = CHANGE if camera == 'camera-D' else datetime(2025, 1, 1)
     hour = dict(night=(21, 24), dusk=(18, 20)).get(light, (8, 17))
-    return first + timedelta(days=int(rng.integers((datetime(2026, 1, 1) - first).days)), hours=int(rng.integers(*hour)), seconds=int(rng.integers(3600)))
+    return first + timedelta(
+        days=int(rng.integers((datetime(2026, 1, 1) - first).days)),
+        hours=int(rng.integers(*hour)),
+        seconds=int(rng.integers(3600)),
+    )
 
 # %% ../../nbs/14_data.samples.ipynb #b96fd469
 def _dealer(scans:list[int], rng):
@@ -166,8 +188,20 @@ def plan_scenes(splits:Sequence[str],    # of the scans
             first = (digits + 1)//2 if digits > 6 or (digits >= 4 and rng.random() < .5) else digits
             lines = [[next(deal[split]) for _ in range(m)] for m in (first, digits - first) if m]
             light, camera = draw(LIGHTS), draw({c: .15 if c == 'camera-D' else .3 for c in cameras})
-            out.append(Scene(f'{kind}-{k:04}', split, lines, draw(dict.fromkeys(GROUNDS, 1)), light, draw(BLURS), camera,
-                             _times(light, camera, rng), (seed, len(out) + 2), FRAMES if kind == 'clip' else 1))
+            out.append(
+                Scene(
+                    f'{kind}-{k:04}',
+                    split,
+                    lines,
+                    draw(dict.fromkeys(GROUNDS, 1)),
+                    light,
+                    draw(BLURS),
+                    camera,
+                    _times(light, camera, rng),
+                    (seed, len(out) + 2),
+                    FRAMES if kind == 'clip' else 1,
+                )
+            )
     return out
 
 FRAMES = 5 # of a clip
@@ -195,12 +229,28 @@ def lay_out(scene:Scene, scans:np.ndarray, width:int, height:int, rng) -> list[l
         at = -(sum(w for w, _ in span)/8 + gap*(len(span) - 1))/2; up = (row - (len(spans) - 1)/2)*1.2
         for i, (w, middle) in zip(line, span):
             x, at = at + w/16 + (4 - middle)/8, at + w/8 + gap
-            grow, own, shear, sway, phase = rng.uniform(.92, 1.06), rng.normal(0, .05), rng.normal(0, .09), rng.uniform(0, .04, 2), rng.uniform(0, 6.3, 2)
+            grow, own, shear, sway, phase = (
+                rng.uniform(0.92, 1.06),
+                rng.normal(0, 0.05),
+                rng.normal(0, 0.09),
+                rng.uniform(0, 0.04, 2),
+                rng.uniform(0, 6.3, 2),
+            )
             y = up + rng.normal(0, .03) + x*math.tan(tilt)
             for f in range(scene.frames):
                 t = f/max(1, scene.frames - 1); z = size*(1 + (zoom - 1)*t); place = ends[0]*(1 - t) + ends[1]*t
                 dx, dy = sway*np.sin(phase + 1.3*f) if scene.frames > 1 else (0, 0)
-                out[f].append(Placed(i, row, grow*z, tilt + own, shear, width/2 + place[0] + (x + dx)*z, height/2 + place[1] + (y + dy)*z))
+                out[f].append(
+                    Placed(
+                        i,
+                        row,
+                        grow * z,
+                        tilt + own,
+                        shear,
+                        width / 2 + place[0] + (x + dx) * z,
+                        height / 2 + place[1] + (y + dy) * z,
+                    )
+                )
     return out
 
 # %% ../../nbs/14_data.samples.ipynb #afeeae31
@@ -210,7 +260,9 @@ def _box(placed:list[Placed], pad:float) -> np.ndarray: # x1, y1, x2, y2
     return np.array([min(p.x - pad*p.height for p in placed), min(p.y - pad*p.height for p in placed),
                      max(p.x + pad*p.height for p in placed), max(p.y + pad*p.height for p in placed)])
 
-def _choose_ink(ground:np.ndarray, frames:list[list[Placed]], rng) -> tuple[str, np.ndarray, np.ndarray|None]: # name, RGB, RGB of the plate
+def _choose_ink(
+    ground: np.ndarray, frames: list[list[Placed]], rng
+) -> tuple[str, np.ndarray, np.ndarray | None]:  # name, RGB, RGB of the plate
     "Ink that can be read on this ground, and the plate it needs."
     if not frames[0]: return 'no', np.zeros(3), None
     H, W = ground.shape[:2]; x1, y1, x2, y2 = _box([p for f in frames for p in f], .5).clip(0, [W, H, W, H]).astype(int)
@@ -229,12 +281,17 @@ def _put_plate(img:np.ndarray, placed:list[Placed], rgb:np.ndarray):
     img *= 1 - a; img += a*rgb.astype(np.float32)
 
 # %% ../../nbs/14_data.samples.ipynb #9b5ae7d3
-def paint(img:np.ndarray,        # (H, W, 3) float32, changed in place
-          placed:list[Placed], scans:np.ndarray, rgb:np.ndarray) -> list[np.ndarray]: # (H, W) bool each: what is visible of each digit
+def paint(
+    img: np.ndarray,  # (H, W, 3) float32, changed in place
+    placed: list[Placed],
+    scans: np.ndarray,
+    rgb: np.ndarray,
+) -> list[np.ndarray]:  # (H, W) bool each: what is visible of each digit
     "Put ink on a picture; later digits lie over earlier ones."
     H, W = img.shape[:2]; masks = []
     for p in placed:
-        x, y = math.floor(p.x), math.floor(p.y); g = glyph(scans[p.scan], p.height, p.angle, p.shear, (p.x - x, p.y - y))
+        x, y = math.floor(p.x), math.floor(p.y)
+        g = glyph(scans[p.scan], p.height, p.angle, p.shear, (p.x - x, p.y - y))
         x0, y0 = x - len(g)//2, y - len(g)//2; X, Y = max(0, x0), max(0, y0)
         g = g[Y - y0:H - y0, X - x0:W - x0]; at = np.s_[Y:Y + g.shape[0], X:X + g.shape[1]]
         a = (.94*g)[..., None]; img[at] = img[at]*(1 - a) + a*rgb.astype(np.float32)
@@ -283,13 +340,21 @@ def _blur(img:np.ndarray, blur:str, rng) -> np.ndarray:
     im = Image.fromarray((img*255 + .5).clip(0, 255).astype(np.uint8))
     return np.asarray(im.filter(ImageFilter.GaussianBlur(rng.uniform(.7, 1.2))), np.float32)/255
 
-def photograph(img:np.ndarray, # (H, W, 3) float32: the lit scene
-               cam:Camera, blur:str, gain:float, lens, sensor) -> bytes: # two random generators: of the scene, of the frame
+def photograph(
+    img: np.ndarray,  # (H, W, 3) float32: the lit scene
+    cam: Camera,
+    blur: str,
+    gain: float,
+    lens,
+    sensor,
+) -> bytes:  # two random generators: of the scene, of the frame
     "A JPEG file of what the camera sees."
     img = _blur(img, blur, lens); H, W = img.shape[:2]
     y, x = _grid(H, W); img = img*(1 - cam.vignette*(x*x + y*y)/2)[..., None]
     sigma = cam.noise*np.sqrt(.15 + .85*(img @ GREY).clip(0, 1))[..., None]
-    img = (img + sigma*sensor.standard_normal(img.shape, np.float32))*(np.array(cam.balance, np.float32)*np.float32(gain))
+    img = (img + sigma * sensor.standard_normal(img.shape, np.float32)) * (
+        np.array(cam.balance, np.float32) * np.float32(gain)
+    )
     out = np.interp(np.arange(1024)/1023, np.linspace(0, 1, 5), cam.tone)*255
     im = Image.fromarray(np.rint(out).astype(np.uint8)[(img*1023).clip(0, 1023).astype(np.int16)])
     if cam.sharpen: im = im.filter(ImageFilter.UnsharpMask(1.2, cam.sharpen, 2))
@@ -309,8 +374,11 @@ def _truth(scene:Scene, placed:list[Placed], masks:list[np.ndarray], labels:np.n
         b = np.array([b for p, b in zip(placed, boxes) if p.line == row])
         out.append(Annotation(text=text, bbox=[*b[:, :2].min(0), *b[:, 2:].max(0)]))
     where = f'on {GROUNDS[scene.ground].said}, {_SEEN[scene.light]}'
-    said = (f'{_NUMBERS[len(placed)].capitalize()} handwritten digits in {ink} ink {where}: {" over ".join(texts)}.' if placed
-            else f'No digits {where}.')
+    said = (
+        f'{_NUMBERS[len(placed)].capitalize()} handwritten digits in {ink} ink {where}: {" over ".join(texts)}.'
+        if placed
+        else f'No digits {where}.'
+    )
     return out + [Annotation(caption=said)]
 
 # %% ../../nbs/14_data.samples.ipynb #f7bec171
@@ -319,23 +387,70 @@ def _stage(scene:Scene, scans:np.ndarray, labels:np.ndarray, pictures:dict[str, 
     rng = np.random.default_rng(scene.seed); g = GROUNDS[scene.ground]
     ground = _crop(ground_part(pictures[scene.ground], scene.split), width, height, rng)
     frames = lay_out(scene, scans, width, height, rng); ink, rgb, plate = _choose_ink(ground, frames, rng)
-    light = _light(scene.light, height, width, rng); gain = rng.uniform(1.3, 1.7) if scene.light == 'night' else 1.; lens = int(rng.integers(2**32))
+    light = _light(scene.light, height, width, rng)
+    gain = rng.uniform(1.3, 1.7) if scene.light == 'night' else 1.0
+    lens = int(rng.integers(2**32))
     for f, placed in enumerate(frames):
         img = ground.copy()
         if plate is not None: _put_plate(img, placed, plate)
         masks = paint(img, placed, scans, rgb)
-        data = photograph(img*light, CAMERAS[scene.camera], scene.blur, gain, np.random.default_rng(lens), np.random.default_rng([*scene.seed, f]))
-        name = scene.name if scene.frames == 1 else f'{scene.name}-{f}'; tall = np.mean([p.height for p in placed]) if placed else 0
-        yield dict(id=name, uri=f'images/{name}.jpg', sha256=digest(data), width=width, height=height, split=scene.split, group=scene.name,
-                   source=f'sklearn.datasets.load_digits on {g.package} {g.name}', license=f'CC-BY-4.0 AND {g.license}',
-                   device=scene.camera, captured_at=(scene.at + timedelta(seconds=f)).isoformat(), annotations=_truth(scene, placed, masks, labels, ink),
-                   tags=dict(lighting=scene.light, blur=scene.blur, background=scene.ground, site=g.site, ink=ink, plate='no' if plate is None else 'yes',
-                             scale='none' if not tall else 'small' if tall < .25*height else 'medium' if tall < .34*height else 'large',
-                             digits=len(placed), lines=len(scene.lines), scans=' '.join(str(p.scan) for p in placed),
-                             clip=scene.name if scene.frames > 1 else None, frame=f if scene.frames > 1 else None)), data
+        data = photograph(
+            img * light,
+            CAMERAS[scene.camera],
+            scene.blur,
+            gain,
+            np.random.default_rng(lens),
+            np.random.default_rng([*scene.seed, f]),
+        )
+        name = scene.name if scene.frames == 1 else f'{scene.name}-{f}'
+        tall = np.mean([p.height for p in placed]) if placed else 0
+        yield (
+            dict(
+                id=name,
+                uri=f'images/{name}.jpg',
+                sha256=digest(data),
+                width=width,
+                height=height,
+                split=scene.split,
+                group=scene.name,
+                source=f'sklearn.datasets.load_digits on {g.package} {g.name}',
+                license=f'CC-BY-4.0 AND {g.license}',
+                device=scene.camera,
+                captured_at=(scene.at + timedelta(seconds=f)).isoformat(),
+                annotations=_truth(scene, placed, masks, labels, ink),
+                tags=dict(
+                    lighting=scene.light,
+                    blur=scene.blur,
+                    background=scene.ground,
+                    site=g.site,
+                    ink=ink,
+                    plate='no' if plate is None else 'yes',
+                    scale='none'
+                    if not tall
+                    else 'small'
+                    if tall < 0.25 * height
+                    else 'medium'
+                    if tall < 0.34 * height
+                    else 'large',
+                    digits=len(placed),
+                    lines=len(scene.lines),
+                    scans=' '.join(str(p.scan) for p in placed),
+                    clip=scene.name if scene.frames > 1 else None,
+                    frame=f if scene.frames > 1 else None,
+                ),
+            ),
+            data,
+        )
 
 
-def _batch(plan:Sequence[Scene], folder:Path, scans:np.ndarray, labels:np.ndarray, pictures:dict[str, np.ndarray], size:tuple[int, int]) -> list[dict]: # rows
+def _batch(
+    plan: Sequence[Scene],
+    folder: Path,
+    scans: np.ndarray,
+    labels: np.ndarray,
+    pictures: dict[str, np.ndarray],
+    size: tuple[int, int],
+) -> list[dict]:  # rows
     "The files of some scenes: what one process does at a time."
     staged = (made for scene in plan for made in _stage(scene, scans, labels, pictures, *size))
     return [(write_atomic(folder/row['uri'], data, sync=False), row)[1] for row, data in staged]
@@ -350,27 +465,47 @@ def digit_scenes(folder:str|Path,                      # made when it is not the
                  workers:int|None=None,                # processes; None: all cores, or one for a few scenes
                 ) -> Dataset:
     "Real scans staged on real pictures: boxes, masks, text, tracks, captions, slices and drift."
-    folder = Path(folder).resolve(); recipe = dict(sample='digit_scenes', revision=4, scenes=scenes, seed=seed, size=list(size), cameras=list(cameras), clips=clips)
-    if not cameras or set(cameras) - set(CAMERAS): raise BadInput(f'the cameras {list(cameras)}', f'some of: {", ".join(CAMERAS)}', 'correct the names')
-    if scenes < 1 or min(size) < 64 or not 0 <= clips <= 1: raise BadInput(f'{scenes} scenes of {size} pixels, {clips} of them in clips', 'at least one, of at least 64x64, a share', 'correct the parameters')
+    folder = Path(folder).resolve()
+    recipe = dict(
+        sample='digit_scenes', revision=4, scenes=scenes, seed=seed, size=list(size), cameras=list(cameras), clips=clips
+    )
+    if not cameras or set(cameras) - set(CAMERAS):
+        raise BadInput(f'the cameras {list(cameras)}', f'some of: {", ".join(CAMERAS)}', 'correct the names')
+    if scenes < 1 or min(size) < 64 or not 0 <= clips <= 1:
+        raise BadInput(
+            f'{scenes} scenes of {size} pixels, {clips} of them in clips',
+            'at least one, of at least 64x64, a share',
+            'correct the parameters',
+        )
     if (kept := _kept(folder, recipe)) is not None: return kept
     scans, labels = digit_scans()
     splits = assign_splits(make_table(_digit_rows(scans, labels)), SHARES)['split'].to_pylist()
     plan, pictures = plan_scenes(splits, scenes, seed, cameras, clips), {g: ground_picture(g) for g in GROUNDS}
     jobs = workers or (os.cpu_count() if scenes > 200 else 1)
-    batches = Parallel(jobs, return_as='generator')(delayed(_batch)(plan[i:i+20], folder, scans, labels, pictures, size) for i in range(0, len(plan), 20))
-    with tqdm(total=scenes, desc='digit scenes', disable=None, unit='image') as bar: rows = [row for made in batches for row in made if bar.update() or True]
-    about = dict(what='digits of scikit-learn staged on pictures that scikit-image and scikit-learn ship', recipe=recipe,
-                 drift=f'camera-D takes pictures from {CHANGE.date()} on', licenses={g: v.license for g, v in GROUNDS.items()})
+    batches = Parallel(jobs, return_as='generator')(
+        delayed(_batch)(plan[i : i + 20], folder, scans, labels, pictures, size) for i in range(0, len(plan), 20)
+    )
+    with tqdm(total=scenes, desc='digit scenes', disable=None, unit='image') as bar:
+        rows = [row for made in batches for row in made if bar.update() or True]
+    about = dict(
+        what='digits of scikit-learn staged on pictures that scikit-image and scikit-learn ship',
+        recipe=recipe,
+        drift=f'camera-D takes pictures from {CHANGE.date()} on',
+        licenses={g: v.license for g, v in GROUNDS.items()},
+    )
     return save_dataset(Dataset(make_table(rows), 'digit_scenes', folder, [str(c) for c in range(10)], about), folder)
 
 # %% ../../nbs/14_data.samples.ipynb #a480632a
-SAMPLES:dict[str, Callable[..., Dataset]] = dict(digits=digits, digit_scenes=digit_scenes, digit_scenes_3000=partial(digit_scenes, scenes=3000))
+SAMPLES: dict[str, Callable[..., Dataset]] = dict(
+    digits=digits, digit_scenes=digit_scenes, digit_scenes_3000=partial(digit_scenes, scenes=3000)
+)
+
 
 def make_sample(name:str,        # one of `SAMPLES`
                 folder:str|Path, # made when it is not there
                 **parameters     # of the maker
                ) -> Dataset:
     "Make an embedded dataset, or load it when it is already there."
-    if name not in SAMPLES: raise BadInput(f'there is no sample {name!r}', f'one of: {", ".join(SAMPLES)}', 'correct the name')
+    if name not in SAMPLES:
+        raise BadInput(f'there is no sample {name!r}', f'one of: {", ".join(SAMPLES)}', 'correct the name')
     return SAMPLES[name](folder, **parameters)

@@ -16,9 +16,12 @@ from .manifest import SCHEMA, Dataset, tags_of
 TERMS = ('license', 'consent', 'source', 'expires')
 _NAMES = ('id', 'uri', 'sha256', 'group')
 
-def _days(said:pa.ChunkedArray) -> np.ndarray: # (N,) datetime64[D]; NaT where nothing, or no date, is said
-    names = pc.unique(said).drop_null(); days = pd.to_datetime(pd.Series(names.to_pylist(), dtype=object), errors='coerce', format='%Y-%m-%d')
-    at = pc.index_in(said, names); out = np.full(len(said), np.datetime64('NaT'), 'M8[D]'); has = at.is_valid().to_numpy()
+def _days(said:pa.ChunkedArray) -> np.ndarray:  # (N,) datetime64[D]; NaT where nothing, or no date, is said
+    names = pc.unique(said).drop_null()
+    days = pd.to_datetime(pd.Series(names.to_pylist(), dtype=object), errors='coerce', format='%Y-%m-%d')
+    at = pc.index_in(said, names)
+    out = np.full(len(said), np.datetime64('NaT'), 'M8[D]')
+    has = at.is_valid().to_numpy()
     if has.any(): out[has] = days.to_numpy().astype('M8[D]')[at.drop_null().to_numpy()]
     return out
 
@@ -27,22 +30,44 @@ def set_terms(d:Dataset, rows:pd.DataFrame|None=None, # a column of names (id, u
               **values) -> Dataset:                   # the next version; '' takes back what was said
     "A dataset with other terms."
     t = d.table
-    if unknown := set(values) - set(TERMS): raise BadInput(f'there is no term {", ".join(sorted(unknown))}', ', '.join(TERMS), 'correct the name')
+    if unknown := set(values) - set(TERMS):
+        raise BadInput(f'there is no term {", ".join(sorted(unknown))}', ', '.join(TERMS), 'correct the name')
     chosen = select(where, tags_of(t) | {k: t[k].to_pylist() for k in TERMS}) if where else np.ones(len(t), bool)
-    new = {k: np.where(chosen, v or None, np.array(t[k].to_pylist(), object)) for k, v in values.items() if v is not None}
+    new = {
+        k: np.where(chosen, v or None, np.array(t[k].to_pylist(), object)) for k, v in values.items() if v is not None
+    }
     for k, v in (_from_rows(t, rows, chosen) if rows is not None else {}).items(): new[k] = v
     for k, v in new.items(): t = t.set_column(t.schema.get_field_index(k), SCHEMA.field(k), pa.array(v, pa.string()))
-    if bad := sorted({v for v, day in zip(t['expires'].to_pylist(), _days(t['expires'])) if v is not None and np.isnat(day)}):
+    if bad := sorted(
+        {v for v, day in zip(t['expires'].to_pylist(), _days(t['expires'])) if v is not None and np.isnat(day)}
+    ):
         raise BadInput(f'expires: {", ".join(bad[:3])}', 'days such as 2027-12-31', 'write the year first')
     return Dataset(t, d.name, d.root, d.classes, d.about)
 
 def _from_rows(t:pa.Table, rows:pd.DataFrame, chosen:np.ndarray) -> dict[str, np.ndarray]: # term -> (N,) texts
     key, terms = next((k for k in _NAMES if k in rows), None), [k for k in TERMS if k in rows]
-    if key is None or not terms: raise BadInput(f'columns {", ".join(map(str, rows.columns))}', f'one of {", ".join(_NAMES)}, and some of {", ".join(TERMS)}', 'name the columns so')
-    rows = rows.astype(object).where(rows.notna(), None); names = rows[key].map(str); at = dict(zip(names, range(len(rows))))
-    if lost := set(names) - set(map(str, pc.unique(t[key]).to_pylist())): raise BadInput(f'no item has the {key} {", ".join(sorted(lost)[:3])}', f'a {key} of the dataset', 'correct the table')
+    if key is None or not terms:
+        raise BadInput(
+            f'columns {", ".join(map(str, rows.columns))}',
+            f'one of {", ".join(_NAMES)}, and some of {", ".join(TERMS)}',
+            'name the columns so',
+        )
+    rows = rows.astype(object).where(rows.notna(), None)
+    names = rows[key].map(str)
+    at = dict(zip(names, range(len(rows))))
+    if lost := set(names) - set(map(str, pc.unique(t[key]).to_pylist())):
+        raise BadInput(
+            f'no item has the {key} {", ".join(sorted(lost)[:3])}', f'a {key} of the dataset', 'correct the table'
+        )
     row = np.array([at.get(v, -1) for v in t[key].to_pylist()]); row[~chosen] = -1
-    return {k: np.where(row >= 0, np.array([*(None if v in (None, '') else str(v) for v in rows[k]), None], object)[row], np.array(t[k].to_pylist(), object)) for k in terms}
+    return {
+        k: np.where(
+            row >= 0,
+            np.array([*(None if v in (None, '') else str(v) for v in rows[k]), None], object)[row],
+            np.array(t[k].to_pylist(), object),
+        )
+        for k in terms
+    }
 
 # %% ../../nbs/10d_data.terms.ipynb #95f0ba12
 def expired(t:pa.Table, today:date|None=None) -> np.ndarray: # (N,) bool
@@ -57,15 +82,27 @@ def _named(t:pa.Table, mask:np.ndarray, what:str) -> str:
 def term_rules(rules:DataRules, t:pa.Table, today:date|None=None) -> list[dict]: # rule, verdict, said, expected
     "The rules of a problem about terms, judged; what is said names the items."
     def row(rule, asked, mask, what):
-        return dict(rule=rule, verdict='fail' if asked and mask.any() else 'pass', said=_named(t, mask, what), expected='none' if asked else 'any number')
+        return dict(
+            rule=rule,
+            verdict='fail' if asked and mask.any() else 'pass',
+            said=_named(t, mask, what),
+            expected='none' if asked else 'any number',
+        )
+
     lacks = lambda k: pc.equal(pc.fill_null(t[k], ''), '').to_numpy(zero_copy_only=False)
-    return [row('a licence for every item', rules.require_license, lacks('license'), 'without'), row('a consent for every item', rules.require_consent, lacks('consent'), 'without'),
-            row('a source for every item', rules.require_source, lacks('source'), 'without'),
-            row('nothing past its retention date', rules.no_expired, expired(t, today), 'are')]
+    return [
+        row('a licence for every item', rules.require_license, lacks('license'), 'without'),
+        row('a consent for every item', rules.require_consent, lacks('consent'), 'without'),
+        row('a source for every item', rules.require_source, lacks('source'), 'without'),
+        row('nothing past its retention date', rules.no_expired, expired(t, today), 'are'),
+    ]
 
 # %% ../../nbs/10d_data.terms.ipynb #7ba5ed7a
 def refuse_terms(rules:DataRules, t:pa.Table, today:date|None=None) -> None:
     "Refuse data whose terms break the rules of a problem, with the rule and the items named."
     if bad := [r for r in term_rules(rules, t, today) if r['verdict'] == 'fail']:
-        raise BadInput('the data break the problem\'s rules: ' + '; '.join(f'{r["rule"]}: {r["said"]}' for r in bad), 'data that keep them',
-                       'say what is known with `cvlab data terms`, take out what may not be used with `cvlab data withdraw`')
+        raise BadInput(
+            'the data break the problem\'s rules: ' + '; '.join(f'{r["rule"]}: {r["said"]}' for r in bad),
+            'data that keep them',
+            'say what is known with `cvlab data terms`, take out what may not be used with `cvlab data withdraw`',
+        )

@@ -15,8 +15,19 @@ import numpy as np, pandas as pd, pyarrow as pa, pyarrow.compute as pc, pyarrow.
 from filelock import FileLock
 from ..audit import log_of, record
 from ..core import BadInput, Damaged, NotFound, digest, inside, read_json, write_atomic, write_json
-from .manifest import (SCHEMA, SPLITS, Dataset, assign_splits, check_table, diff_versions, first_labels, load_dataset,
-                                  row_digests, save_dataset, tags_of)
+from cv_lab.data.manifest import (
+    SCHEMA,
+    SPLITS,
+    Dataset,
+    assign_splits,
+    check_table,
+    diff_versions,
+    first_labels,
+    load_dataset,
+    row_digests,
+    save_dataset,
+    tags_of,
+)
 
 # %% ../../nbs/10b_data.versions.ipynb #1a71e0b6
 def units(keys:Sequence[Sequence], # columns of N values; equal values belong together, None stands alone
@@ -26,7 +37,8 @@ def units(keys:Sequence[Sequence], # columns of N values; equal values belong to
     from scipy.sparse.csgraph import connected_components
     n = len(keys[0]); start, rows, columns = n, [], []
     for key in keys:
-        code, names = pd.factorize(np.asarray(key, object) if not isinstance(key, np.ndarray) else key); has = np.flatnonzero(code >= 0)
+        code, names = pd.factorize(np.asarray(key, object) if not isinstance(key, np.ndarray) else key)
+        has = np.flatnonzero(code >= 0)
         rows.append(has); columns.append(start + code[has]); start += len(names)
     r, c = np.concatenate(rows), np.concatenate(columns)
     found = connected_components(coo_array((np.ones(len(r), np.int8), (r, c)), (start, start)), directed=False)[1][:n]
@@ -35,80 +47,158 @@ def units(keys:Sequence[Sequence], # columns of N values; equal values belong to
 # %% ../../nbs/10b_data.versions.ipynb #8b378178
 def _by_time(of:np.ndarray, when:list, shares:dict) -> np.ndarray: # (U,) index of the share
     "The earliest units first, a unit at its last moment."
-    last = pd.Series(when).groupby(of).max(); size = np.bincount(of); order = np.lexsort((np.arange(len(size)), last.rank(method='dense').to_numpy()))
-    middle = (np.cumsum(size[order]) - size[order]/2)/size.sum(); out = np.empty(len(size), int); out[order] = np.searchsorted(np.cumsum(list(shares.values()))[:-1], middle, side='right')
+    last = pd.Series(when).groupby(of).max()
+    size = np.bincount(of)
+    order = np.lexsort((np.arange(len(size)), last.rank(method='dense').to_numpy()))
+    middle = (np.cumsum(size[order]) - size[order] / 2) / size.sum()
+    out = np.empty(len(size), int)
+    out[order] = np.searchsorted(np.cumsum(list(shares.values()))[:-1], middle, side='right')
     return out
 
 def _by_site(of:np.ndarray, names:np.ndarray, shares:dict, seed:int) -> np.ndarray: # (U,) index of the share
     "The largest units first, each to where most is missing."
     size = np.bincount(of); want = np.array(list(shares.values()))*size.sum(); out = np.empty(len(size), int)
-    for u in np.lexsort(([hashlib.sha256(f'{seed}/{n}'.encode()).hexdigest() for n in names], -size)): out[u] = k = int(np.argmax(want/np.maximum(size.sum(), 1))); want[k] -= size[u]
+    for u in np.lexsort(([hashlib.sha256(f'{seed}/{n}'.encode()).hexdigest() for n in names], -size)):
+        out[u] = k = int(np.argmax(want / np.maximum(size.sum(), 1)))
+        want[k] -= size[u]
     return out
 
-def split_dataset(d:Dataset, shares:dict[str, float]=dict(train=.65, val=.15, test=.2), # sum to 1
-                  by:Literal['class', 'time', 'site']='class', site:str='site', # the tag that names a site; `device` and `source` will do too
-                  clusters:Sequence[int]|None=None,  # (N,) of near-duplicates, such as `check(d).seen['cluster']`
-                  held:Sequence[str]=(),             # content hashes that were ever held out, from `ever_held`
-                  redo:bool=False, seed:int=0,       # give all items a new split, not only those without one
-                 ) -> tuple[Dataset, dict]: # the split dataset, and its proof
+def split_dataset(
+    d: Dataset,
+    shares: dict[str, float] = dict(train=0.65, val=0.15, test=0.2),  # sum to 1
+    by: Literal['class', 'time', 'site'] = 'class',
+    site: str = 'site',  # the tag that names a site; `device` and `source` will do too
+    clusters: Sequence[int] | None = None,  # (N,) of near-duplicates, such as `check(d).seen['cluster']`
+    held: Sequence[str] = (),  # content hashes that were ever held out, from `ever_held`
+    redo: bool = False,
+    seed: int = 0,  # give all items a new split, not only those without one
+) -> tuple[Dataset, dict]: # the split dataset, and its proof
     "Split a dataset so that nothing that belongs together is parted."
     if set(shares) - set(SPLITS) or abs(sum(shares.values()) - 1) > 1e-6 or min(shares.values()) < 0:
-        raise BadInput(f'shares {shares}', f'shares of {", ".join(SPLITS)} that sum to 1', 'for example train=.7, val=.15, test=.15')
-    t = d.table; keys = [t['group'].to_pandas().to_numpy(), t['sha256'].to_pandas().to_numpy()] + ([np.asarray(clusters)] if clusters is not None else [])
+        raise BadInput(
+            f'shares {shares}',
+            f'shares of {", ".join(SPLITS)} that sum to 1',
+            'for example train=.7, val=.15, test=.15',
+        )
+    t = d.table
+    keys = [t['group'].to_pandas().to_numpy(), t['sha256'].to_pandas().to_numpy()] + (
+        [np.asarray(clusters)] if clusters is not None else []
+    )
     if by == 'site': keys.append(_said(tags_of(t).get(site), t, f'the tag {site!r}'))
-    of = units(keys); name = pd.Series(pc.coalesce(t['group'], t['sha256']).to_pylist(), dtype=object).groupby(of).min().to_numpy() if len(t) else np.zeros(0, object)
+    of = units(keys)
+    name = (
+        pd.Series(pc.coalesce(t['group'], t['sha256']).to_pylist(), dtype=object).groupby(of).min().to_numpy()
+        if len(t)
+        else np.zeros(0, object)
+    )
     before = np.array([None]*len(t), object) if redo else np.array(t['split'].to_pylist(), object)
     before[pc.is_in(t['sha256'], pa.array(list(held), pa.string())).to_numpy(zero_copy_only=False)] = 'test'
     if by != 'class':
         if by not in ('time', 'site'): raise BadInput(f'a split by {by!r}', 'class, time or site', 'choose one')
-        drawn = _by_time(of, _said(t['captured_at'].to_pylist(), t, 'captured_at'), shares) if by == 'time' else _by_site(of, name, shares, seed)
+        drawn = (
+            _by_time(of, _said(t['captured_at'].to_pylist(), t, 'captured_at'), shares)
+            if by == 'time'
+            else _by_site(of, name, shares, seed)
+        )
         rank = pd.Series(before).map({s: i for i, s in enumerate(SPLITS)}).fillna(-1).groupby(of).max().to_numpy(int)
         before = np.where(rank >= 0, np.array(SPLITS, object)[rank], np.array(list(shares), object)[drawn])[of]
     at = lambda c: SCHEMA.get_field_index(c)
-    s = t.set_column(at('split'), SCHEMA.field('split'), pa.array(before, pa.string())).set_column(at('group'), SCHEMA.field('group'), pa.array(name[of], pa.string()))
+    s = t.set_column(at('split'), SCHEMA.field('split'), pa.array(before, pa.string())).set_column(
+        at('group'), SCHEMA.field('group'), pa.array(name[of], pa.string())
+    )
     done = t.set_column(at('split'), SCHEMA.field('split'), assign_splits(s, shares, seed)['split'])
-    proof = dict(by=by if by != 'site' else f'site: {site}', seed=seed, wanted=shares) | prove_split(done, clusters) | dict(held=len(set(held)))
+    proof = (
+        dict(by=by if by != 'site' else f'site: {site}', seed=seed, wanted=shares)
+        | prove_split(done, clusters)
+        | dict(held=len(set(held)))
+    )
     return Dataset(done, d.name, d.root, d.classes, d.about | dict(split=proof)), proof
 
 def _said(values, t:pa.Table, what:str) -> list:
     bad = list(range(len(t))) if values is None else [i for i, v in enumerate(values) if v is None]
-    if bad: raise BadInput(f'{len(bad)} items do not say {what}: {", ".join(t["id"].take(bad[:3]).to_pylist())}', f'{what} for every item', 'add it, or split by class')
+    if bad:
+        raise BadInput(
+            f'{len(bad)} items do not say {what}: {", ".join(t["id"].take(bad[:3]).to_pylist())}',
+            f'{what} for every item',
+            'add it, or split by class',
+        )
     return values
 
 # %% ../../nbs/10b_data.versions.ipynb #45145fe7
-def prove_split(t:pa.Table, clusters:Sequence[int]|None=None) -> dict: # shared_*: 0 is what one wants; None: was not looked for
+def prove_split(
+    t: pa.Table, clusters: Sequence[int] | None = None
+) -> dict:  # shared_*: 0 is what one wants; None: was not looked for
     "What two splits share, and how the classes lie in them."
     split = t['split'].to_pandas().to_numpy()
-    def shared(key): x = pd.DataFrame(dict(k=key, s=split)).dropna(); return int((x.groupby('k')['s'].nunique() > 1).sum())
-    count = pd.crosstab(pd.Series(first_labels(t), dtype=object).fillna('(none)'), pd.Series(split, dtype=object).fillna('(none)')) if len(t) else pd.DataFrame()
-    return dict(items={s: int(n) for s, n in pd.Series(split).value_counts().items()}, shared_groups=shared(t['group'].to_pandas().to_numpy()),
-                shared_contents=shared(t['sha256'].to_pandas().to_numpy()), shared_clusters=None if clusters is None else shared(np.asarray(clusters)),
-                classes={str(c): {s: int(v) for s, v in row.items()} for c, row in count.iterrows()})
+
+    def shared(key):
+        x = pd.DataFrame(dict(k=key, s=split)).dropna()
+        return int((x.groupby('k')['s'].nunique() > 1).sum())
+
+    count = (
+        pd.crosstab(
+            pd.Series(first_labels(t), dtype=object).fillna('(none)'), pd.Series(split, dtype=object).fillna('(none)')
+        )
+        if len(t)
+        else pd.DataFrame()
+    )
+    return dict(
+        items={s: int(n) for s, n in pd.Series(split).value_counts().items()},
+        shared_groups=shared(t['group'].to_pandas().to_numpy()),
+        shared_contents=shared(t['sha256'].to_pandas().to_numpy()),
+        shared_clusters=None if clusters is None else shared(np.asarray(clusters)),
+        classes={str(c): {s: int(v) for s, v in row.items()} for c, row in count.iterrows()},
+    )
 
 # %% ../../nbs/10b_data.versions.ipynb #c36483a2
 def versions(folder:str|Path) -> list[dict]: # the oldest first
     "The log of a dataset folder."
     folder = Path(folder); path = folder/'versions.jsonl'
-    if not path.exists(): now = load_dataset(folder, verify=False); return [dict(version=now.version, parent=None, at=None, by=None, why='as it was first saved', items=len(now))]
-    try: return [json.loads(line) for line in path.read_text(encoding='utf8').splitlines() if line]
-    except ValueError as e: raise Damaged(f'{path} cannot be read: {e}', 'a line of JSON per version', 'restore it from a copy') from None
+    if not path.exists():
+        now = load_dataset(folder, verify=False)
+        return [dict(version=now.version, parent=None, at=None, by=None, why='as it was first saved', items=len(now))]
+    try:
+        return [json.loads(line) for line in path.read_text(encoding='utf8').splitlines() if line]
+    except ValueError as e:
+        raise Damaged(f'{path} cannot be read: {e}', 'a line of JSON per version', 'restore it from a copy') from None
 
-def open_version(folder:str|Path, version:str='') -> Dataset: # the present one without a version; the first hex digits are enough
+
+def open_version(
+    folder: str | Path, version: str = ''
+) -> Dataset:  # the present one without a version; the first hex digits are enough
     "A dataset as it was."
     now = load_dataset(folder)
     if not version: return now
-    known = [p.stem.removeprefix('manifest-') for p in Path(folder).glob('manifest-*.parquet')]; found = [v for v in known if v.startswith(version)]
-    if not found and (is_now := {v: n for v, n in became(folder).items() if v.startswith(version)}): raise NotFound(f'version {version} is no more: items were taken out of it', f'what is left of it: {", ".join(is_now.values())}', 'see: cvlab data log')
-    if len(found) != 1: raise NotFound(f'{"no" if not found else "more than one"} version {version!r} in {folder}', f'one of: {", ".join(sorted(known))}', 'see: cvlab data log')
-    t = check_table(pq.read_table(inside(folder, f'manifest-{found[0]}.parquet'))); d = Dataset(t, now.name, now.root, now.classes, now.about)
-    if d.version != found[0]: raise Damaged(f'the manifest of version {found[0]} holds version {d.version}', 'the manifest that was written', 'restore it from a copy')
+    known = [p.stem.removeprefix('manifest-') for p in Path(folder).glob('manifest-*.parquet')]
+    found = [v for v in known if v.startswith(version)]
+    if not found and (is_now := {v: n for v, n in became(folder).items() if v.startswith(version)}):
+        raise NotFound(
+            f'version {version} is no more: items were taken out of it',
+            f'what is left of it: {", ".join(is_now.values())}',
+            'see: cvlab data log',
+        )
+    if len(found) != 1:
+        raise NotFound(
+            f'{"no" if not found else "more than one"} version {version!r} in {folder}',
+            f'one of: {", ".join(sorted(known))}',
+            'see: cvlab data log',
+        )
+    t = check_table(pq.read_table(inside(folder, f'manifest-{found[0]}.parquet')))
+    d = Dataset(t, now.name, now.root, now.classes, now.about)
+    if d.version != found[0]:
+        raise Damaged(
+            f'the manifest of version {found[0]} holds version {d.version}',
+            'the manifest that was written',
+            'restore it from a copy',
+        )
     return d
 
 def ever_held(folder:str|Path) -> list[str]: # content hashes, sorted
     "What was a test item, or golden, in any version."
     folder, out = Path(folder), set()
     for p in folder.glob('manifest-*.parquet'):
-        t = pq.read_table(p, columns=['sha256', 'split']); out |= set(t.filter(pc.equal(t['split'], 'test'))['sha256'].to_pylist())
+        t = pq.read_table(p, columns=['sha256', 'split'])
+        out |= set(t.filter(pc.equal(t['split'], 'test'))['sha256'].to_pylist())
     return sorted(out | set(read_json(folder/'golden.json')['items'] if (folder/'golden.json').exists() else ()))
 
 # %% ../../nbs/10b_data.versions.ipynb #6a3c3618
@@ -117,13 +207,28 @@ def freeze_golden(folder:str|Path, each:int=5, # test items of each class
                   by:str|None=None) -> dict: # {content hash: hash of what is said}
     "Freeze a golden set of test items."
     folder = Path(folder); d = load_dataset(folder); t = d.split('test')
-    if (folder/'golden.json').exists(): raise BadInput(f'{folder} has a golden set', 'none yet', 'a new one would make old figures incomparable; remove golden.json if you mean it')
+    if (folder / 'golden.json').exists():
+        raise BadInput(
+            f'{folder} has a golden set',
+            'none yet',
+            'a new one would make old figures incomparable; remove golden.json if you mean it',
+        )
     if ids is None:
-        x = pd.DataFrame(dict(id=t['id'].to_pylist(), label=pd.Series(first_labels(t), dtype=object).fillna(''), sha=t['sha256'].to_pylist())).sort_values('sha')
+        x = pd.DataFrame(
+            dict(
+                id=t['id'].to_pylist(),
+                label=pd.Series(first_labels(t), dtype=object).fillna(''),
+                sha=t['sha256'].to_pylist(),
+            )
+        ).sort_values('sha')
         ids = x[x.groupby('label').cumcount() < each]['id'].tolist()
-    if missing := sorted(set(ids) - set(t['id'].to_pylist())): raise BadInput(f'not test items: {", ".join(missing[:3])}', 'ids of the test split', 'golden items must be held out')
+    if missing := sorted(set(ids) - set(t['id'].to_pylist())):
+        raise BadInput(
+            f'not test items: {", ".join(missing[:3])}', 'ids of the test split', 'golden items must be held out'
+        )
     shas = t.filter(pc.is_in(t['id'], pa.array(ids, pa.string())))['sha256'].to_pylist()
-    if not shas: raise BadInput('no test items to choose from', 'a test split', 'split the dataset first: cvlab data split')
+    if not shas:
+        raise BadInput('no test items to choose from', 'a test split', 'split the dataset first: cvlab data split')
     return _freeze(folder, d, shas, by)
 
 def _said_of(t:pa.Table, shas) -> dict[str, str]: # content hash -> hash of the rows that carry it
@@ -131,11 +236,20 @@ def _said_of(t:pa.Table, shas) -> dict[str, str]: # content hash -> hash of the 
     for s, r in sorted(zip(t['sha256'].to_pylist(), row_digests(t))): out[s] = digest(out.get(s, '') + r.hex())
     return out
 
-def _write_log(folder:Path, log:list[dict]) -> None: write_atomic(folder/'versions.jsonl', ''.join(json.dumps(x, ensure_ascii=False) + '\n' for x in log))
+def _write_log(folder: Path, log: list[dict]) -> None:
+    write_atomic(folder / 'versions.jsonl', ''.join(json.dumps(x, ensure_ascii=False) + '\n' for x in log))
+
 
 def _freeze(folder:Path, d:Dataset, shas, by:str|None, why:str='golden set') -> dict:
     items = _said_of(d.table, shas); write_json(folder/'golden.json', dict(version=d.version, items=items))
-    _write_log(folder, [*versions(folder), versions(folder)[-1] | dict(at=datetime.now(UTC).isoformat(timespec='seconds'), by=by, why=why, golden=digest(items))])
+    _write_log(
+        folder,
+        [
+            *versions(folder),
+            versions(folder)[-1]
+            | dict(at=datetime.now(UTC).isoformat(timespec='seconds'), by=by, why=why, golden=digest(items)),
+        ],
+    )
     return items
 
 def golden_changes(folder:str|Path, d:Dataset,
@@ -144,41 +258,88 @@ def golden_changes(folder:str|Path, d:Dataset,
     "Golden items that `d` drops or says other things about."
     folder = Path(folder)
     if not (folder/'golden.json').exists():
-        if any('golden' in x for x in (versions(folder) if (folder/'versions.jsonl').exists() else [])): raise Damaged(f'the golden set of {folder} is gone', 'golden.json', 'restore it from a copy')
+        if any('golden' in x for x in (versions(folder) if (folder / 'versions.jsonl').exists() else [])):
+            raise Damaged(f'the golden set of {folder} is gone', 'golden.json', 'restore it from a copy')
         return []
     want = read_json(folder/'golden.json')['items']; logged = [x['golden'] for x in versions(folder) if 'golden' in x]
-    if not logged or digest(want) != logged[-1]: raise Damaged(f'{folder}/golden.json is not what the log says was frozen', 'the file that was written', 'restore it from a copy')
-    want = {s: v for s, v in want.items() if s not in set(but)}; now = _said_of(d.table, want); name = dict(zip(d.table['sha256'].to_pylist(), d.table['id'].to_pylist()))
-    return [f'{s[:12]} dropped' for s in want if s not in now] + [f'{name[s]} changed' for s in want if s in now and now[s] != want[s]]
+    if not logged or digest(want) != logged[-1]:
+        raise Damaged(
+            f'{folder}/golden.json is not what the log says was frozen',
+            'the file that was written',
+            'restore it from a copy',
+        )
+    want = {s: v for s, v in want.items() if s not in set(but)}
+    now = _said_of(d.table, want)
+    name = dict(zip(d.table['sha256'].to_pylist(), d.table['id'].to_pylist()))
+    return [f'{s[:12]} dropped' for s in want if s not in now] + [
+        f'{name[s]} changed' for s in want if s in now and now[s] != want[s]
+    ]
 
 # %% ../../nbs/10b_data.versions.ipynb #d6733999
-def commit(folder:str|Path, d:Dataset, # the next version
-           why:str, by:str|None=None,
-           golden:str|None=None,       # a reason to let the golden set change
-           renamed:dict[str, str]|None=None, # old content hash -> new: the files were rewritten, the golden set goes along
-          ) -> dict: # the line of the log
+def commit(
+    folder: str | Path,
+    d: Dataset,  # the next version
+    why: str,
+    by: str | None = None,
+    golden: str | None = None,  # a reason to let the golden set change
+    renamed: dict[str, str]
+    | None = None,  # old content hash -> new: the files were rewritten, the golden set goes along
+) -> dict: # the line of the log
     "Save a version with its parent; a change of the golden set is refused without a reason."
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder/'.versions.lock'):
         log = versions(folder) if (folder/'dataset.json').exists() else []
         old = load_dataset(folder) if log else None
         if old is not None and old.version == d.version:
-            if old.about != d.about: save_dataset(d, folder)   # the same items, and more known about them, such as a proof
+            if old.about != d.about:
+                save_dataset(d, folder)  # the same items, and more known about them, such as a proof
             return log[-1]
         if (touched := golden_changes(folder, d, renamed or ())) and not golden:
-            raise BadInput(f'{len(touched)} golden items would change: {", ".join(touched[:3])}', 'the golden set as it was frozen', 'leave them alone, or give a reason: --golden "why"')
-        changed = {k: len(v) for k, v in diff_versions(old.table, d.table).items()} if old is not None else dict(added=len(d))
-        line = dict(version=d.version, parent=old.version if old is not None else None, at=datetime.now(UTC).isoformat(timespec='seconds'), by=by, why=why, items=len(d), **changed)
+            raise BadInput(
+                f'{len(touched)} golden items would change: {", ".join(touched[:3])}',
+                'the golden set as it was frozen',
+                'leave them alone, or give a reason: --golden "why"',
+            )
+        changed = (
+            {k: len(v) for k, v in diff_versions(old.table, d.table).items()} if old is not None else dict(added=len(d))
+        )
+        line = dict(
+            version=d.version,
+            parent=old.version if old is not None else None,
+            at=datetime.now(UTC).isoformat(timespec='seconds'),
+            by=by,
+            why=why,
+            items=len(d),
+            **changed,
+        )
         if touched: line |= dict(golden_changed=touched, golden_why=golden)
-        if touched: record(log_of(folder), 'override', by, what='golden set', dataset=d.name, version=d.version, items=len(touched), reason=golden)
+        if touched:
+            record(
+                log_of(folder),
+                'override',
+                by,
+                what='golden set',
+                dataset=d.name,
+                version=d.version,
+                items=len(touched),
+                reason=golden,
+            )
         save_dataset(d, folder); _write_log(folder, [*log, line])
         frozen = read_json(folder/'golden.json')['items'] if (folder/'golden.json').exists() else {}
-        if touched or set(frozen) & set(renamed or ()): _freeze(folder, d, [(renamed or {}).get(s, s) for s in frozen], by, 'golden set' if touched else 'golden set, rewritten')
+        if touched or set(frozen) & set(renamed or ()):
+            _freeze(
+                folder,
+                d,
+                [(renamed or {}).get(s, s) for s in frozen],
+                by,
+                'golden set' if touched else 'golden set, rewritten',
+            )
         return line
 
 def version_log(folder:str|Path) -> pd.DataFrame:
     "The log as a table, the newest first."
-    t = pd.DataFrame(versions(folder))[::-1].reset_index(drop=True); first = ['version', 'parent', 'at', 'by', 'why', 'items', 'added', 'removed', 'relabelled', 'moved']
+    t = pd.DataFrame(versions(folder))[::-1].reset_index(drop=True)
+    first = ['version', 'parent', 'at', 'by', 'why', 'items', 'added', 'removed', 'relabelled', 'moved']
     return t[[c for c in first if c in t]]
 
 # %% ../../nbs/10b_data.versions.ipynb #3422d917
@@ -195,15 +356,44 @@ def drop_everywhere(folder:str|Path, gone, # a function: table -> (N,) bool
     with FileLock(folder/'.versions.lock'):
         now, log = load_dataset(folder, verify=False), versions(folder); lost = set()
         for p in sorted(folder.glob('manifest-*.parquet')):
-            t = check_table(pq.read_table(p)); out = pa.array(np.asarray(gone(t), bool)); kept = t.filter(pc.invert(out))
-            if len(kept) < len(t): lost |= set(t['sha256'].filter(out).to_pylist()); became[p.stem.removeprefix('manifest-')] = save_dataset(Dataset(kept, now.name, now.root, now.classes, now.about), folder).version
+            t = check_table(pq.read_table(p))
+            out = pa.array(np.asarray(gone(t), bool))
+            kept = t.filter(pc.invert(out))
+            if len(kept) < len(t):
+                lost |= set(t['sha256'].filter(out).to_pylist())
+                became[p.stem.removeprefix('manifest-')] = save_dataset(
+                    Dataset(kept, now.name, now.root, now.classes, now.about), folder
+                ).version
         if not became: return {}
-        left = check_table(pq.read_table(folder/f'manifest-{became.get(now.version, now.version)}.parquet')); about = dict(now.about)
-        if 'split' in about: about['split'] = about['split'] | prove_split(left) | dict(withdrawn=about['split'].get('withdrawn', 0) + len(now) - len(left))
+        left = check_table(pq.read_table(folder / f'manifest-{became.get(now.version, now.version)}.parquet'))
+        about = dict(now.about)
+        if 'split' in about:
+            about['split'] = (
+                about['split']
+                | prove_split(left)
+                | dict(withdrawn=about['split'].get('withdrawn', 0) + len(now) - len(left))
+            )
         d = save_dataset(Dataset(left, now.name, now.root, now.classes, about), folder)
         if not any(x.get('mark') == mark for x in log):
-            log.append(dict(version=d.version, parent=now.version, at=datetime.now(UTC).isoformat(timespec='seconds'), by=by, why=why, items=len(d), added=0, removed=len(now) - len(d), relabelled=0, moved=0, mark=mark, became=became)); _write_log(folder, log)
-        if (folder/'golden.json').exists() and set(want := read_json(folder/'golden.json')['items']) & lost: _freeze(folder, d, set(want) - lost, by, why)
+            log.append(
+                dict(
+                    version=d.version,
+                    parent=now.version,
+                    at=datetime.now(UTC).isoformat(timespec='seconds'),
+                    by=by,
+                    why=why,
+                    items=len(d),
+                    added=0,
+                    removed=len(now) - len(d),
+                    relabelled=0,
+                    moved=0,
+                    mark=mark,
+                    became=became,
+                )
+            )
+            _write_log(folder, log)
+        if (folder / 'golden.json').exists() and set(want := read_json(folder / 'golden.json')['items']) & lost:
+            _freeze(folder, d, set(want) - lost, by, why)
         for old in became: (folder/f'manifest-{old}.parquet').unlink()
     return became
 

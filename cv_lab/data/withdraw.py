@@ -20,7 +20,16 @@ from .versions import became, drop_everywhere
 
 # %% ../../nbs/13c_data.withdraw.ipynb #0c8f74ff
 _NOT = {'.git', '.venv', '.cache', '__pycache__', '.ipynb_checkpoints', 'node_modules', '.rewrite'}
-_OURS = {'nbs', 'cv_lab', 'tests', 'registry', 'audit', 'deploy', 'problems'}   # of the workspace itself; the registry is looked at by itself
+_OURS = {
+    'nbs',
+    'cv_lab',
+    'tests',
+    'registry',
+    'audit',
+    'deploy',
+    'problems',
+}  # of the workspace itself; the registry is looked at by itself
+
 
 def _walk(top:Path, root:Path) -> Iterator[Path]:
     for at, dirs, files in os.walk(top):
@@ -43,25 +52,44 @@ def _rows(folders:list[Path]) -> pd.DataFrame: # folder, version, id, uri, sha25
     out = [pd.DataFrame(columns=['folder', 'version', 'id', 'uri', 'sha256', 'consent', 'split', 'group'])]
     for f in folders:
         for p in sorted(f.glob('manifest-*.parquet')):
-            try: t = pq.read_table(p, columns=['id', 'uri', 'sha256', 'consent', 'split', 'group']).to_pandas()
-            except (pa.ArrowInvalid, OSError) as e: raise Damaged(f'{p} cannot be read: {e}', 'a manifest', 'restore it from a copy, so that nothing is overlooked') from None
+            try:
+                t = pq.read_table(p, columns=['id', 'uri', 'sha256', 'consent', 'split', 'group']).to_pandas()
+            except (pa.ArrowInvalid, OSError) as e:
+                raise Damaged(
+                    f'{p} cannot be read: {e}', 'a manifest', 'restore it from a copy, so that nothing is overlooked'
+                ) from None
             out.append(t.assign(folder=str(f), version=p.stem.removeprefix('manifest-')))
     return pd.concat(out, ignore_index=True)
 
 def _meant(rows:pd.DataFrame, items:Sequence[str], consent:str|None) -> pd.Series: # (N,) bool
     mask = rows['consent'].eq(consent) if consent else pd.Series(False, rows.index); lost = []
     for name in items:
-        hit = rows['id'].eq(name) | rows['uri'].eq(name) | (rows['sha256'].str.startswith(name) if re.fullmatch('[0-9a-f]{12,64}', name) else False)
+        hit = (
+            rows['id'].eq(name)
+            | rows['uri'].eq(name)
+            | (rows['sha256'].str.startswith(name) if re.fullmatch('[0-9a-f]{12,64}', name) else False)
+        )
         shas = rows[hit].groupby('folder')['sha256'].agg(set)
-        if len(shas) > 1 and not set.intersection(*shas): raise BadInput(f'{name!r} means different pictures in {", ".join(shas.index)}', 'one picture', 'name the dataset with --dataset, or give the content hash')
+        if len(shas) > 1 and not set.intersection(*shas):
+            raise BadInput(
+                f'{name!r} means different pictures in {", ".join(shas.index)}',
+                'one picture',
+                'name the dataset with --dataset, or give the content hash',
+            )
         if not hit.any(): lost.append(name)
         mask |= hit
-    if lost or not mask.any(): raise NotFound(f'no dataset of the workspace holds {", ".join(lost) or f"items under the consent {consent!r}"}', 'an id, a path or a content hash of an item; a consent of the manifest', 'see the manifest, or name a dataset outside with --dataset')
+    if lost or not mask.any():
+        raise NotFound(
+            f'no dataset of the workspace holds {", ".join(lost) or f"items under the consent {consent!r}"}',
+            'an id, a path or a content hash of an item; a consent of the manifest',
+            'see the manifest, or name a dataset outside with --dataset',
+        )
     return mask
 
 def _all_of(rows:pd.DataFrame, mask:pd.Series) -> pd.Series: # the same id in a folder, the same content anywhere
     key = rows['folder'] + '\0' + rows['id']
-    while (wider := key.isin(set(key[mask])) | rows['sha256'].isin(set(rows['sha256'][mask]))).sum() > mask.sum(): mask = wider
+    while (wider := key.isin(set(key[mask])) | rows['sha256'].isin(set(rows['sha256'][mask]))).sum() > mask.sum():
+        mask = wider
     return wider
 
 # %% ../../nbs/13c_data.withdraw.ipynb #8682f8c7
@@ -73,13 +101,17 @@ class Plan:
     ids: dict[str, list[str]] = field(default_factory=dict)     # dataset folder -> ids
     uris: dict[str, list[str]] = field(default_factory=dict)
     shas: list[str] = field(default_factory=list)
-    files: list[str] = field(default_factory=list)              # pictures that will be deleted: those of the datasets, and copies
-    outside: list[str] = field(default_factory=list)            # pictures that lie outside of the workspace
-    datasets: list[dict] = field(default_factory=list)          # folder, name, version, items of each split, golden, left_in_group
-    runs: list[dict] = field(default_factory=list)              # run, dataset, items of each split, seen: what it did with them
+    files: list[str] = field(default_factory=list)  # pictures that will be deleted: those of the datasets, and copies
+    outside: list[str] = field(default_factory=list)  # pictures that lie outside of the workspace
+    datasets: list[dict] = field(
+        default_factory=list
+    )  # folder, name, version, items of each split, golden, left_in_group
+    runs: list[dict] = field(default_factory=list)  # run, dataset, items of each split, seen: what it did with them
     reports: list[str] = field(default_factory=list)
-    exports: list[dict] = field(default_factory=list)           # to, at, by, version; inside: whether it lies in the workspace
-    releases: list[dict] = field(default_factory=list)          # tag, aliases, run, dataset, seen, holds: whether a picture is in it
+    exports: list[dict] = field(default_factory=list)  # to, at, by, version; inside: whether it lies in the workspace
+    releases: list[dict] = field(
+        default_factory=list
+    )  # tag, aliases, run, dataset, seen, holds: whether a picture is in it
     by_hand: list[str] = field(default_factory=list)            # what only a person can do
 
 def _copies(root:Path, sizes:set[int], shas:set[str]) -> list[Path]:
@@ -91,38 +123,104 @@ def _copies(root:Path, sizes:set[int], shas:set[str]) -> list[Path]:
         except OSError: pass
     return out
 
-def _used(root:Path, counts:dict[str, dict], names:dict[str, str], shas:set[str]) -> Iterator[tuple[Path, dict]]: # folder, what it did with them
+def _used(
+    root: Path, counts: dict[str, dict], names: dict[str, str], shas: set[str]
+) -> Iterator[tuple[Path, dict]]:  # folder, what it did with them
     "Folders with a lineage (runs, bundles) that were made from one of the versions, or whose tables hold one of the pictures."
-    for p in sorted([*(root/'runs').glob('*/lineage.json'), *(root/'registry/bentoml/models').glob('*/*/lineage.json')]):
-        version = read_json(p).get('dataset'); at = counts.get(names.get(version, version)); holds = any(_holds(f, shas) for f in (p.parent/'golden.parquet', p.parent/'evaluation/truth.parquet'))
-        if at or holds: yield p.parent, dict(dataset=version, items=at or {}, holds=holds, seen='trained on it' if (at or {}).get('train') else 'chose its epoch by it' if (at or {}).get('val') else 'tested on it')
+    for p in sorted(
+        [*(root / 'runs').glob('*/lineage.json'), *(root / 'registry/bentoml/models').glob('*/*/lineage.json')]
+    ):
+        version = read_json(p).get('dataset')
+        at = counts.get(names.get(version, version))
+        holds = any(_holds(f, shas) for f in (p.parent / 'golden.parquet', p.parent / 'evaluation/truth.parquet'))
+        if at or holds:
+            yield (
+                p.parent,
+                dict(
+                    dataset=version,
+                    items=at or {},
+                    holds=holds,
+                    seen='trained on it'
+                    if (at or {}).get('train')
+                    else 'chose its epoch by it'
+                    if (at or {}).get('val')
+                    else 'tested on it',
+                ),
+            )
+
 
 def _holds(path:Path, shas:set[str]) -> bool:
-    try: return path.is_file() and 'sha256' in pq.read_schema(path).names and bool(shas & set(pq.read_table(path, columns=['sha256'])['sha256'].to_pylist()))
-    except (pa.ArrowInvalid, OSError): return False
+    try:
+        return (
+            path.is_file()
+            and 'sha256' in pq.read_schema(path).names
+            and bool(shas & set(pq.read_table(path, columns=['sha256'])['sha256'].to_pylist()))
+        )
+    except (pa.ArrowInvalid, OSError):
+        return False
 
 # %% ../../nbs/13c_data.withdraw.ipynb #ec6373f4
-def plan_withdrawal(root:str|Path, items:Sequence[str]=(), # ids, paths or content hashes
-                    consent:str|None=None,                 # all items under this consent
-                    datasets:Sequence[str|Path]=(),        # look for the names only here; the pictures are then found everywhere
-                    reason:str|None=None, by:str|None=None) -> Plan:
+def plan_withdrawal(
+    root: str | Path,
+    items: Sequence[str] = (),  # ids, paths or content hashes
+    consent: str | None = None,  # all items under this consent
+    datasets: Sequence[str | Path] = (),  # look for the names only here; the pictures are then found everywhere
+    reason: str | None = None,
+    by: str | None = None,
+) -> Plan:
     "Find everything; touch nothing."
-    root = Path(root).resolve(); only = [Path(p).resolve() for p in datasets]; folders = sorted({*known_datasets(root), *only}); rows = _rows(folders)
-    named = rows[rows['folder'].isin(map(str, only))] if only else rows; mask = _all_of(rows, _meant(named, items, consent).reindex(rows.index, fill_value=False)); gone = rows[mask]; shas = set(gone['sha256'])
-    plan = Plan(secrets.token_hex(8), str(root), reason, by, [*items, *([f'consent {consent}'] if consent else [])], shas=sorted(shas))
+    root = Path(root).resolve()
+    only = [Path(p).resolve() for p in datasets]
+    folders = sorted({*known_datasets(root), *only})
+    rows = _rows(folders)
+    named = rows[rows['folder'].isin(map(str, only))] if only else rows
+    mask = _all_of(rows, _meant(named, items, consent).reindex(rows.index, fill_value=False))
+    gone = rows[mask]
+    shas = set(gone['sha256'])
+    plan = Plan(
+        secrets.token_hex(8),
+        str(root),
+        reason,
+        by,
+        [*items, *([f'consent {consent}'] if consent else [])],
+        shas=sorted(shas),
+    )
     for f, g in gone.groupby('folder'): plan.ids[f], plan.uris[f] = sorted(set(g['id'])), sorted(set(g['uri']))
-    here = [load_dataset(f, verify=False).root/u for f in plan.uris for u in plan.uris[f]]; sizes = {p.stat().st_size for p in here if p.is_file()}; found = {*_copies(root, sizes, shas), *(p.resolve() for p in here if p.is_file())}
-    plan.files, plan.outside = (sorted(str(p) for p in found if p.is_relative_to(root) == inside) for inside in (True, False))
-    counts = {v: g.drop_duplicates('id')['split'].fillna('unsplit').value_counts().to_dict() for v, g in gone.groupby('version')}
-    names = {old: new for f in folders for old, new in became(f).items()}   # versions that an earlier withdrawal renamed
+    here = [load_dataset(f, verify=False).root / u for f in plan.uris for u in plan.uris[f]]
+    sizes = {p.stat().st_size for p in here if p.is_file()}
+    found = {*_copies(root, sizes, shas), *(p.resolve() for p in here if p.is_file())}
+    plan.files, plan.outside = (
+        sorted(str(p) for p in found if p.is_relative_to(root) == inside) for inside in (True, False)
+    )
+    counts = {
+        v: g.drop_duplicates('id')['split'].fillna('unsplit').value_counts().to_dict()
+        for v, g in gone.groupby('version')
+    }
+    names = {old: new for f in folders for old, new in became(f).items()}  # versions that an earlier withdrawal renamed
     _tell_datasets(plan, rows, gone, counts); _tell_uses(plan, root, counts, names, shas); return plan
 
 def _tell_datasets(plan:Plan, rows:pd.DataFrame, gone:pd.DataFrame, counts:dict) -> None:
     for (f, v), g in gone.groupby(['folder', 'version']):
-        d = load_dataset(f, verify=False); golden = read_json(Path(f)/'golden.json')['items'] if (Path(f)/'golden.json').exists() else {}; rest = rows[(rows['folder'] == f) & (rows['version'] == v) & ~rows.index.isin(gone.index)]
-        plan.datasets.append(dict(folder=f, name=d.name, version=v, present=v == d.version, items=counts[v], golden=sorted(set(g['sha256']) & set(golden)), stored_split='split' in d.about,
-                                  left_in_group=int(rest['group'].isin(set(g['group'].dropna())).sum())))
-        if (source := d.about.get('imported_from')) and f'{source} was imported; it may still hold the pictures' not in plan.by_hand: plan.by_hand.append(f'{source} was imported; it may still hold the pictures')
+        d = load_dataset(f, verify=False)
+        golden = read_json(Path(f) / 'golden.json')['items'] if (Path(f) / 'golden.json').exists() else {}
+        rest = rows[(rows['folder'] == f) & (rows['version'] == v) & ~rows.index.isin(gone.index)]
+        plan.datasets.append(
+            dict(
+                folder=f,
+                name=d.name,
+                version=v,
+                present=v == d.version,
+                items=counts[v],
+                golden=sorted(set(g['sha256']) & set(golden)),
+                stored_split='split' in d.about,
+                left_in_group=int(rest['group'].isin(set(g['group'].dropna())).sum()),
+            )
+        )
+        if (
+            source := d.about.get('imported_from')
+        ) and f'{source} was imported; it may still hold the pictures' not in plan.by_hand:
+            plan.by_hand.append(f'{source} was imported; it may still hold the pictures')
+
 
 def _tell_uses(plan:Plan, root:Path, counts:dict, names:dict, shas:set) -> None:
     aliases = {}
@@ -130,40 +228,93 @@ def _tell_uses(plan:Plan, root:Path, counts:dict, names:dict, shas:set) -> None:
         for a, e in read_json(p).items(): aliases.setdefault(e.get('tag'), []).append(a)
     for folder, used in _used(root, counts, names, shas):
         if folder.is_relative_to(root/'runs'): plan.runs.append(dict(run=folder.name, **used)); continue
-        about = read_json(folder/'bundle.json') if (folder/'bundle.json').is_file() else {}; tag = f'{folder.parent.name}:{folder.name}'; plan.releases.append(dict(tag=tag, aliases=sorted(aliases.get(tag, [])), run=about.get('run'), **used))
-    affected = {*counts, *(o for o, n in names.items() if n in counts)}; said = {v.encode() for v in (*affected, *(r['run'] for r in plan.runs), *shas)}
+        about = read_json(folder / 'bundle.json') if (folder / 'bundle.json').is_file() else {}
+        tag = f'{folder.parent.name}:{folder.name}'
+        plan.releases.append(dict(tag=tag, aliases=sorted(aliases.get(tag, [])), run=about.get('run'), **used))
+    affected = {*counts, *(o for o, n in names.items() if n in counts)}
+    said = {v.encode() for v in (*affected, *(r['run'] for r in plan.runs), *shas)}
     for p in sorted((root/'reports').glob('*/*/')):
-        if any(v in f.read_bytes() for f in (p/n for n in ('metrics.json', 'data.json', 'notebook.ipynb', 'report.html')) if f.is_file() for v in said): plan.reports.append(str(p))
+        if any(
+            v in f.read_bytes()
+            for f in (p / n for n in ('metrics.json', 'data.json', 'notebook.ipynb', 'report.html'))
+            if f.is_file()
+            for v in said
+        ):
+            plan.reports.append(str(p))
     for e in Sealed(root/'audit/log.jsonl').read():
-        if e.get('event') == 'export' and e.get('version') in affected: plan.exports.append({k: e.get(k) for k in ('to', 'at', 'by', 'version', 'format')} | dict(inside=Path(e['to']).is_relative_to(root) and Path(e['to']).exists()))
-    plan.by_hand += [f'{e["to"]} was exported by {e["by"]} on {e["at"][:10]} and lies outside: ask for it to be deleted' for e in plan.exports if not e['inside']]
-    plan.by_hand += [f'{r["tag"]} is sealed and holds a picture in its golden answers: release another model, then cvlab registry gc' for r in plan.releases if r['holds']]
+        if e.get('event') == 'export' and e.get('version') in affected:
+            plan.exports.append(
+                {k: e.get(k) for k in ('to', 'at', 'by', 'version', 'format')}
+                | dict(inside=Path(e['to']).is_relative_to(root) and Path(e['to']).exists())
+            )
+    plan.by_hand += [
+        f'{e["to"]} was exported by {e["by"]} on {e["at"][:10]} and lies outside: ask for it to be deleted'
+        for e in plan.exports
+        if not e['inside']
+    ]
+    plan.by_hand += [
+        f'{r["tag"]} is sealed and holds a picture in its golden answers: release another model, then cvlab registry gc'
+        for r in plan.releases
+        if r['holds']
+    ]
 
 # %% ../../nbs/13c_data.withdraw.ipynb #07aaa6e7
 _KEYS = ('id', 'uri', 'sha256', 'image', 'file_name', 'file', 'path', 'name', 'filename', 'filepath', 'item')
 _URI = re.compile(r'data:image/[\w.+-]+;base64,[A-Za-z0-9+/=\\n]+')
 _GONE = 'data:image/svg+xml,%3Csvg xmlns=%22http://www.w3.org/2000/svg%22 width=%2290%22 height=%2260%22%3E%3Crect width=%22100%25%22 height=%22100%25%22 fill=%22%23ccc%22/%3E%3C/svg%3E'
 
+
 class _Names:
     "The names under which pictures go in the datasets of some folders; elsewhere only their content hashes."
     def __init__(self, plan:Plan, folders:Iterable[str]=()):
-        said = {n for f in folders for n in (*plan.ids.get(f, ()), *plan.uris.get(f, ()))}; said |= {u.removeprefix('images/') for u in said}
-        self.loud, self.all = {n for n in said if len(n) >= 5 and not n.isdecimal()} | set(plan.shas), said | set(plan.shas)
+        said = {n for f in folders for n in (*plan.ids.get(f, ()), *plan.uris.get(f, ()))}
+        said |= {u.removeprefix('images/') for u in said}
+        self.loud, self.all = (
+            {n for n in said if len(n) >= 5 and not n.isdecimal()} | set(plan.shas),
+            said | set(plan.shas),
+        )
         self.bytes = [n.encode() for n in self.all]; self.tail = tuple(f'{c}{n}' for n in self.loud for c in '/=')
     def loudly(self, v) -> bool: return isinstance(v, str) and (v in self.loud or v.endswith(self.tail))
-    def by_key(self, d:dict) -> bool: return any(isinstance(d.get(k), str) and (d[k] in self.all or d[k].endswith(self.tail)) for k in _KEYS)
+
+    def by_key(self, d: dict) -> bool:
+        return any(isinstance(d.get(k), str) and (d[k] in self.all or d[k].endswith(self.tail)) for k in _KEYS)
 
     def json(self, x):
         "What is left of a JSON value."
-        if isinstance(x, list): return [self.json(v) for v in x if not (self.loudly(v) or isinstance(v, dict) and (self.by_key(v) or isinstance(v.get('data'), dict) and self.by_key(v['data'])))]
+        if isinstance(x, list):
+            return [
+                self.json(v)
+                for v in x
+                if not (
+                    self.loudly(v)
+                    or isinstance(v, dict)
+                    and (self.by_key(v) or isinstance(v.get('data'), dict) and self.by_key(v['data']))
+                )
+            ]
         return {k: self.json(v) for k, v in x.items() if not self.loudly(k)} if isinstance(x, dict) else x
 
     def table(self, t:pa.Table) -> pa.Table:
         "What is left of a table."
         out = pa.array([False]*len(t))
         for c in t.schema.names:
-            if c in _KEYS and pa.types.is_string(t.schema.field(c).type): out = pc.or_(out, pc.fill_null(pc.is_in(t[c], pa.array(sorted(self.all), pa.string())), False).combine_chunks() if len(t) else out)
-            if pa.types.is_struct(t.schema.field(c).type) and 'bytes' in t.schema.field(c).type.names: out = pc.or_(out, pa.array([v is not None and v['bytes'] is not None and digest(v['bytes']) in self.all for v in t[c].to_pylist()], pa.bool_()))
+            if c in _KEYS and pa.types.is_string(t.schema.field(c).type):
+                out = pc.or_(
+                    out,
+                    pc.fill_null(pc.is_in(t[c], pa.array(sorted(self.all), pa.string())), False).combine_chunks()
+                    if len(t)
+                    else out,
+                )
+            if pa.types.is_struct(t.schema.field(c).type) and 'bytes' in t.schema.field(c).type.names:
+                out = pc.or_(
+                    out,
+                    pa.array(
+                        [
+                            v is not None and v['bytes'] is not None and digest(v['bytes']) in self.all
+                            for v in t[c].to_pylist()
+                        ],
+                        pa.bool_(),
+                    ),
+                )
         return t.filter(pc.invert(out))
 
 # %% ../../nbs/13c_data.withdraw.ipynb #08ae46f2
@@ -174,20 +325,31 @@ def _rewritten(path:Path, names:_Names) -> bytes|None: # None: nothing to take o
         try: t = pq.read_table(path)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError): return None
         if len(left := names.table(t)) == len(t): return None
-        sink = pa.BufferOutputStream(); pq.write_table(left, sink, compression='zstd'); return sink.getvalue().to_pybytes()
+        sink = pa.BufferOutputStream()
+        pq.write_table(left, sink, compression='zstd')
+        return sink.getvalue().to_pybytes()
     data = path.read_bytes()
     if not any(n in data for n in names.bytes): return None
     try: text = data.decode('utf8')
     except UnicodeDecodeError: return None
-    if kind == '.json': new = json.dumps(names.json(json.loads(text)), indent=1, ensure_ascii=False) + '\n'
-    elif kind == '.jsonl': rows = [json.loads(v) for v in text.splitlines() if v.strip()]; new = ''.join(json.dumps(v, ensure_ascii=False) + '\n' for v in names.json(rows))
+    if kind == '.json':
+        new = json.dumps(names.json(json.loads(text)), indent=1, ensure_ascii=False) + '\n'
+    elif kind == '.jsonl':
+        rows = [json.loads(v) for v in text.splitlines() if v.strip()]
+        new = ''.join(json.dumps(v, ensure_ascii=False) + '\n' for v in names.json(rows))
     elif kind in ('.html', '.ipynb'): new = _quiet(text, names)
     elif kind == '.xml': new = _xml(text, names)
-    else: new = ''.join(v for v in text.splitlines(keepends=True) if not any(names.loudly(w.strip().strip('"')) for w in re.split(r'[,;\t ]', v)))
+    else:
+        new = ''.join(
+            v
+            for v in text.splitlines(keepends=True)
+            if not any(names.loudly(w.strip().strip('"')) for w in re.split(r'[,;\t ]', v))
+        )
     return new.encode() if new != text else None
 
-def _quiet(text:str, names:_Names) -> str: # names between tags, quotes and colons
-    for n in sorted(names.loud, key=len, reverse=True): text = re.sub(rf'(?<![\w./-]){re.escape(n)}(?![\w/-]|\.\w)', '[withdrawn]', text)
+def _quiet(text:str, names:_Names) -> str:  # names between tags, quotes and colons
+    for n in sorted(names.loud, key=len, reverse=True):
+        text = re.sub(rf'(?<![\w./-]){re.escape(n)}(?![\w/-]|\.\w)', '[withdrawn]', text)
     return text
 
 def _xml(text:str, names:_Names) -> str:
@@ -206,66 +368,130 @@ def _blind(report:Path) -> None:
     if (page := report/'notebook.ipynb').is_file():
         nb = read_json(page)
         for o in (o for c in nb.get('cells', []) for o in c.get('outputs', []) if isinstance(o.get('data'), dict)):
-            o['data'] = {k: _URI.sub(_GONE, ''.join(v)) if k == 'text/html' else v for k, v in o['data'].items() if not k.startswith('image/')} or {'text/plain': 'picture withdrawn'}
+            o['data'] = {
+                k: _URI.sub(_GONE, ''.join(v)) if k == 'text/html' else v
+                for k, v in o['data'].items()
+                if not k.startswith('image/')
+            } or {'text/plain': 'picture withdrawn'}
         write_json(page, nb)
 
 # %% ../../nbs/13c_data.withdraw.ipynb #5bbf447c
-_TEXTS, _LEFT = ('.parquet', '.json', '.jsonl', '.csv', '.tsv', '.txt', '.xml', '.html', '.ipynb'), ('dataset.json', 'golden.json', 'versions.jsonl')
+_TEXTS, _LEFT = (
+    ('.parquet', '.json', '.jsonl', '.csv', '.tsv', '.txt', '.xml', '.html', '.ipynb'),
+    ('dataset.json', 'golden.json', 'versions.jsonl'),
+)
+
 
 def _named_in(plan:Plan, root:Path) -> Iterator[tuple[Path, _Names]]:
     "Every file that could name an item, with the names that count there."
     of = {}; [of.setdefault(d['version'], set()).add(d['folder']) for d in plan.datasets]
-    where = {Path(f): {f} for f in plan.ids} | {root/'runs'/r['run']: of.get(r['dataset'], set(plan.ids)) for r in plan.runs} | {Path(r): set(plan.ids) for r in plan.reports} | {Path(e['to']): of.get(e['version'], set(plan.ids)) for e in plan.exports if e['inside']}
+    where = (
+        {Path(f): {f} for f in plan.ids}
+        | {root / 'runs' / r['run']: of.get(r['dataset'], set(plan.ids)) for r in plan.runs}
+        | {Path(r): set(plan.ids) for r in plan.reports}
+        | {Path(e['to']): of.get(e['version'], set(plan.ids)) for e in plan.exports if e['inside']}
+    )
     made = {p: _Names(plan, f) for p, f in where.items()}; other = _Names(plan)
     for top in [root, *(p for p in where if not p.is_relative_to(root))]:
         for p in _walk(top, root):
-            if p.suffix.lower() in _TEXTS and p.name not in _LEFT and not p.name.startswith('manifest-'): yield p, next((made[a] for a in p.parents if a in made), other)
+            if p.suffix.lower() in _TEXTS and p.name not in _LEFT and not p.name.startswith('manifest-'):
+                yield p, next((made[a] for a in p.parents if a in made), other)
+
 
 def _carry_out(plan:Plan, outside:bool) -> None:
-    root = Path(plan.root); stems = {(Path(e['to']), Path(f).stem) for e in plan.exports if e['inside'] for f in plan.files if Path(f).is_relative_to(e['to'])}
+    root = Path(plan.root)
+    stems = {
+        (Path(e['to']), Path(f).stem)
+        for e in plan.exports
+        if e['inside']
+        for f in plan.files
+        if Path(f).is_relative_to(e['to'])
+    }
     for f in [*plan.files, *(plan.outside if outside else [])]: Path(f).unlink(missing_ok=True)
     for to, stem in stems:
-        for p in [p for p in _walk(to, root) if p.stem == stem]: p.unlink()                            # labels beside an exported picture
+        for p in [p for p in _walk(to, root) if p.stem == stem]:
+            p.unlink()  # labels beside an exported picture
     for r in plan.runs:
         if (bundle := root/'runs'/r['run']/'bundle').is_dir():
             for p in sorted(bundle.rglob('*'), reverse=True): p.rmdir() if p.is_dir() else p.unlink()
             bundle.rmdir()
     for r in map(Path, plan.reports): _blind(r)
     for p, names in _named_in(plan, root):
-        try: new = _rewritten(p, names)
-        except (ValueError, SyntaxError): continue                                                       # broken before we came
+        try:
+            new = _rewritten(p, names)
+        except (ValueError, SyntaxError):
+            continue  # broken before we came
         if new is not None: write_atomic(p, new)
     for f, ids in plan.ids.items():
-        gone = lambda t, ids=ids: pc.or_(pc.is_in(t['id'], pa.array(ids, pa.string())), pc.is_in(t['sha256'], pa.array(plan.shas, pa.string()))).to_numpy(zero_copy_only=False)
+        gone = lambda t, ids=ids: pc.or_(
+            pc.is_in(t['id'], pa.array(ids, pa.string())), pc.is_in(t['sha256'], pa.array(plan.shas, pa.string()))
+        ).to_numpy(zero_copy_only=False)
         drop_everywhere(f, gone, f'withdrawn: {plan.reason or "no reason given"}', plan.id, plan.by)
 
 def _do(plan:Plan, outside:bool) -> Plan:
-    root, log = Path(plan.root), Sealed(Path(plan.root)/'audit/log.jsonl'); note = root/f'audit/withdrawals/{plan.id}.json'
-    said = dict(withdrawal=plan.id, reason=plan.reason, asked=[a for a in plan.asked if a.startswith('consent ')] or None, items=len(plan.shas))
+    root, log = Path(plan.root), Sealed(Path(plan.root) / 'audit/log.jsonl')
+    note = root / f'audit/withdrawals/{plan.id}.json'
+    said = dict(
+        withdrawal=plan.id,
+        reason=plan.reason,
+        asked=[a for a in plan.asked if a.startswith('consent ')] or None,
+        items=len(plan.shas),
+    )
     write_json(note, asdict(plan) | dict(take_outside=outside))
-    if not any(e.get('withdrawal') == plan.id and e['event'] == 'withdrawal' for e in log.read()): record(log, 'withdrawal', plan.by, contents=plan.shas, **said)
+    if not any(e.get('withdrawal') == plan.id and e['event'] == 'withdrawal' for e in log.read()):
+        record(log, 'withdrawal', plan.by, contents=plan.shas, **said)
     _carry_out(plan, outside)
     if not any(e.get('withdrawal') == plan.id and e['event'] == 'withdrawal done' for e in log.read()):
-        record(log, 'withdrawal done', plan.by, files=len(plan.files), runs=[r['run'] for r in plan.runs], releases=[r['tag'] for r in plan.releases], outside=len(plan.outside), **said)
+        record(
+            log,
+            'withdrawal done',
+            plan.by,
+            files=len(plan.files),
+            runs=[r['run'] for r in plan.runs],
+            releases=[r['tag'] for r in plan.releases],
+            outside=len(plan.outside),
+            **said,
+        )
     note.unlink(); return plan
 
-def withdraw(root:str|Path, items:Sequence[str]=(), consent:str|None=None, datasets:Sequence[str|Path]=(), reason:str|None=None, by:str|None=None,
-             outside:bool=False, # also delete the pictures of known datasets that lie outside of the workspace
-             plan:Plan|None=None) -> list[Plan]: # what was done; one that was begun earlier comes first
+def withdraw(
+    root: str | Path,
+    items: Sequence[str] = (),
+    consent: str | None = None,
+    datasets: Sequence[str | Path] = (),
+    reason: str | None = None,
+    by: str | None = None,
+    outside: bool = False,  # also delete the pictures of known datasets that lie outside of the workspace
+    plan: Plan | None = None,
+) -> list[Plan]: # what was done; one that was begun earlier comes first
     "Remove items everywhere in a workspace."
     root = Path(root).resolve(); (root/'audit').mkdir(exist_ok=True)
     try:
         with FileLock(root/'audit/.withdraw.lock', timeout=0):
-            done = pending(root, carry_out=True); [finish(f) for f in known_datasets(root)]      # what a rewriting had put aside
-            if done and (again := [*items, *([f'consent {consent}'] if consent else [])]) and all(a in p.asked for a in again for p in done[-1:]): return done
-            return [*done, _do(plan or plan_withdrawal(root, items, consent, datasets, reason, by), outside)] if items or consent or plan else done
-    except Timeout: raise Refusal('another withdrawal is being carried out', 'one at a time', 'wait for it') from None
+            done = pending(root, carry_out=True)
+            [finish(f) for f in known_datasets(root)]  # what a rewriting had put aside
+            if (
+                done
+                and (again := [*items, *([f'consent {consent}'] if consent else [])])
+                and all(a in p.asked for a in again for p in done[-1:])
+            ):
+                return done
+            return (
+                [*done, _do(plan or plan_withdrawal(root, items, consent, datasets, reason, by), outside)]
+                if items or consent or plan
+                else done
+            )
+    except Timeout:
+        raise Refusal('another withdrawal is being carried out', 'one at a time', 'wait for it') from None
 
 def pending(root:str|Path, carry_out:bool=False) -> list[Plan]:
     "Withdrawals that were begun and not finished."
     out = []
     for note in sorted((Path(root)/'audit/withdrawals').glob('*.json')):
-        said = read_json(note); outside = said.pop('take_outside', False); plan = Plan(**said); out.append(_do(plan, outside) if carry_out else plan)
+        said = read_json(note)
+        outside = said.pop('take_outside', False)
+        plan = Plan(**said)
+        out.append(_do(plan, outside) if carry_out else plan)
     return out
 
 # %% ../../nbs/13c_data.withdraw.ipynb #d4b3fd2d
@@ -273,13 +499,34 @@ def told(plan:Plan) -> str:
     "A plan in words."
     root = Path(plan.root); short = lambda p: str(Path(p).relative_to(root)) if Path(p).is_relative_to(root) else str(p)
     splits = lambda c: ', '.join(f'{n} {s}' for s, n in c.items()) or 'in its tables'
-    out = [f'{len(plan.shas)} pictures ({", ".join(plan.asked)}), {len(plan.files)} files in the workspace' + (f', {len(plan.outside)} outside of it' if plan.outside else '')]
-    out += [f'dataset {short(d["folder"])}, version {d["version"]}{" (present)" if d["present"] else ""}: {splits(d["items"])}' + (f'; GOLDEN SET LOSES {len(d["golden"])}: old golden figures cannot be compared any more' if d['golden'] else '')
-            + ('; its stored split is proved anew' if d['stored_split'] and d['present'] else '') + (f'; {d["left_in_group"]} others of the same group stay' if d['left_in_group'] else '') for d in plan.datasets]
+    out = [
+        f'{len(plan.shas)} pictures ({", ".join(plan.asked)}), {len(plan.files)} files in the workspace'
+        + (f', {len(plan.outside)} outside of it' if plan.outside else '')
+    ]
+    out += [
+        f'dataset {short(d["folder"])}, version {d["version"]}{" (present)" if d["present"] else ""}: {splits(d["items"])}'
+        + (
+            f'; GOLDEN SET LOSES {len(d["golden"])}: old golden figures cannot be compared any more'
+            if d['golden']
+            else ''
+        )
+        + ('; its stored split is proved anew' if d['stored_split'] and d['present'] else '')
+        + (f'; {d["left_in_group"]} others of the same group stay' if d['left_in_group'] else '')
+        for d in plan.datasets
+    ]
     out += [f'report {short(r)}: loses its pictures' for r in plan.reports]
-    out += [f'export {short(e["to"])} of {str(e["at"])[:10]}, by {e["by"]}' + ('' if e['inside'] else ': NOT IN THE WORKSPACE') for e in plan.exports]
+    out += [
+        f'export {short(e["to"])} of {str(e["at"])[:10]}, by {e["by"]}'
+        + ('' if e['inside'] else ': NOT IN THE WORKSPACE')
+        for e in plan.exports
+    ]
     out += ['', 'To decide:'] if plan.runs or plan.releases or plan.by_hand or plan.outside else []
     out += [f'run {r["run"]} {r["seen"]} ({splits(r["items"])})' for r in plan.runs]
-    out += [f'release {r["tag"]}{" = " + ", ".join(r["aliases"]).upper() if r["aliases"] else ""} {r["seen"]} ({splits(r["items"])})' for r in plan.releases]
-    out += [f'outside: {f} (deleted with --outside)' for f in plan.outside[:20]] + ([f'outside: and {len(plan.outside) - 20} more'] if len(plan.outside) > 20 else [])
+    out += [
+        f'release {r["tag"]}{" = " + ", ".join(r["aliases"]).upper() if r["aliases"] else ""} {r["seen"]} ({splits(r["items"])})'
+        for r in plan.releases
+    ]
+    out += [f'outside: {f} (deleted with --outside)' for f in plan.outside[:20]] + (
+        [f'outside: and {len(plan.outside) - 20} more'] if len(plan.outside) > 20 else []
+    )
     return '\n'.join(out + plan.by_hand)

@@ -22,12 +22,24 @@ from .faults import Fault, envelope
 from .jobs import Jobs
 from .keys import Guard
 from .models import Loaded, Models, Source
-from .openapi import Health, JobInfo, ModelInfo, ModelList, Trying, document, image_operation, jobs_body, operation
+from cv_lab.service.openapi import (
+    Health,
+    JobInfo,
+    ModelInfo,
+    ModelList,
+    Trying,
+    document,
+    image_operation,
+    jobs_body,
+    operation,
+)
 from .rollout import Plan, Rollout
 from .telemetry import Metrics, PredictionLog, event
 
 # %% ../../nbs/69_service.app.ipynb #a49028d7
-async def _predict(service, call:Call, many:bool) -> tuple[Loaded, list, list, list]: # model, prepared images, answers; both with exceptions; files
+async def _predict(
+    service, call: Call, many: bool
+) -> tuple[Loaded, list, list, list]:  # model, prepared images, answers; both with exceptions; files
     "Read, decode, queue, infer."
     with service.under_way(call):
         model = service.pick(call, call.params.get('problem')); lim, kind = model.limits, call.header('content-type')
@@ -52,10 +64,18 @@ async def predict_batch(service, call:Call) -> bytes:
     return _encoded(model, dict(id=call.id, model=model.ref, predictions=out, failed=sum('error' in o for o in out)))
 
 def _encoded(model:Loaded, said:dict) -> bytes:
-    start = time.perf_counter(); out = encode(said); model.metrics.stage['encode'].observe(time.perf_counter() - start); return out
+    start = time.perf_counter()
+    out = encode(said)
+    model.metrics.stage['encode'].observe(time.perf_counter() - start)
+    return out
 
 # %% ../../nbs/69_service.app.ipynb #e2efcdb0
-PAGE = Path(__file__).with_name('page.html') if '__file__' in globals() else Path(cv_lab.__file__).parent/'service/page.html'
+PAGE = (
+    Path(__file__).with_name('page.html')
+    if '__file__' in globals()
+    else Path(cv_lab.__file__).parent / 'service/page.html'
+)
+
 
 async def list_models(service, call) -> dict:
     refused = [dict(problem=n, version=r['version'], reason=r['reason']) for n, r in service.models.refused.items()]
@@ -68,7 +88,10 @@ def _health(service) -> dict: return dict(status='ok', models={n: m.digest for n
 async def alive(service, call) -> dict: return _health(service)
 
 async def readyz(service, call) -> dict:
-    if not service.ready or service.draining: raise Fault('not_ready', 'the service is not ready: it starts, or goes down', 'a ready service', 'wait', retry_after=1)
+    if not service.ready or service.draining:
+        raise Fault(
+            'not_ready', 'the service is not ready: it starts, or goes down', 'a ready service', 'wait', retry_after=1
+        )
     return _health(service)
 
 async def metrics_text(service, call) -> bytes:
@@ -76,63 +99,197 @@ async def metrics_text(service, call) -> bytes:
     for model in service.models.current.values(): model.metrics.queue.set(len(model.batcher.queue))
     return await asyncio.to_thread(m.text)
 
-async def show_rollout(service, call) -> dict: return service.trials().about(service.models.pick(call.params['problem']).name)
+async def show_rollout(service, call) -> dict:
+    return service.trials().about(service.models.pick(call.params['problem']).name)
+
 
 async def change_rollout(service, call) -> dict:
     "PUT: mode, share and rules of a challenger's trial."
-    name, raw = call.params['problem'], read_json_body(await read_body(None, call.receive, 10_000, 10.)); service.models.pick(name)
-    try: plan = Plan.model_validate(service.trials().plan(name).model_dump() | raw)
-    except ValidationError as e: raise Fault('bad_input', f'{".".join(map(str, e.errors()[0]["loc"]))[:40]}: {e.errors()[0]["msg"]}', f'of: {", ".join(Plan.model_fields)}', 'correct the field') from None
+    name, raw = call.params['problem'], read_json_body(await read_body(None, call.receive, 10_000, 10.0))
+    service.models.pick(name)
+    try:
+        plan = Plan.model_validate(service.trials().plan(name).model_dump() | raw)
+    except ValidationError as e:
+        raise Fault(
+            'bad_input',
+            f'{".".join(map(str, e.errors()[0]["loc"]))[:40]}: {e.errors()[0]["msg"]}',
+            f'of: {", ".join(Plan.model_fields)}',
+            'correct the field',
+        ) from None
     service.trials().change(name, plan); return service.trials().about(name)
 
 async def openapi(service, call) -> dict: return service.document
 
 async def page(service, call) -> bytes:
-    call.extra.append((b'content-security-policy', b"default-src 'none'; connect-src 'self'; img-src 'self' blob: data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"))
+    call.extra.append(
+        (
+            b'content-security-policy',
+            b"default-src 'none'; connect-src 'self'; img-src 'self' blob: data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'",
+        )
+    )
     return PAGE.read_bytes()
 
 # %% ../../nbs/69_service.app.ipynb #b6ec6323
 JSON, TEXT, LINES = 'application/json', 'text/plain; version=0.0.4; charset=utf-8', 'application/x-ndjson'
 
 def _predictions() -> list[tuple]:
-    return [('POST', f'/v1{p}/predict{b}', h, 'predict', image_operation(bool(b), bool(p)), {}) for p in ('', '/models/{problem}') for b, h in (('', predict), ('/batch', predict_batch))]
+    return [
+        ('POST', f'/v1{p}/predict{b}', h, 'predict', image_operation(bool(b), bool(p)), {})
+        for p in ('', '/models/{problem}')
+        for b, h in (('', predict), ('/batch', predict_batch))
+    ]
+
 
 def _about_itself() -> list[tuple]:
     probe = lambda path, what, h: ('GET', path, h, None, operation(what, path[1:], Health), {})
     plan = {'application/json': dict(schema=Plan.model_json_schema() | dict(additionalProperties=False))}
-    return [('GET', '/v1/models', list_models, 'predict', operation('The loaded models', 'models', ModelList), {}),
-            ('GET', '/v1/models/{problem}', show_model, 'predict', operation('One model', 'model', ModelInfo, path=('problem',)), {}),
-            probe('/livez', 'The process lives', alive), probe('/healthz', 'The process lives', alive), probe('/readyz', 'It takes requests', readyz),
-            ('GET', '/metrics', metrics_text, 'predict', operation('Prometheus metrics', 'metrics', 'text/plain'), dict(content_type=TEXT)),
-            ('GET', '/v1/admin/rollout/{problem}', show_rollout, 'admin', operation('How a challenger does', 'rollout', Trying, path=('problem',)), {}),
-            ('PUT', '/v1/admin/rollout/{problem}', change_rollout, 'admin', operation('Change a trial', 'change_rollout', Trying, 'malformed', 'bad_input', 'too_large', path=('problem',), body=plan), {}),
-            ('GET', '/openapi.json', openapi, None, None, {}), ('GET', '/', page, None, None, dict(content_type='text/html; charset=utf-8'))]
+    return [
+        ('GET', '/v1/models', list_models, 'predict', operation('The loaded models', 'models', ModelList), {}),
+        (
+            'GET',
+            '/v1/models/{problem}',
+            show_model,
+            'predict',
+            operation('One model', 'model', ModelInfo, path=('problem',)),
+            {},
+        ),
+        probe('/livez', 'The process lives', alive),
+        probe('/healthz', 'The process lives', alive),
+        probe('/readyz', 'It takes requests', readyz),
+        (
+            'GET',
+            '/metrics',
+            metrics_text,
+            'predict',
+            operation('Prometheus metrics', 'metrics', 'text/plain'),
+            dict(content_type=TEXT),
+        ),
+        (
+            'GET',
+            '/v1/admin/rollout/{problem}',
+            show_rollout,
+            'admin',
+            operation('How a challenger does', 'rollout', Trying, path=('problem',)),
+            {},
+        ),
+        (
+            'PUT',
+            '/v1/admin/rollout/{problem}',
+            change_rollout,
+            'admin',
+            operation(
+                'Change a trial',
+                'change_rollout',
+                Trying,
+                'malformed',
+                'bad_input',
+                'too_large',
+                path=('problem',),
+                body=plan,
+            ),
+            {},
+        ),
+        ('GET', '/openapi.json', openapi, None, None, {}),
+        ('GET', '/', page, None, None, dict(content_type='text/html; charset=utf-8')),
+    ]
+
 
 def _jobs() -> list[tuple]:
-    taking = ('malformed', 'too_large', 'unsupported_media_type', 'bad_input', 'bad_option', 'too_many_images', 'slow_body')
-    make = [('POST', f'/v1{p}/jobs', job_routes.create, 'predict', operation('Hand in many images', f'create_job{"_with" if p else ""}', JobInfo, *taking, path=('problem',) if p else (), body=jobs_body(), status=202), dict(status=202)) for p in ('', '/models/{problem}')]
-    return make + [('GET', '/v1/jobs/{job}', job_routes.status, 'predict', operation('How far a job is', 'job', JobInfo, path=('job',)), {}),
-                   ('GET', '/v1/jobs/{job}/result', job_routes.result, 'predict', operation('The answers, a JSON object per line', 'job_result', LINES, 'conflict', path=('job',)), dict(content_type=LINES)),
-                   ('DELETE', '/v1/jobs/{job}', job_routes.cancel, 'predict', operation('Cancel a job', 'cancel_job', JobInfo, 'conflict', path=('job',)), {})]
+    taking = (
+        'malformed',
+        'too_large',
+        'unsupported_media_type',
+        'bad_input',
+        'bad_option',
+        'too_many_images',
+        'slow_body',
+    )
+    make = [
+        (
+            'POST',
+            f'/v1{p}/jobs',
+            job_routes.create,
+            'predict',
+            operation(
+                'Hand in many images',
+                f'create_job{"_with" if p else ""}',
+                JobInfo,
+                *taking,
+                path=('problem',) if p else (),
+                body=jobs_body(),
+                status=202,
+            ),
+            dict(status=202),
+        )
+        for p in ('', '/models/{problem}')
+    ]
+    return make + [
+        (
+            'GET',
+            '/v1/jobs/{job}',
+            job_routes.status,
+            'predict',
+            operation('How far a job is', 'job', JobInfo, path=('job',)),
+            {},
+        ),
+        (
+            'GET',
+            '/v1/jobs/{job}/result',
+            job_routes.result,
+            'predict',
+            operation('The answers, a JSON object per line', 'job_result', LINES, 'conflict', path=('job',)),
+            dict(content_type=LINES),
+        ),
+        (
+            'DELETE',
+            '/v1/jobs/{job}',
+            job_routes.cancel,
+            'predict',
+            operation('Cancel a job', 'cancel_job', JobInfo, 'conflict', path=('job',)),
+            {},
+        ),
+    ]
+
 
 def routes(jobs:bool) -> list[tuple]: # method, path, handler, scope, OpenAPI operation, more for Endpoint
     "Everything that can be asked."
-    return _predictions() + _about_itself() + (_jobs() if jobs else []) + [(m, p, h, s, None, {}) for m, p, h, s in kserve.routes()]
+    return (
+        _predictions()
+        + _about_itself()
+        + (_jobs() if jobs else [])
+        + [(m, p, h, s, None, {}) for m, p, h, s in kserve.routes()]
+    )
 
 # %% ../../nbs/69_service.app.ipynb #ae57c2df
 class _Door:
     "What is let in: bounds on requests and bytes under way."
     def under_way(self, call:Call):
-        if not self.ready: raise Fault('not_ready', 'the service is not ready', 'a ready service', 'wait until /readyz says 200', retry_after=1)
+        if not self.ready:
+            raise Fault(
+                'not_ready', 'the service is not ready', 'a ready service', 'wait until /readyz says 200', retry_after=1
+            )
         if self.inflight >= self.max_inflight:
-            raise Fault('overloaded', f'{self.inflight} requests are being answered', 'an answer in time', 'try again after Retry-After', retry_after=self.longest_wait())
+            raise Fault(
+                'overloaded',
+                f'{self.inflight} requests are being answered',
+                'an answer in time',
+                'try again after Retry-After',
+                retry_after=self.longest_wait(),
+            )
         return _Counted(self, call)
 
     async def read(self, call:Call, limits:Limits, many:bool, json:bool) -> bytes:
         "A body, when there is room for it."
         most, length = limits.body(many, json), call.headers.get(b'content-length', b'').decode('latin1') or None
         want = min(int(length), most) if length and length.isascii() and length.isdigit() and len(length) < 12 else most
-        if self.held + want > self.max_held and self.held: raise Fault('overloaded', f'{self.held/1e6:.0f} MB of requests are being answered', 'room for this one', 'try again after Retry-After', retry_after=1)
+        if self.held + want > self.max_held and self.held:
+            raise Fault(
+                'overloaded',
+                f'{self.held / 1e6:.0f} MB of requests are being answered',
+                'room for this one',
+                'try again after Retry-After',
+                retry_after=1,
+            )
         self.held += want; call.held += want # until the request ends
         return await read_body(length, call.receive, most, limits.body_seconds)
 
@@ -162,7 +319,9 @@ class _Life:
         b = io.BytesIO(); Image.new('RGB', (300, 300)).save(b, 'PNG'); now = time.monotonic
         for _ in range(5):
             prepared = await prepare_all(model, [b.getvalue()], self.models)
-            encode(await answers_for(model.batcher.submit(prepared, now() + 60), now() + 60, asyncio.Event().wait, True))
+            encode(
+                await answers_for(model.batcher.submit(prepared, now() + 60), now() + 60, asyncio.Event().wait, True)
+            )
         await Endpoint(self, '/livez', alive)(dict(type='http', method='GET', headers=[]), None, _nowhere)
         model.batcher.counts = Counts()
 
@@ -187,8 +346,11 @@ class _Life:
 
     async def _lifespan(self, receive, send):
         await receive()
-        try: await self.start()
-        except Exception as e: event('start failed', 50, exc_info=e); return await send(dict(type='lifespan.startup.failed', message=str(e)))
+        try:
+            await self.start()
+        except Exception as e:
+            event('start failed', 50, exc_info=e)
+            return await send(dict(type='lifespan.startup.failed', message=str(e)))
         await send(dict(type='lifespan.startup.complete')); await receive()
         await self.stop(); await send(dict(type='lifespan.shutdown.complete'))
 
@@ -198,7 +360,15 @@ async def _nowhere(message): "A send for answers that nobody reads."
 class Service(_Door, _Life):
     "The whole service, an ASGI app."
     def __init__(self, source:Source, **settings):
-        self.source, self.metrics, self.inflight, self.held, self.ready, self.draining, self._watch = source, Metrics(), 0, 0, False, False, None
+        self.source, self.metrics, self.inflight, self.held, self.ready, self.draining, self._watch = (
+            source,
+            Metrics(),
+            0,
+            0,
+            False,
+            False,
+            None,
+        )
         self.configure(**settings)
 
     def configure(self, device:str='auto', max_batch:int|None=None, max_queue:int=256, # images that wait, per model
@@ -209,13 +379,26 @@ class Service(_Door, _Life):
                   challengers:Source|None=None, plan:Plan|None=None):
         "Settings; before the start."
         of = lambda s: Models(s, self.metrics, device, max_batch, max_queue)
-        self.models, self.max_inflight, self.max_held, self.poll, self.kept, self.guard = of(self.source), max_inflight, max_held, poll, kept, guard
+        self.models, self.max_inflight, self.max_held, self.poll, self.kept, self.guard = (
+            of(self.source),
+            max_inflight,
+            max_held,
+            poll,
+            kept,
+            guard,
+        )
         self.rollout = Rollout(self.models, of(challengers), plan or Plan(), kept) if challengers else None
         self.jobs, table, paths = Jobs(jobs) if jobs else None, routes(bool(jobs)), {}
         for method, path, _, _, told, _ in table:
             if told: paths.setdefault(path, {})[method.lower()] = told
         self.document = document(paths, cv_lab.__version__, bool(guard))
-        self.router = Router([Route(path, Endpoint(self, path, handler, scope=scope, **more), methods=[method]) for method, path, handler, scope, _, more in table], redirect_slashes=False)
+        self.router = Router(
+            [
+                Route(path, Endpoint(self, path, handler, scope=scope, **more), methods=[method])
+                for method, path, handler, scope, _, more in table
+            ],
+            redirect_slashes=False,
+        )
 
     def pick(self, call:Call, problem:str|None) -> Loaded:
         "Who answers this call."
@@ -223,14 +406,28 @@ class Service(_Door, _Life):
         return self.rollout.choose(model, call.header('x-request-key') or call.id) if self.rollout else model
 
     def trials(self) -> Rollout:
-        if not self.rollout: raise Fault('not_found', 'no challengers are tried here', 'a service with a source of challengers', 'set CVLAB_CHALLENGER')
+        if not self.rollout:
+            raise Fault(
+                'not_found',
+                'no challengers are tried here',
+                'a service with a source of challengers',
+                'set CVLAB_CHALLENGER',
+            )
         return self.rollout
 
     async def answer(self, image:bytes, problem:str|None=None) -> dict:
         "The answer for one image, without HTTP."
         model = self.models.pick(problem)
-        if len(image) > model.limits.image_bytes: raise Fault('too_large', f'the image has {len(image)} bytes', f'at most {model.limits.image_bytes}', 'resize it before sending')
-        (prepared,), (said,) = await work_on(self, model, [image], options_of({}), time.monotonic() + model.limits.deadline)
+        if len(image) > model.limits.image_bytes:
+            raise Fault(
+                'too_large',
+                f'the image has {len(image)} bytes',
+                f'at most {model.limits.image_bytes}',
+                'resize it before sending',
+            )
+        (prepared,), (said,) = await work_on(
+            self, model, [image], options_of({}), time.monotonic() + model.limits.deadline
+        )
         if isinstance(prepared, Exception): raise prepared
         if isinstance(said, Exception): raise shown(said, self, model)
         return item(self, model, prepared, said, len(image)) | dict(model=model.ref)
@@ -245,6 +442,13 @@ def _refusal(e:HTTPException):
     "A handler for what the router does not know."
     async def handler(service, call):
         allow = (e.headers or {}).get('Allow', '')
-        if e.status_code == 405: call.extra.append((b'allow', allow.encode())); raise Fault('method_not_allowed', f'{call.scope["method"]} is not for this path', allow, 'see /openapi.json')
-        raise Fault('not_found', f'there is no {call.scope["path"][:80]!r}', 'a path of /openapi.json', 'check the address')
+        if e.status_code == 405:
+            call.extra.append((b'allow', allow.encode()))
+            raise Fault(
+                'method_not_allowed', f'{call.scope["method"]} is not for this path', allow, 'see /openapi.json'
+            )
+        raise Fault(
+            'not_found', f'there is no {call.scope["path"][:80]!r}', 'a path of /openapi.json', 'check the address'
+        )
+
     return handler

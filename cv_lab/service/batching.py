@@ -53,7 +53,13 @@ class Batcher:
         now = time.monotonic()
         if len(self.queue) + len(xs) > self.max_queue and self.queue or now + 1.25*self.wait(len(xs)) > deadline:
             self.counts.refused += len(xs)
-            raise Fault('overloaded', f'{len(self.queue)} images wait already', 'an answer in time', 'try again after Retry-After', retry_after=self.wait())
+            raise Fault(
+                'overloaded',
+                f'{len(self.queue)} images wait already',
+                'an answer in time',
+                'try again after Retry-After',
+                retry_after=self.wait(),
+            )
         loop = asyncio.get_running_loop()
         works = [Work(x, loop.create_future(), deadline, now) for x in xs]
         self.queue.extend(works)
@@ -68,7 +74,14 @@ class Batcher:
             if w.done.done(): self.counts.abandoned += 1
             elif now > w.deadline:
                 self.counts.expired += 1
-                w.done.set_exception(Fault('deadline', 'the deadline passed while the image waited', 'an earlier turn', 'allow more time, or send less'))
+                w.done.set_exception(
+                    Fault(
+                        'deadline',
+                        'the deadline passed while the image waited',
+                        'an earlier turn',
+                        'allow more time, or send less',
+                    )
+                )
             else: w.queued = now - w.since; batch.append(w)
         return batch
 

@@ -32,7 +32,13 @@ class Limits:
     def of(cls, s:Serving, **more) -> 'Limits':
         "The limits of a problem."
         one = int(s.max_image_mb*1e6)
-        return cls(image_bytes=one, pixels=s.max_pixels, images=s.max_batch, batch_bytes=max(one, min(one*s.max_batch, 64_000_000)), **more)
+        return cls(
+            image_bytes=one,
+            pixels=s.max_pixels,
+            images=s.max_batch,
+            batch_bytes=max(one, min(one * s.max_batch, 64_000_000)),
+            **more,
+        )
 
     def body(self, many:bool, json:bool) -> int: # bytes
         "The largest body: base64 needs a third more, and forms have headers."
@@ -45,9 +51,12 @@ async def read_body(length:str|None, # the header Content-Length, if there is on
                     most:int,        # bytes
                     seconds:float) -> bytes:
     "The whole body, or a fault as soon as it is known to be one."
-    too_large = lambda n: Fault('too_large', f'the body has {n}', f'at most {most/1e6:.3g} MB', 'send a smaller image, or fewer at a time')
+    too_large = lambda n: Fault(
+        'too_large', f'the body has {n}', f'at most {most / 1e6:.3g} MB', 'send a smaller image, or fewer at a time'
+    )
     if length is not None:
-        if not (length.isascii() and length.isdigit()): raise Fault('malformed', f'Content-Length is {length[:20]!r}', 'a number', 'leave it to your HTTP library')
+        if not (length.isascii() and length.isdigit()):
+            raise Fault('malformed', f'Content-Length is {length[:20]!r}', 'a number', 'leave it to your HTTP library')
         if int(length[:20]) > most: raise too_large(f'{length[:20]} bytes')
     pieces, size = [], 0
     try:
@@ -58,7 +67,13 @@ async def read_body(length:str|None, # the header Content-Length, if there is on
                 if piece := message.get('body'): pieces.append(piece); size += len(piece)
                 if size > most: raise too_large(f'more than {most} bytes')
                 if not message.get('more_body'): break
-    except TimeoutError: raise Fault('slow_body', f'{size} bytes came in {seconds:g} seconds', 'the whole body by then', 'send a smaller body, or over a faster line') from None
+    except TimeoutError:
+        raise Fault(
+            'slow_body',
+            f'{size} bytes came in {seconds:g} seconds',
+            'the whole body by then',
+            'send a smaller body, or over a faster line',
+        ) from None
     return pieces[0] if len(pieces) == 1 else b''.join(pieces)
 
 # %% ../../nbs/63_service.bodies.ipynb #fb71c74c
@@ -66,11 +81,22 @@ class _Form:
     "Collects the parts of a form: their names and contents."
     def __init__(self, most:int): self.parts, self.most, self.ended = [], most, False
     def on_part_begin(self):
-        if len(self.parts) >= self.most: raise Fault('too_many_images', f'more than {self.most} parts in the form', f'at most {self.most}', 'send fewer at a time')
+        if len(self.parts) >= self.most:
+            raise Fault(
+                'too_many_images',
+                f'more than {self.most} parts in the form',
+                f'at most {self.most}',
+                'send fewer at a time',
+            )
         self.head, self.field, self.value, self.data = {}, bytearray(), bytearray(), []
     def on_header_field(self, data, start, end): self.field += data[start:end]
     def on_header_value(self, data, start, end): self.value += data[start:end]
-    def on_header_end(self): self.head[bytes(self.field).lower()] = bytes(self.value); self.field.clear(); self.value.clear()
+
+    def on_header_end(self):
+        self.head[bytes(self.field).lower()] = bytes(self.value)
+        self.field.clear()
+        self.value.clear()
+
     def on_part_data(self, data, start, end): self.data.append(data[start:end])
     def on_part_end(self):
         name = parse_options_header(self.head.get(b'content-disposition', b''))[1].get(b'name', b'')
@@ -79,7 +105,12 @@ class _Form:
 
 def form_parts(content_type:str, body:bytes, most:int) -> list[tuple[str, bytes]]: # name, content
     "The parts of a multipart form."
-    wrong = lambda what: Fault('malformed', what, 'multipart/form-data as in RFC 7578', 'let your HTTP library build the form, and do not set its Content-Type yourself')
+    wrong = lambda what: Fault(
+        'malformed',
+        what,
+        'multipart/form-data as in RFC 7578',
+        'let your HTTP library build the form, and do not set its Content-Type yourself',
+    )
     form, boundary = _Form(most), parse_options_header(content_type)[1].get(b'boundary')
     if not boundary: raise wrong('the Content-Type names no boundary')
     calls = {n: getattr(form, n) for n in dir(form) if n.startswith('on_')}
@@ -93,18 +124,43 @@ def _no_number(text): raise ValueError(f'{text} is not JSON')
 
 def read_json_body(body:bytes) -> dict:
     "A JSON object, or a fault."
-    try: found = json.loads(body, parse_constant=_no_number)
-    except (ValueError, RecursionError) as e: raise Fault('malformed', f'the body is not JSON: {str(e)[:100]}', 'a JSON object', 'see /openapi.json') from None
-    if not isinstance(found, dict): raise Fault('bad_input', f'the body is a JSON {type(found).__name__}', 'a JSON object', 'see /openapi.json')
+    try:
+        found = json.loads(body, parse_constant=_no_number)
+    except (ValueError, RecursionError) as e:
+        raise Fault(
+            'malformed', f'the body is not JSON: {str(e)[:100]}', 'a JSON object', 'see /openapi.json'
+        ) from None
+    if not isinstance(found, dict):
+        raise Fault('bad_input', f'the body is a JSON {type(found).__name__}', 'a JSON object', 'see /openapi.json')
     return found
 
 def image_of(text, where:str) -> bytes:
     "The bytes behind a base64 text or a data URL."
-    if not isinstance(text, str): raise Fault('bad_input', f'{where} is {type(text).__name__}', 'base64 as a text', 'encode the bytes of the file in base64')
-    if text[:5] == 'data:': text = text.partition(',')[2]
-    elif text[:8].lower().startswith(('http:', 'https:', 'file:', 'ftp:')): raise Fault('bad_input', f'{where} is an address', 'the image itself, in base64', 'fetch it yourself: the service opens no address')
-    try: return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError) as e: raise Fault('malformed', f'{where} is not base64: {str(e)[:60]}', 'base64 as in RFC 4648', 'encode the bytes of the file in base64') from None
+    if not isinstance(text, str):
+        raise Fault(
+            'bad_input',
+            f'{where} is {type(text).__name__}',
+            'base64 as a text',
+            'encode the bytes of the file in base64',
+        )
+    if text[:5] == 'data:':
+        text = text.partition(',')[2]
+    elif text[:8].lower().startswith(('http:', 'https:', 'file:', 'ftp:')):
+        raise Fault(
+            'bad_input',
+            f'{where} is an address',
+            'the image itself, in base64',
+            'fetch it yourself: the service opens no address',
+        )
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as e:
+        raise Fault(
+            'malformed',
+            f'{where} is not base64: {str(e)[:60]}',
+            'base64 as in RFC 4648',
+            'encode the bytes of the file in base64',
+        ) from None
 
 # %% ../../nbs/63_service.bodies.ipynb #62ea2b2d
 class Options(Strict):
@@ -112,18 +168,22 @@ class Options(Strict):
     threshold: float|None = Field(None, ge=0, le=1, description='only annotations of at least this confidence')
     top_k: int|None = Field(None, ge=1, le=10_000, description='only the k most probable classes')
     max_detections: int|None = Field(None, ge=1, le=10_000, description='only the k most confident annotations')
-    masks: Literal['rle', 'counts', 'none'] = Field('rle', description="COCO's compressed text, its run lengths as numbers, or no masks")
+    masks: Literal['rle', 'counts', 'none'] = Field(
+        'rle', description="COCO's compressed text, its run lengths as numbers, or no masks"
+    )
 
     def apply(self, said:dict) -> dict:
         "The answer with what was asked for only."
         if self == _ALL: return said
         out, found = dict(said), said.get('annotations') or []
         if self.threshold is not None: found = [a for a in found if (a.get('score') or 0.) >= self.threshold]
-        if self.max_detections is not None: found = sorted(found, key=lambda a: -(a.get('score') or 0.))[:self.max_detections]
+        if self.max_detections is not None:
+            found = sorted(found, key=lambda a: -(a.get('score') or 0.0))[: self.max_detections]
         if self.masks != 'rle': found = [_with_mask(a, self.masks) if a.get('mask') else a for a in found]
         out['annotations'] = found
         if 'labels' in said:
-            out['labels'] = [a['label'] for a in found if a.get('label') is not None]; out['label'] = (out['labels'] or [None])[0]
+            out['labels'] = [a['label'] for a in found if a.get('label') is not None]
+            out['label'] = (out['labels'] or [None])[0]
         if self.top_k is not None and 'probabilities' in said:
             out['probabilities'] = dict(sorted(said['probabilities'].items(), key=lambda p: -p[1])[:self.top_k])
         return out
@@ -132,9 +192,14 @@ _ALL = Options()
 
 def _with_mask(a:dict, how:str) -> dict:
     "An annotation with its mask as numbers, or without."
-    return {k: v if k != 'mask' else v | dict(counts=run_lengths(v['counts'])) for k, v in a.items() if k != 'mask' or how == 'counts'}
+    return {
+        k: v if k != 'mask' else v | dict(counts=run_lengths(v['counts']))
+        for k, v in a.items()
+        if k != 'mask' or how == 'counts'
+    }
 
-def run_lengths(text:str) -> list[int]: # pixels column by column: off, on, off, ...
+
+def run_lengths(text:str) -> list[int]:  # pixels column by column: off, on, off, ...
     "COCO's compressed counts as numbers: five bits a character, the sixth says that more follow, differences from the fourth on."
     out, x, k = [], 0, 0
     for c in text.encode():
@@ -147,10 +212,16 @@ def run_lengths(text:str) -> list[int]: # pixels column by column: off, on, off,
 def options_of(raw:dict) -> Options:
     "Options, checked."
     if not raw: return _ALL
-    try: return Options.model_validate(raw)
+    try:
+        return Options.model_validate(raw)
     except ValidationError as e:
         err = e.errors()[0]
-        raise Fault('bad_option', f'the option {".".join(map(str, err["loc"]))[:40]!r}: {err["msg"]}', f'one of: {", ".join(Options.model_fields)}', 'see /openapi.json') from None
+        raise Fault(
+            'bad_option',
+            f'the option {".".join(map(str, err["loc"]))[:40]!r}: {err["msg"]}',
+            f'one of: {", ".join(Options.model_fields)}',
+            'see /openapi.json',
+        ) from None
 
 # %% ../../nbs/63_service.bodies.ipynb #76584229
 RAW = ('application/octet-stream', 'image/')
@@ -163,34 +234,61 @@ class Asked:
 
 def _json_images(body:bytes, field:str, query:dict) -> tuple[list[bytes], dict]:
     found = read_json_body(body); options = found.pop('options', None) or {}
-    if not isinstance(options, dict): raise Fault('bad_option', 'options is no object', 'a JSON object', 'see /openapi.json')
+    if not isinstance(options, dict):
+        raise Fault('bad_option', 'options is no object', 'a JSON object', 'see /openapi.json')
     if set(found) != {field}:
-        raise Fault('bad_input', f'the fields are {sorted(found)[:5]}', f'{field!r}, and perhaps options', 'see /openapi.json')
-    if field == 'images' and not isinstance(found[field], list): raise Fault('bad_input', 'images is no list', 'a list of base64 texts', 'see /openapi.json')
+        raise Fault(
+            'bad_input', f'the fields are {sorted(found)[:5]}', f'{field!r}, and perhaps options', 'see /openapi.json'
+        )
+    if field == 'images' and not isinstance(found[field], list):
+        raise Fault('bad_input', 'images is no list', 'a list of base64 texts', 'see /openapi.json')
     texts = found[field] if field == 'images' else [found[field]]
     return texts, query | options
 
 def asked(content_type:str, query:str, body:bytes, many:bool, limits:Limits) -> Asked:
     "The images of a request."
     field, kind = 'images' if many else 'image', content_type.partition(';')[0].strip().lower()
-    try: options = dict(parse_qsl(query, keep_blank_values=True, max_num_fields=20)) if query else {}
-    except ValueError: raise Fault('bad_option', 'the query has too many fields', f'of: {", ".join(Options.model_fields)}', 'see /openapi.json') from None
+    try:
+        options = dict(parse_qsl(query, keep_blank_values=True, max_num_fields=20)) if query else {}
+    except ValueError:
+        raise Fault(
+            'bad_option', 'the query has too many fields', f'of: {", ".join(Options.model_fields)}', 'see /openapi.json'
+        ) from None
     if not body: raise Fault('empty_body', 'the body is empty', 'the bytes of an image file', 'send the file itself')
     if kind == 'application/json':
         texts, options = _json_images(body, field, options)
-        if len(texts) > limits.images: raise Fault('too_many_images', f'{len(texts)} images', f'at most {limits.images}', 'send fewer at a time')
+        if len(texts) > limits.images:
+            raise Fault('too_many_images', f'{len(texts)} images', f'at most {limits.images}', 'send fewer at a time')
         images = [image_of(t, f'{field}[{i}]' if many else field) for i, t in enumerate(texts)]
     elif kind == 'multipart/form-data':
         parts = form_parts(content_type, body, limits.images + len(Options.model_fields))
         images = [data for name, data in parts if name == field]
-        options |= {name: data.decode('utf8', 'replace')[:64] for name, data in parts if name != field and name in Options.model_fields}
+        options |= {
+            name: data.decode('utf8', 'replace')[:64]
+            for name, data in parts
+            if name != field and name in Options.model_fields
+        }
         if stray := [name for name, _ in parts if name != field and name not in Options.model_fields]:
-            raise Fault('bad_input', f'the form has a field {stray[0]!r}', f'the field {field!r}', f'rename the field to {field!r}')
+            raise Fault(
+                'bad_input',
+                f'the form has a field {stray[0]!r}',
+                f'the field {field!r}',
+                f'rename the field to {field!r}',
+            )
     elif many or not (kind.startswith(RAW) or not kind):
-        raise Fault('unsupported_media_type', f'the content type is {kind[:60] or "not given"!r}',
-                    'multipart/form-data, application/json' + ('' if many else ', image/* or application/octet-stream'), 'set the header Content-Type')
+        raise Fault(
+            'unsupported_media_type',
+            f'the content type is {kind[:60] or "not given"!r}',
+            'multipart/form-data, application/json' + ('' if many else ', image/* or application/octet-stream'),
+            'set the header Content-Type',
+        )
     else: images = [body]
     if not images: raise Fault('bad_input', f'there is no {field!r}', 'at least one image', f'send a field {field!r}')
     if len(images) > (limits.images if many else 1):
-        raise Fault('too_many_images', f'{len(images)} images', f'at most {limits.images}' if many else 'one', 'send fewer at a time' if many else 'use the path that ends in /batch')
+        raise Fault(
+            'too_many_images',
+            f'{len(images)} images',
+            f'at most {limits.images}' if many else 'one',
+            'send fewer at a time' if many else 'use the path that ends in /batch',
+        )
     return Asked(images, options_of(options))

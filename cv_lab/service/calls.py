@@ -23,10 +23,19 @@ class Call:
     "A request."
     __slots__ = ('scope', 'receive', 'id', 'headers', 'start', 'extra', 'key', 'held')
     def __init__(self, scope, receive):
-        self.scope, self.receive, self.headers, self.start, self.extra, self.key, self.held = scope, receive, dict(scope['headers']), time.perf_counter(), [], None, 0
+        self.scope, self.receive, self.headers, self.start, self.extra, self.key, self.held = (
+            scope,
+            receive,
+            dict(scope['headers']),
+            time.perf_counter(),
+            [],
+            None,
+            0,
+        )
         given = self.header('x-request-id'); self.id = given if _ID.match(given) else secrets.token_hex(8)
 
-    def header(self, name:str, default:str='') -> str: return self.headers.get(name.encode(), default.encode()).decode('latin1')
+    def header(self, name: str, default: str = '') -> str:
+        return self.headers.get(name.encode(), default.encode()).decode('latin1')
 
     @property
     def params(self) -> dict: return self.scope.get('path_params') or {}
@@ -35,7 +44,9 @@ class Call:
         "By when the client wants its answer; never later than the service's own limit."
         if (text := self.header('x-deadline-ms', '-')) == '-': return time.monotonic() + most
         if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= 600_000):
-            raise Fault('bad_option', f'X-Deadline-Ms is {text[:20]!r}', 'milliseconds, 1 to 600000', 'send a whole number')
+            raise Fault(
+                'bad_option', f'X-Deadline-Ms is {text[:20]!r}', 'milliseconds, 1 to 600000', 'send a whole number'
+            )
         return time.monotonic() + min(int(text)/1e3, most)
 
 # %% ../../nbs/68_service.calls.ipynb #074378c7
@@ -46,18 +57,29 @@ class Endpoint:
                  content_type:str='application/json',
                  scope:str|None=None,            # of a key that may ask this; None: anybody
                  status:int=200):
-        self.service, self.route, self.handler, self.type, self.scope, self.status = service, route, handler, content_type.encode(), scope, status
+        self.service, self.route, self.handler, self.type, self.scope, self.status = (
+            service,
+            route,
+            handler,
+            content_type.encode(),
+            scope,
+            status,
+        )
         self._counts, self._seconds = {}, service.metrics.seconds.labels(route)
 
     def _count(self, method:str, status:int):
-        if (c := self._counts.get((method, status))) is None: c = self._counts[method, status] = self.service.metrics.requests.labels(self.route, method, status)
+        if (c := self._counts.get((method, status))) is None:
+            c = self._counts[method, status] = self.service.metrics.requests.labels(self.route, method, status)
         c.inc()
 
     async def __call__(self, scope, receive, send):
         call, m, method = Call(scope, receive), self.service.metrics, _METHODS.get(scope['method'], 'other')
         try:
             if self.scope and (guard := self.service.guard):
-                with guard.admit(call.header('authorization'), (scope.get('server') or [None])[0], self.scope) as call.key: said = await self.handler(self.service, call)
+                with guard.admit(
+                    call.header('authorization'), (scope.get('server') or [None])[0], self.scope
+                ) as call.key:
+                    said = await self.handler(self.service, call)
             else: said = await self.handler(self.service, call)
             status, body, kind = self.status, said if isinstance(said, bytes) else encode(said), self.type
         except ClientGone: self._count(method, 499); return
@@ -65,12 +87,28 @@ class Endpoint:
             status, more, body = error_response(e, call.id); kind = b'application/json'; call.extra += more
             m.faults.labels(as_fault(e).code).inc()
             if status == 500: event('request failed', 40, exc_info=e, request_id=call.id, route=self.route)
-        headers = [(b'content-type', kind), (b'content-length', str(len(body)).encode()), (b'x-request-id', call.id.encode()), (b'x-content-type-options', b'nosniff'), *call.extra]
+        headers = [
+            (b'content-type', kind),
+            (b'content-length', str(len(body)).encode()),
+            (b'x-request-id', call.id.encode()),
+            (b'x-content-type-options', b'nosniff'),
+            *call.extra,
+        ]
         await send(dict(type='http.response.start', status=status, headers=headers))
         await send(dict(type='http.response.body', body=body if scope['method'] != 'HEAD' else b''))
         took = time.perf_counter() - call.start
         self._count(method, status); self._seconds.observe(took)
-        if log.isEnabledFor(10): event('request', 10, request_id=call.id, route=self.route, method=method, status=status, ms=round(1e3*took, 2))
+        if log.isEnabledFor(10):
+            event(
+                'request',
+                10,
+                request_id=call.id,
+                route=self.route,
+                method=method,
+                status=status,
+                ms=round(1e3 * took, 2),
+            )
+
 
 def encode(x) -> bytes: return json.dumps(x, ensure_ascii=False, allow_nan=False, separators=(',', ':')).encode()
 
@@ -81,13 +119,20 @@ async def prepare_all(model:Loaded, images:list[bytes], models) -> list: # a Pre
     async def one(data):
         try:
             if (size := model.pixels_in(data)) <= 1 << 16 and model.small: return model.prepare(data)
-            async with models.big if size > 2_000_000 else nullcontext(): return await loop.run_in_executor(models.decode_pool, model.prepare, data)
-        except Refusal as e: return e
-        except Exception as e: event('decoding failed', 40, exc_info=e); return Fault('bad_image', 'the image cannot be decoded', 'an image file', 're-encode it as PNG or JPEG')
+            async with models.big if size > 2_000_000 else nullcontext():
+                return await loop.run_in_executor(models.decode_pool, model.prepare, data)
+        except Refusal as e:
+            return e
+        except Exception as e:
+            event('decoding failed', 40, exc_info=e)
+            return Fault('bad_image', 'the image cannot be decoded', 'an image file', 're-encode it as PNG or JPEG')
+
     if len(images) == 1: return [await one(images[0])]
     return await asyncio.gather(*(one(d) for d in images))
 
-async def answers_for(works:list[Work], deadline:float, receive, watch:bool) -> list: # an answer or an exception for each
+async def answers_for(
+    works: list[Work], deadline: float, receive, watch: bool
+) -> list:  # an answer or an exception for each
     "Wait for the device, not longer than the deadline, and not for a client that has gone."
     futures, watcher = [w.done for w in works], None
     def leave(task):
@@ -97,7 +142,8 @@ async def answers_for(works:list[Work], deadline:float, receive, watch:bool) -> 
     try:
         async with asyncio.timeout(max(0, deadline - time.monotonic())):
             return await asyncio.gather(*futures, return_exceptions=True)
-    except TimeoutError: raise Fault('deadline', 'the deadline passed', 'an answer in time', 'allow more time, or send less') from None
+    except TimeoutError:
+        raise Fault('deadline', 'the deadline passed', 'an answer in time', 'allow more time, or send less') from None
     finally:
         if watcher:
             if watcher.done() and not watcher.cancelled(): raise ClientGone
@@ -107,7 +153,9 @@ async def _until_gone(receive):
     while (await receive())['type'] != 'http.disconnect': pass
 
 # %% ../../nbs/68_service.calls.ipynb #90b00eff
-async def work_on(service, model:Loaded, images:list[bytes], options:Options, deadline:float, call:Call|None=None) -> tuple[list, list]: # prepared, answers; exceptions in both
+async def work_on(
+    service, model: Loaded, images: list[bytes], options: Options, deadline: float, call: Call | None = None
+) -> tuple[list, list]:  # prepared, answers; exceptions in both
     "Decode, queue, infer."
     m, start = model.metrics, time.perf_counter()
     prepared = await prepare_all(model, images, service.models); m.stage['decode'].observe(time.perf_counter() - start)
@@ -122,8 +170,12 @@ async def work_on(service, model:Loaded, images:list[bytes], options:Options, de
 def item(service, model:Loaded, prepared, said:dict, size:int, request_id:str='') -> dict:
     "One answer, counted and kept."
     id, place, seen = secrets.token_hex(12), prepared.place, image_summary(prepared.pixels); m = model.metrics
-    spread = m.answer(said); m.brightness.observe(seen['brightness']); m.contrast.observe(seen['contrast']); m.bytes.observe(size)
-    if service.kept: service.kept.add(prediction_row(id, model.name, model.digest, said, seen, size, spread, request_id=request_id))
+    spread = m.answer(said)
+    m.brightness.observe(seen['brightness'])
+    m.contrast.observe(seen['contrast'])
+    m.bytes.observe(size)
+    if service.kept:
+        service.kept.add(prediction_row(id, model.name, model.digest, said, seen, size, spread, request_id=request_id))
     if service.rollout: service.rollout.answered(model, prepared, said, id)
     return dict(id=id, **said, image=dict(width=place.width, height=place.height))
 

@@ -58,10 +58,13 @@ def envelope(e:BaseException, request_id:str) -> dict:
     e = as_fault(e)
     return dict(error=dict(code=e.code, message=e.what, expected=e.expected, todo=e.mend, request_id=request_id))
 
-def error_response(e:BaseException, request_id:str) -> tuple[int, list[tuple[bytes, bytes]], bytes]: # status, headers, body
+def error_response(
+    e: BaseException, request_id: str
+) -> tuple[int, list[tuple[bytes, bytes]], bytes]:  # status, headers, body
     "The envelope as an HTTP answer; a wait is told in whole seconds, and never as 0."
     e = as_fault(e); headers = []
-    if (wait := getattr(e, 'retry_after', None)) is not None: headers.append((b'retry-after', str(max(1, round(wait + .49))).encode()))
+    if (wait := getattr(e, 'retry_after', None)) is not None:
+        headers.append((b'retry-after', str(max(1, round(wait + 0.49))).encode()))
     if e.http_status == 401: headers.append((b'www-authenticate', b'Bearer'))
     if e.http_status in (408, 413): headers.append((b'connection', b'close')) # the rest of the body is not read
     return e.http_status, headers, json.dumps(envelope(e, request_id), ensure_ascii=False).encode()

@@ -21,36 +21,78 @@ MAX_IMAGES, MAX_BYTES, KEEP_SECONDS = 10_000, 2_000_000_000, 86_400.
 # %% ../../nbs/68_service.jobs.ipynb #4fc39b80
 class _ToDisk(_Form):
     "A form whose images become files."
-    def __init__(self, folder:Path, image_bytes:int): super().__init__(MAX_IMAGES + len(Options.model_fields)); self.folder, self.image_bytes, self.images, self.options = folder, image_bytes, 0, {}
+
+    def __init__(self, folder: Path, image_bytes: int):
+        super().__init__(MAX_IMAGES + len(Options.model_fields))
+        self.folder, self.image_bytes, self.images, self.options = folder, image_bytes, 0, {}
+
     def on_part_begin(self): super().on_part_begin(); self.parts.append(None); self.file, self.size = None, 0
     def on_headers_finished(self):
-        self.name = parse_options_header(self.head.get(b'content-disposition', b''))[1].get(b'name', b'').decode('utf8', 'replace')[:64]
-        if self.name == 'images': self.file = open(self.folder/f'{self.images:05}', 'wb'); self.images += 1
-        elif self.name not in Options.model_fields: raise Fault('bad_input', f'the form has a field {self.name!r}', "the field 'images'", "rename the field to 'images'")
+        self.name = (
+            parse_options_header(self.head.get(b'content-disposition', b''))[1]
+            .get(b'name', b'')
+            .decode('utf8', 'replace')[:64]
+        )
+        if self.name == 'images':
+            self.file = open(self.folder / f'{self.images:05}', 'wb')
+            self.images += 1
+        elif self.name not in Options.model_fields:
+            raise Fault(
+                'bad_input', f'the form has a field {self.name!r}', "the field 'images'", "rename the field to 'images'"
+            )
+
     def on_part_data(self, data, start, end):
         self.size += end - start
-        if self.size > (self.image_bytes if self.file else 64): raise Fault('too_large', f'image {self.images - 1} is larger than the limit', f'at most {self.image_bytes/1e6:g} MB', 'send a smaller image')
+        if self.size > (self.image_bytes if self.file else 64):
+            raise Fault(
+                'too_large',
+                f'image {self.images - 1} is larger than the limit',
+                f'at most {self.image_bytes / 1e6:g} MB',
+                'send a smaller image',
+            )
         if self.file: self.file.write(data[start:end])
         else: self.data.append(data[start:end])
     def on_part_end(self):
         if self.file: self.file.close(); self.file = None
         else: self.options[self.name] = b''.join(self.data).decode('utf8', 'replace')
 
-async def receive_form(call:Call, folder:Path, image_bytes:int, seconds:float=600.) -> tuple[int, Options]: # images, options
+async def receive_form(
+    call: Call, folder: Path, image_bytes: int, seconds: float = 600.0
+) -> tuple[int, Options]:  # images, options
     "Read a form of images to the disk."
     kind = call.header('content-type'); boundary = parse_options_header(kind)[1].get(b'boundary')
-    if not kind.lower().startswith('multipart/form-data') or not boundary: raise Fault('unsupported_media_type', f'the content type is {kind[:60]!r}', 'multipart/form-data with a boundary', 'send a form with the images')
-    form = _ToDisk(folder, image_bytes); parser = MultipartParser(boundary, {n: getattr(form, n) for n in dir(form) if n.startswith('on_')}); size = 0
+    if not kind.lower().startswith('multipart/form-data') or not boundary:
+        raise Fault(
+            'unsupported_media_type',
+            f'the content type is {kind[:60]!r}',
+            'multipart/form-data with a boundary',
+            'send a form with the images',
+        )
+    form = _ToDisk(folder, image_bytes)
+    parser = MultipartParser(boundary, {n: getattr(form, n) for n in dir(form) if n.startswith('on_')})
+    size = 0
     try:
         async with asyncio.timeout(seconds):
             while True:
                 message = await call.receive()
                 if message['type'] == 'http.disconnect': raise ClientGone
-                if (size := size + len(message.get('body', b''))) > MAX_BYTES: raise Fault('too_large', 'the job is too large', f'at most {MAX_BYTES/1e9:g} GB', 'make several jobs')
+                if (size := size + len(message.get('body', b''))) > MAX_BYTES:
+                    raise Fault(
+                        'too_large', 'the job is too large', f'at most {MAX_BYTES / 1e9:g} GB', 'make several jobs'
+                    )
                 parser.write(message.get('body', b''))
                 if not message.get('more_body'): break
-    except TimeoutError: raise Fault('slow_body', f'{size} bytes came in {seconds:g} s', 'the whole body by then', 'make several jobs') from None
-    except (FormParserError, ValueError) as e: raise Fault('malformed', f'the form cannot be read: {str(e)[:100]}', 'multipart/form-data', 'let your HTTP library build the form') from None
+    except TimeoutError:
+        raise Fault(
+            'slow_body', f'{size} bytes came in {seconds:g} s', 'the whole body by then', 'make several jobs'
+        ) from None
+    except (FormParserError, ValueError) as e:
+        raise Fault(
+            'malformed',
+            f'the form cannot be read: {str(e)[:100]}',
+            'multipart/form-data',
+            'let your HTTP library build the form',
+        ) from None
     finally:
         if form.parts and form.file: form.file.close()
     if not form.ended: raise Fault('malformed', 'the form is cut short', 'its last boundary', 'send it again')
@@ -78,29 +120,65 @@ class Job:
     def said(self) -> dict: # what a client sees
         a = self.about; path = self.folder/'results.jsonl'
         done = a['total'] if a['status'] == 'done' else path.read_bytes().count(b'\n') if path.exists() else 0
-        return dict(id=self.id, status=a['status'], problem=a['problem'], total=a['total'], done=done, created=a['created'], error=a.get('error'))
+        return dict(
+            id=self.id,
+            status=a['status'],
+            problem=a['problem'],
+            total=a['total'],
+            done=done,
+            created=a['created'],
+            error=a.get('error'),
+        )
 
     def images(self) -> list[Path]: return sorted((self.folder/'images').glob('*'))
 
-    def end(self, status:str, **more): self.change(status=status, ended=round(time.time(), 3), **more); shutil.rmtree(self.folder/'images', ignore_errors=True)
+    def end(self, status: str, **more):
+        self.change(status=status, ended=round(time.time(), 3), **more)
+        shutil.rmtree(self.folder / 'images', ignore_errors=True)
 
 # %% ../../nbs/68_service.jobs.ipynb #e83b9eb1
 _JOB = re.compile(r'[0-9a-f]{32}\Z')
 
 class Jobs:
     "All jobs of a service."
-    def __init__(self, folder:str|Path): self.folder, self._task, self._wake = Path(folder), None, asyncio.Event(); self.folder.mkdir(parents=True, exist_ok=True)
 
-    def find(self, id:str, owner:str|None) -> Job: # of that owner
-        if _JOB.match(id) and (self.folder/id/'job.json').is_file() and (job := Job(self.folder/id)).about['owner'] == owner: return job
-        raise Fault('not_found', 'there is no such job', 'the id of one of your jobs', 'check the id; results are kept for a day')
+    def __init__(self, folder: str | Path):
+        self.folder, self._task, self._wake = Path(folder), None, asyncio.Event()
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def find(self, id:str, owner:str|None) -> Job:  # of that owner
+        if (
+            _JOB.match(id)
+            and (self.folder / id / 'job.json').is_file()
+            and (job := Job(self.folder / id)).about['owner'] == owner
+        ):
+            return job
+        raise Fault(
+            'not_found',
+            'there is no such job',
+            'the id of one of your jobs',
+            'check the id; results are kept for a day',
+        )
 
     async def create(self, service, call:Call) -> Job:
         "Take a job in."
-        model = service.pick(call, call.params.get('problem')); id = secrets.token_hex(16); part = self.folder/f'.{id}'; (part/'images').mkdir(parents=True)
+        model = service.pick(call, call.params.get('problem'))
+        id = secrets.token_hex(16)
+        part = self.folder / f'.{id}'
+        (part / 'images').mkdir(parents=True)
         try:
             total, options = await receive_form(call, part/'images', model.limits.image_bytes)
-            write_json(part/'job.json', dict(status='waiting', problem=model.name, total=total, options=options.model_dump(), owner=call.key, created=round(time.time(), 3)))
+            write_json(
+                part / 'job.json',
+                dict(
+                    status='waiting',
+                    problem=model.name,
+                    total=total,
+                    options=options.model_dump(),
+                    owner=call.key,
+                    created=round(time.time(), 3),
+                ),
+            )
             os.rename(part, self.folder/id)
         finally: shutil.rmtree(part, ignore_errors=True)
         self._wake.set(); return Job(self.folder/id)
@@ -123,10 +201,13 @@ class Jobs:
         while True:
             self._wake.clear()
             for job in await asyncio.to_thread(self._waiting):
-                try: await self._locked(service, job)
+                try:
+                    await self._locked(service, job)
                 except Exception as e:
-                    if job.about['status'] == 'cancelled': continue # its images are gone
-                    event('job failed', 40, exc_info=e, job=job.id); job.end('failed', error='the service failed; see its log')
+                    if job.about['status'] == 'cancelled':
+                        continue  # its images are gone
+                    event('job failed', 40, exc_info=e, job=job.id)
+                    job.end('failed', error='the service failed; see its log')
             try: await asyncio.wait_for(self._wake.wait(), 5)
             except TimeoutError: pass
 
@@ -138,7 +219,12 @@ class Jobs:
 
     async def _run(self, service, job:Job):
         "From the last whole line on."
-        a = job.change(status='running'); at, images, options = job.whole_lines(), job.images(), options_of({k: v for k, v in a['options'].items() if v is not None})
+        a = job.change(status='running')
+        at, images, options = (
+            job.whole_lines(),
+            job.images(),
+            options_of({k: v for k, v in a['options'].items() if v is not None}),
+        )
         with open(job.folder/'results.jsonl', 'ab') as out:
             while at < len(images):
                 model = service.models.pick(a['problem'])
@@ -148,7 +234,11 @@ class Jobs:
                 except Fault: await asyncio.sleep(.2); continue # others came first
                 if job.about['status'] == 'cancelled': return
                 for i, (p, said, d) in enumerate(zip(prepared, answers, files), at):
-                    line = envelope(shown(said, service, model), job.id) if isinstance(said, Exception) else item(service, model, p, said, len(d), job.id) | dict(model=model.ref)
+                    line = (
+                        envelope(shown(said, service, model), job.id)
+                        if isinstance(said, Exception)
+                        else item(service, model, p, said, len(d), job.id) | dict(model=model.ref)
+                    )
                     out.write(encode(dict(index=i) | line) + b'\n')
                 out.flush(); os.fsync(out.fileno()); at += len(files)
         if job.about['status'] != 'cancelled': job.end('done')
@@ -160,10 +250,12 @@ async def status(service, call) -> dict: return service.jobs.find(call.params['j
 
 async def result(service, call) -> bytes: # JSON lines
     job = service.jobs.find(call.params['job'], call.key)
-    if (s := job.about['status']) != 'done': raise Fault('conflict', f'the job is {s}', 'a job that is done', 'ask for its status first')
+    if (s := job.about['status']) != 'done':
+        raise Fault('conflict', f'the job is {s}', 'a job that is done', 'ask for its status first')
     return await asyncio.to_thread((job.folder/'results.jsonl').read_bytes)
 
 async def cancel(service, call) -> dict:
     job = service.jobs.find(call.params['job'], call.key)
-    if (s := job.about['status']) in ('done', 'cancelled', 'failed'): raise Fault('conflict', f'the job is {s}', 'a job that waits or runs', 'nothing is left to cancel')
+    if (s := job.about['status']) in ('done', 'cancelled', 'failed'):
+        raise Fault('conflict', f'the job is {s}', 'a job that waits or runs', 'nothing is left to cancel')
     job.end('cancelled'); return job.said()

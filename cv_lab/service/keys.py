@@ -27,15 +27,23 @@ class Key(Strict):
 
 def read_keys(path:str|Path) -> list[Key]:
     "The keys in a file."
-    try: return [Key.model_validate(k) for k in read_json(path)['keys']]
-    except (ValidationError, KeyError, TypeError) as e: raise BadInput(f'{path}: {str(e)[:200]}', '{"keys": [...]}', 'make keys with new_key') from None
+    try:
+        return [Key.model_validate(k) for k in read_json(path)['keys']]
+    except (ValidationError, KeyError, TypeError) as e:
+        raise BadInput(f'{path}: {str(e)[:200]}', '{"keys": [...]}', 'make keys with new_key') from None
+
 
 def new_key(path:str|Path, name:str, **limits) -> str: # the key; it is stored nowhere
     "Add a client to the file, and tell its key once."
     keys, secret = read_keys(path) if Path(path).exists() else [], secrets.token_urlsafe(32)
-    if name in {k.name for k in keys}: raise BadInput(f'there is a key {name!r} already', 'a new name', 'choose another, or remove the old one')
-    try: key = Key(name=name, sha256=digest(secret), **limits)
-    except ValidationError as e: raise BadInput(f'{e.errors()[0]["loc"]}: {e.errors()[0]["msg"]}', 'a name, scopes and limits', 'correct it') from None
+    if name in {k.name for k in keys}:
+        raise BadInput(f'there is a key {name!r} already', 'a new name', 'choose another, or remove the old one')
+    try:
+        key = Key(name=name, sha256=digest(secret), **limits)
+    except ValidationError as e:
+        raise BadInput(
+            f'{e.errors()[0]["loc"]}: {e.errors()[0]["msg"]}', 'a name, scopes and limits', 'correct it'
+        ) from None
     write_json(path, dict(keys=[k.model_dump() for k in [*keys, key]])); os.chmod(path, 0o600)
     return secret
 
@@ -85,10 +93,22 @@ class Guard:
         "Around a request: who asks, or a fault."
         key = self._identify(authorization, server, scope)
         if key and (b := self.buckets.get(key.sha256)) and (wait := b.take(time.monotonic())):
-            raise Fault('too_many_requests', f'the key {key.name!r} asks more than {key.per_minute} times a minute', 'fewer requests', 'wait for Retry-After', retry_after=wait)
+            raise Fault(
+                'too_many_requests',
+                f'the key {key.name!r} asks more than {key.per_minute} times a minute',
+                'fewer requests',
+                'wait for Retry-After',
+                retry_after=wait,
+            )
         name = key and key.name; running = self.running.get(name, 0)
         if key and key.concurrent and running >= key.concurrent:
-            raise Fault('too_many_requests', f'the key {name!r} has {running} requests under way', f'at most {key.concurrent}', 'wait for an answer first', retry_after=1)
+            raise Fault(
+                'too_many_requests',
+                f'the key {name!r} has {running} requests under way',
+                f'at most {key.concurrent}',
+                'wait for an answer first',
+                retry_after=1,
+            )
         self.running[name] = running + 1
         try: yield name
         finally: self.running[name] -= 1
@@ -97,8 +117,20 @@ class Guard:
         local = server is None or server.startswith(_LOCAL)
         if not self.path:
             if self.open_to_all and scope == 'predict' or local: return None
-            raise Fault('unauthorized', 'this service answers only on its own machine', 'an API key', 'its owner can set CVLAB_KEYS, or CVLAB_OPEN=1 to let everybody in')
+            raise Fault(
+                'unauthorized',
+                'this service answers only on its own machine',
+                'an API key',
+                'its owner can set CVLAB_KEYS, or CVLAB_OPEN=1 to let everybody in',
+            )
         self._fresh(); kind, _, given = authorization.partition(' ')
-        if kind.lower() != 'bearer' or not (key := self._find(given.strip())): raise Fault('unauthorized', 'there is no key, or it is not known', 'Authorization: Bearer KEY', 'ask the owner for a key')
-        if scope not in key.scopes: raise Fault('forbidden', f'the key {key.name!r} may not do this', f'the scope {scope!r}', 'use another key')
+        if kind.lower() != 'bearer' or not (key := self._find(given.strip())):
+            raise Fault(
+                'unauthorized',
+                'there is no key, or it is not known',
+                'Authorization: Bearer KEY',
+                'ask the owner for a key',
+            )
+        if scope not in key.scopes:
+            raise Fault('forbidden', f'the key {key.name!r} may not do this', f'the scope {scope!r}', 'use another key')
         return key

@@ -18,41 +18,80 @@ def elements(raw:bytes, most:int) -> list[bytes]:
     "The elements of a BYTES tensor."
     out, at = [], 0
     while at < len(raw):
-        if at + 4 > len(raw) or at + 4 + (n := struct.unpack_from('<I', raw, at)[0]) > len(raw): raise Fault('malformed', 'the BYTES tensor is cut short', 'length and content of each element', 'let your client build the tensor')
+        if at + 4 > len(raw) or at + 4 + (n := struct.unpack_from('<I', raw, at)[0]) > len(raw):
+            raise Fault(
+                'malformed',
+                'the BYTES tensor is cut short',
+                'length and content of each element',
+                'let your client build the tensor',
+            )
         out.append(raw[at+4:at+4+n]); at += 4 + n
-        if len(out) > most: raise Fault('too_many_images', f'more than {most} images', f'at most {most}', 'send fewer at a time')
+        if len(out) > most:
+            raise Fault('too_many_images', f'more than {most} images', f'at most {most}', 'send fewer at a time')
     return out
 
 def tensor_images(body:bytes, json_length:str, most:int) -> tuple[dict, list[bytes]]: # the JSON part, the images
     "The images of an inference request."
-    if json_length and not (json_length.isascii() and json_length.isdigit() and int(json_length) <= len(body)): raise Fault('malformed', f'Inference-Header-Content-Length is {json_length[:20]!r}', 'the length of the JSON part', 'let your client set it')
+    if json_length and not (json_length.isascii() and json_length.isdigit() and int(json_length) <= len(body)):
+        raise Fault(
+            'malformed',
+            f'Inference-Header-Content-Length is {json_length[:20]!r}',
+            'the length of the JSON part',
+            'let your client set it',
+        )
     split = int(json_length) if json_length else len(body)
     asked, rest = read_json_body(body[:split]), body[split:]
-    wrong = lambda what: Fault('bad_input', what, 'one input: name "image", datatype "BYTES", shape [N]', 'see GET /v2/models/{problem}')
+    wrong = lambda what: Fault(
+        'bad_input', what, 'one input: name "image", datatype "BYTES", shape [N]', 'see GET /v2/models/{problem}'
+    )
     inputs = asked.get('inputs')
-    if not isinstance(inputs, list) or len(inputs) != 1 or not isinstance(t := inputs[0], dict): raise wrong('inputs is no list of one tensor')
-    if t.get('name') != 'image' or t.get('datatype') != 'BYTES': raise wrong(f'the tensor is {str(t.get("name"))[:30]!r} of {str(t.get("datatype"))[:10]!r}')
+    if not isinstance(inputs, list) or len(inputs) != 1 or not isinstance(t := inputs[0], dict):
+        raise wrong('inputs is no list of one tensor')
+    if t.get('name') != 'image' or t.get('datatype') != 'BYTES':
+        raise wrong(f'the tensor is {str(t.get("name"))[:30]!r} of {str(t.get("datatype"))[:10]!r}')
     size = (t.get('parameters') or {}).get('binary_data_size') if isinstance(t.get('parameters') or {}, dict) else None
     if size is not None:
-        if size != len(rest): raise Fault('malformed', f'binary_data_size is {size!r:.20}, and {len(rest)} bytes came', 'the same', 'let your client set it')
+        if size != len(rest):
+            raise Fault(
+                'malformed',
+                f'binary_data_size is {size!r:.20}, and {len(rest)} bytes came',
+                'the same',
+                'let your client set it',
+            )
         images = elements(rest, most)
     else:
         if not isinstance(t.get('data'), list): raise wrong('data is no list')
-        if len(t['data']) > most: raise Fault('too_many_images', f'{len(t["data"])} images', f'at most {most}', 'send fewer at a time')
+        if len(t['data']) > most:
+            raise Fault('too_many_images', f'{len(t["data"])} images', f'at most {most}', 'send fewer at a time')
         images = [image_of(x, f'data[{i}]') for i, x in enumerate(t['data'])]
     shape = t.get('shape')
-    if not isinstance(shape, list) or shape not in ([len(images)], [len(images), 1]): raise wrong(f'the shape is {shape!r:.40} for {len(images)} images')
+    if not isinstance(shape, list) or shape not in ([len(images)], [len(images), 1]):
+        raise wrong(f'the shape is {shape!r:.40} for {len(images)} images')
     if not images: raise wrong('there is no image')
     return asked, images
 
 # %% ../../nbs/68_service.kserve.ipynb #ad52cab0
-def _tensor(name:str, kind:str, values:list, shape:list[int]) -> dict: return dict(name=name, datatype=kind, shape=shape, data=values)
+def _tensor(name: str, kind: str, values: list, shape: list[int]) -> dict:
+    return dict(name=name, datatype=kind, shape=shape, data=values)
+
 
 def tensors(items:list[dict], classes:list[str]) -> list[dict]:
     "Answers as tensors."
-    n = len(items); out = [_tensor('label', 'BYTES', [i.get('label') or '' for i in items], [n]), _tensor('confidence', 'FP32', [float(i.get('confidence') or 0) for i in items], [n]),
-                           _tensor('answer', 'BYTES', [encode(i).decode() for i in items], [n])]
-    if all('probabilities' in i for i in items): out.append(_tensor('probabilities', 'FP32', [i['probabilities'].get(c, 0.) for i in items for c in classes], [n, len(classes)]))
+    n = len(items)
+    out = [
+        _tensor('label', 'BYTES', [i.get('label') or '' for i in items], [n]),
+        _tensor('confidence', 'FP32', [float(i.get('confidence') or 0) for i in items], [n]),
+        _tensor('answer', 'BYTES', [encode(i).decode() for i in items], [n]),
+    ]
+    if all('probabilities' in i for i in items):
+        out.append(
+            _tensor(
+                'probabilities',
+                'FP32',
+                [i['probabilities'].get(c, 0.0) for i in items for c in classes],
+                [n, len(classes)],
+            )
+        )
     return out
 
 def packed(answer:dict, binary:set[str]) -> tuple[bytes, int]: # body, length of its JSON part
@@ -61,24 +100,47 @@ def packed(answer:dict, binary:set[str]) -> tuple[bytes, int]: # body, length of
     for t in answer['outputs']:
         if t['name'] not in binary: continue
         values = t.pop('data')
-        raw = b''.join(struct.pack('<I', len(v.encode())) + v.encode() for v in values) if t['datatype'] == 'BYTES' else np.asarray(values, '<f4').tobytes()
+        raw = (
+            b''.join(struct.pack('<I', len(v.encode())) + v.encode() for v in values)
+            if t['datatype'] == 'BYTES'
+            else np.asarray(values, '<f4').tobytes()
+        )
         t['parameters'] = dict(binary_data_size=len(raw)); rest.append(raw)
     head = encode(answer); return head + b''.join(rest), len(head)
 
 def _wanted(asked:dict, outputs:list[dict]) -> tuple[list[dict], set[str]]:
     "The outputs that were asked for, and which of them as binary."
-    every = (asked.get('parameters') or {}).get('binary_data_output') if isinstance(asked.get('parameters') or {}, dict) else None
+    every = (
+        (asked.get('parameters') or {}).get('binary_data_output')
+        if isinstance(asked.get('parameters') or {}, dict)
+        else None
+    )
     names = asked.get('outputs')
     if names is None: return outputs, {o['name'] for o in outputs} if every else set()
     there = {o['name']: o for o in outputs}
-    if not isinstance(names, list) or not all(isinstance(o, dict) and o.get('name') in there for o in names): raise Fault('bad_input', 'an output that is not there', f'of: {", ".join(there)}', 'see GET /v2/models/{problem}')
-    binary = {o['name'] for o in names if ((o.get('parameters') or {}) if isinstance(o.get('parameters') or {}, dict) else {}).get('binary_data', every)}
+    if not isinstance(names, list) or not all(isinstance(o, dict) and o.get('name') in there for o in names):
+        raise Fault(
+            'bad_input', 'an output that is not there', f'of: {", ".join(there)}', 'see GET /v2/models/{problem}'
+        )
+    binary = {
+        o['name']
+        for o in names
+        if ((o.get('parameters') or {}) if isinstance(o.get('parameters') or {}, dict) else {}).get(
+            'binary_data', every
+        )
+    }
     return [there[o['name']] for o in names], binary
 
 def _model(service, call:Call):
     "The model that the path names, perhaps with its version."
     model = service.pick(call, call.params['problem'])
-    if call.params.get('version', model.version) != model.version: raise Fault('not_found', f'the version {call.params["version"][:40]!r} does not answer now', model.version, 'leave the version out')
+    if call.params.get('version', model.version) != model.version:
+        raise Fault(
+            'not_found',
+            f'the version {call.params["version"][:40]!r} does not answer now',
+            model.version,
+            'leave the version out',
+        )
     return model
 
 async def infer(service, call:Call) -> bytes:
@@ -92,7 +154,12 @@ async def infer(service, call:Call) -> bytes:
         if isinstance(a, Exception): e = shown(a, service, model, call.id); e.what = f'image {i}: {e.what}'; raise e
     items = [item(service, model, p, a, len(d), call.id) for p, a, d in zip(prepared, answers, images)]
     outputs, binary = _wanted(asked, tensors(items, model.predictor.classes))
-    body, head = packed(dict(model_name=model.name, model_version=model.version, id=str(asked.get('id') or call.id)[:64], outputs=outputs), binary)
+    body, head = packed(
+        dict(
+            model_name=model.name, model_version=model.version, id=str(asked.get('id') or call.id)[:64], outputs=outputs
+        ),
+        binary,
+    )
     if binary: call.extra.append((b'inference-header-content-length', str(head).encode()))
     return body
 
@@ -104,20 +171,38 @@ async def server(service, call) -> dict:
 async def live(service, call) -> dict: return dict(live=True)
 
 async def ready(service, call) -> dict:
-    if not service.ready or service.draining: raise Fault('not_ready', 'the service is not ready', 'a ready service', 'wait', retry_after=1)
+    if not service.ready or service.draining:
+        raise Fault('not_ready', 'the service is not ready', 'a ready service', 'wait', retry_after=1)
     return dict(ready=True)
 
 async def model_ready(service, call) -> dict:
     return dict(name=_model(service, call).name, ready=True)
 
 async def model_about(service, call) -> dict:
-    model = _model(service, call); out = [('label', 'BYTES', [-1]), ('confidence', 'FP32', [-1]), ('answer', 'BYTES', [-1])]
-    if model.predictor.info['task'] == 'classification': out.append(('probabilities', 'FP32', [-1, len(model.predictor.classes)]))
-    return dict(name=model.name, versions=[model.version], platform='cv_lab', inputs=[dict(name='image', datatype='BYTES', shape=[-1])], outputs=[dict(name=n, datatype=d, shape=s) for n, d, s in out])
+    model = _model(service, call)
+    out = [('label', 'BYTES', [-1]), ('confidence', 'FP32', [-1]), ('answer', 'BYTES', [-1])]
+    if model.predictor.info['task'] == 'classification':
+        out.append(('probabilities', 'FP32', [-1, len(model.predictor.classes)]))
+    return dict(
+        name=model.name,
+        versions=[model.version],
+        platform='cv_lab',
+        inputs=[dict(name='image', datatype='BYTES', shape=[-1])],
+        outputs=[dict(name=n, datatype=d, shape=s) for n, d, s in out],
+    )
+
 
 def routes() -> list[tuple]: # method, path, handler, scope
     "The protocol's paths."
-    paths = [('GET', '/v2', server, 'predict'), ('GET', '/v2/health/live', live, None), ('GET', '/v2/health/ready', ready, None)]
+    paths = [
+        ('GET', '/v2', server, 'predict'),
+        ('GET', '/v2/health/live', live, None),
+        ('GET', '/v2/health/ready', ready, None),
+    ]
     for v in ('', '/versions/{version}'):
-        paths += [('GET', f'/v2/models/{{problem}}{v}', model_about, 'predict'), ('GET', f'/v2/models/{{problem}}{v}/ready', model_ready, 'predict'), ('POST', f'/v2/models/{{problem}}{v}/infer', infer, 'predict')]
+        paths += [
+            ('GET', f'/v2/models/{{problem}}{v}', model_about, 'predict'),
+            ('GET', f'/v2/models/{{problem}}{v}/ready', model_ready, 'predict'),
+            ('POST', f'/v2/models/{{problem}}{v}/infer', infer, 'predict'),
+        ]
     return paths

@@ -30,12 +30,34 @@ def toy_model(folder:str|Path, gain:float=.05, problem:str='brightness', size:in
     from cv_lab.tasks import classification
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
     const = lambda name, v: nh.from_array(np.asarray(v), name)
-    nodes = [h.make_node('Cast', ['images'], ['x'], to=T.FLOAT), h.make_node('ReduceMean', ['x', 'axes'], ['m'], keepdims=0), h.make_node('Unsqueeze', ['m', 'one'], ['u']),
-             h.make_node('Sub', ['u', 'middle'], ['c']), h.make_node('Mul', ['c', 'signs'], ['logits'])]
-    graph = h.make_graph(nodes, 'brightness', [h.make_tensor_value_info('images', T.UINT8, ['n', 3, size, size])], [h.make_tensor_value_info('logits', T.FLOAT, ['n', 2])],
-                         [const('axes', [1, 2, 3]), const('one', [1]), const('middle', np.float32(128)), const('signs', np.float32([[-gain, gain]]))])
+    nodes = [
+        h.make_node('Cast', ['images'], ['x'], to=T.FLOAT),
+        h.make_node('ReduceMean', ['x', 'axes'], ['m'], keepdims=0),
+        h.make_node('Unsqueeze', ['m', 'one'], ['u']),
+        h.make_node('Sub', ['u', 'middle'], ['c']),
+        h.make_node('Mul', ['c', 'signs'], ['logits']),
+    ]
+    graph = h.make_graph(
+        nodes,
+        'brightness',
+        [h.make_tensor_value_info('images', T.UINT8, ['n', 3, size, size])],
+        [h.make_tensor_value_info('logits', T.FLOAT, ['n', 2])],
+        [
+            const('axes', [1, 2, 3]),
+            const('one', [1]),
+            const('middle', np.float32(128)),
+            const('signs', np.float32([[-gain, gain]])),
+        ],
+    )
     onnx.save(h.make_model(graph, opset_imports=[h.make_opsetid('', 18)], ir_version=10), folder/'model.onnx')
-    describe_model(folder, problem, 'classification', ['dark', 'bright'], classification.Config(image=Preprocess(size, size)), dict(min_confidence=.7))
+    describe_model(
+        folder,
+        problem,
+        'classification',
+        ['dark', 'bright'],
+        classification.Config(image=Preprocess(size, size)),
+        dict(min_confidence=0.7),
+    )
     return folder
 
 # %% ../../nbs/66_service.models.ipynb #f733b87e
@@ -53,7 +75,13 @@ def cores() -> int: return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_ge
 
 def pick_device(wanted:str='auto') -> str:
     "The device; torch is not imported only to learn that there is no GPU."
-    return 'cpu' if wanted == 'auto' and not any(Path(p).exists() for p in ('/dev/nvidia0', '/dev/dxg', '/proc/driver/nvidia/gpus')) else wanted
+    return (
+        'cpu'
+        if wanted == 'auto'
+        and not any(Path(p).exists() for p in ('/dev/nvidia0', '/dev/dxg', '/proc/driver/nvidia/gpus'))
+        else wanted
+    )
+
 
 def problem_of(folder:Path) -> Problem|None:
     "The problem file that travels with a bundle."
@@ -61,14 +89,27 @@ def problem_of(folder:Path) -> Problem|None:
 
 class Loaded:
     "A bundle that answers."
-    def __init__(self, folder:str|Path, pool, metrics:Metrics|None=None, device:str='auto', threads:int|None=None, max_batch:int|None=None, max_queue:int=256):
+
+    def __init__(
+        self,
+        folder: str | Path,
+        pool,
+        metrics: Metrics | None = None,
+        device: str = 'auto',
+        threads: int | None = None,
+        max_batch: int | None = None,
+        max_queue: int = 256,
+    ):
         self.folder = folder = Path(folder).resolve(); metrics = metrics or Metrics()
         self.predictor = p = Predictor(folder, pick_device(device), threads or max(1, cores() - 1))
         self.name, self.version, self.since = p.problem_name, folder.name, time.time()
-        self.digest = digest(read_json(folder/'checksums.json')) if (folder/'checksums.json').is_file() else p.digest # of the bundle, as in the registry
+        self.digest = (
+            digest(read_json(folder / 'checksums.json')) if (folder / 'checksums.json').is_file() else p.digest
+        )  # of the bundle, as in the registry
         self.problem = problem_of(folder); self.limits = Limits.of(self.problem.serving if self.problem else Serving())
         size = max_batch or (8 if p.device == 'cpu' else self.limits.images)
-        self.metrics = ModelMetrics(metrics, self.name, self.digest, p.classes); self.ref = dict(problem=self.name, version=self.version, digest=self.digest)
+        self.metrics = ModelMetrics(metrics, self.name, self.digest, p.classes)
+        self.ref = dict(problem=self.name, version=self.version, digest=self.digest)
         self.batcher = Batcher(each_alone(self.run), pool, size, max_queue, self._observe)
         self.small = p.image.height*p.image.width <= 1 << 16
 
@@ -78,13 +119,19 @@ class Loaded:
 
     def prepare(self, data:bytes) -> Prepared:
         "The network's input: the same lines as in training."
-        if not data: raise Fault('empty_body', 'the image is empty: 0 bytes', 'the bytes of an image file', 'send the file itself')
+        if not data:
+            raise Fault(
+                'empty_body', 'the image is empty: 0 bytes', 'the bytes of an image file', 'send the file itself'
+            )
         return self.predictor.prepare(data, self.limits.pixels)
 
     def pixels_in(self, data:bytes) -> int:
         "How many pixels the header says, within the limit."
         if not data: return 0
-        if data[:8] == b'\x89PNG\r\n\x1a\n' and len(data) >= 24: return int.from_bytes(data[16:20], 'big')*int.from_bytes(data[20:24], 'big') # quicker; decoding checks it
+        if data[:8] == b'\x89PNG\r\n\x1a\n' and len(data) >= 24:
+            return int.from_bytes(data[16:20], 'big') * int.from_bytes(
+                data[20:24], 'big'
+            )  # quicker; decoding checks it
         im = open_image(data, self.limits.pixels); return im.width*im.height
 
     def _observe(self, batch:list[Work]):
@@ -93,26 +140,60 @@ class Loaded:
 
     def check(self):
         "Warm the whole way, and compare with the golden answers that travel with it."
-        for f in FORMATS: b = io.BytesIO(); Image.new('RGB', (8, 8)).save(b, f); image_summary(self.prepare(b.getvalue()).pixels)
-        cfg = self.predictor.image; x = Prepared(np.full((3, cfg.height, cfg.width), 128, np.uint8), placement(cfg.width, cfg.height, cfg))
+        for f in FORMATS:
+            b = io.BytesIO()
+            Image.new('RGB', (8, 8)).save(b, f)
+            image_summary(self.prepare(b.getvalue()).pixels)
+        cfg = self.predictor.image
+        x = Prepared(np.full((3, cfg.height, cfg.width), 128, np.uint8), placement(cfg.width, cfg.height, cfg))
         for n in (1, self.batcher.max_batch, 1, 1): start = time.perf_counter(); said = self.run([x]*n)
         self.batcher.per_item = time.perf_counter() - start
-        if any(not np.isfinite(a.get('score') or 0) for s in said for a in s['annotations']): raise Damaged('the model answers NaN', 'finite confidences', 'export the run again')
-        if (golden := self.folder/'golden.parquet').is_file() and (d := golden_difference(self.predictor, pq.read_table(golden))) > 1e-3:
-            raise Damaged(f'the model answers {d:.3g} away from its golden answers', 'at most 0.001', 'release the run again, on this kind of hardware')
+        if any(not np.isfinite(a.get('score') or 0) for s in said for a in s['annotations']):
+            raise Damaged('the model answers NaN', 'finite confidences', 'export the run again')
+        if (golden := self.folder / 'golden.parquet').is_file() and (
+            d := golden_difference(self.predictor, pq.read_table(golden))
+        ) > 1e-3:
+            raise Damaged(
+                f'the model answers {d:.3g} away from its golden answers',
+                'at most 0.001',
+                'release the run again, on this kind of hardware',
+            )
 
     def about(self) -> dict:
         "What the service tells about a model."
         p = self.predictor
-        return dict(problem=self.name, task=p.info['task'], classes=p.classes, version=self.version, digest=self.digest, device=p.device, multilabel=bool(p.info.get('multilabel')),
-                    loaded_at=round(self.since, 3), input=dict(height=p.image.height, width=p.image.width),
-                    limits=dict(max_image_bytes=self.limits.image_bytes, max_pixels=self.limits.pixels, max_images=self.limits.images))
+        return dict(
+            problem=self.name,
+            task=p.info['task'],
+            classes=p.classes,
+            version=self.version,
+            digest=self.digest,
+            device=p.device,
+            multilabel=bool(p.info.get('multilabel')),
+            loaded_at=round(self.since, 3),
+            input=dict(height=p.image.height, width=p.image.width),
+            limits=dict(
+                max_image_bytes=self.limits.image_bytes, max_pixels=self.limits.pixels, max_images=self.limits.images
+            ),
+        )
 
 # %% ../../nbs/66_service.models.ipynb #8eb9160d
 class Models:
     "The models of a service."
-    def __init__(self, source:Source, metrics:Metrics|None=None, device:str='auto', max_batch:int|None=None, max_queue:int=256):
-        self.source, self.metrics, self.settings = source, metrics or Metrics(), dict(device=device, max_batch=max_batch, max_queue=max_queue)
+
+    def __init__(
+        self,
+        source: Source,
+        metrics: Metrics | None = None,
+        device: str = 'auto',
+        max_batch: int | None = None,
+        max_queue: int = 256,
+    ):
+        self.source, self.metrics, self.settings = (
+            source,
+            metrics or Metrics(),
+            dict(device=device, max_batch=max_batch, max_queue=max_queue),
+        )
         self.current, self.refused, self.swaps = {}, {}, 0
         self.device_pool = ThreadPoolExecutor(1, 'device'); self.decode_pool = ThreadPoolExecutor(cores(), 'decode')
         self._one_at_a_time, self.big = asyncio.Lock(), asyncio.Semaphore(1)
@@ -135,11 +216,16 @@ class Models:
 
     def _put(self, name:str, new:Loaded, old:Loaded|None):
         self.current = self.current | {name: new}; self.refused.pop(name, None); self.swaps += 1
-        self.metrics.swaps.labels(name, 'done').inc(); self.metrics.loaded_at.labels(name, new.digest[:12]).set(new.since)
+        self.metrics.swaps.labels(name, 'done').inc()
+        self.metrics.loaded_at.labels(name, new.digest[:12]).set(new.since)
         event('model loaded', problem=name, version=new.version, digest=new.digest, before=old and old.digest)
 
     def _refuse(self, name:str, folder:Path, e:Exception):
-        self.refused[name] = dict(folder=folder, version=folder.name, reason=(e.what if isinstance(e, Refusal) else f'{type(e).__name__}: {e}')[:500])
+        self.refused[name] = dict(
+            folder=folder,
+            version=folder.name,
+            reason=(e.what if isinstance(e, Refusal) else f'{type(e).__name__}: {e}')[:500],
+        )
         self.metrics.swaps.labels(name, 'refused').inc()
         event('model refused', 40, problem=name, version=folder.name, reason=self.refused[name]['reason'])
 
@@ -147,9 +233,13 @@ class Models:
         "The model of a problem; without a name, the only one."
         if name is None and len(self.current) == 1: return next(iter(self.current.values()))
         if name in self.current: return self.current[name]
-        if not self.current: raise Fault('not_ready', 'no model is loaded', 'a loaded model', 'wait until /readyz says 200', retry_after=1)
+        if not self.current:
+            raise Fault(
+                'not_ready', 'no model is loaded', 'a loaded model', 'wait until /readyz says 200', retry_after=1
+            )
         there = ', '.join(sorted(self.current))
-        if name is None: raise Fault('bad_input', 'there are several models', f'one of: {there}', 'use /v1/models/{problem}/predict')
+        if name is None:
+            raise Fault('bad_input', 'there are several models', f'one of: {there}', 'use /v1/models/{problem}/predict')
         raise Fault('not_found', f'there is no model {name[:60]!r}', f'one of: {there}', 'see /v1/models')
 
     async def start(self):
@@ -157,7 +247,11 @@ class Models:
         await self.refresh()
         if not self.current:
             why = '; '.join(f'{n}: {r["reason"]}' for n, r in self.refused.items())
-            raise NotFound(f'no model can be loaded{": " + why if why else ""}', 'a bundle that loads', 'release one, or name a folder in CVLAB_MODEL')
+            raise NotFound(
+                f'no model can be loaded{": " + why if why else ""}',
+                'a bundle that loads',
+                'release one, or name a folder in CVLAB_MODEL',
+            )
 
     async def stop(self):
         for m in self.current.values(): await m.batcher.close()

@@ -114,25 +114,52 @@ class Health(Said):
     models: dict[str, str] = Field(description='problem: digest')
 
 # %% ../../nbs/67_service.openapi.ipynb #a4aa7530
-BODY = ('malformed', 'empty_body', 'bad_option', 'slow_body', 'too_large', 'unsupported_media_type', 'unsupported_format', 'bad_image', 'bad_input', 'too_many_images',
-        'model_failed', 'overloaded', 'deadline')
+BODY = (
+    'malformed',
+    'empty_body',
+    'bad_option',
+    'slow_body',
+    'too_large',
+    'unsupported_media_type',
+    'unsupported_format',
+    'bad_image',
+    'bad_input',
+    'too_many_images',
+    'model_failed',
+    'overloaded',
+    'deadline',
+)
 ALWAYS = ('unauthorized', 'forbidden', 'not_found', 'method_not_allowed', 'too_many_requests', 'internal', 'not_ready')
 
 def _ref(model:type[BaseModel]) -> dict: return {'$ref': f'#/components/schemas/{model.__name__}'}
 
 def responses(answer:type[BaseModel]|str, *codes:str, status:int=200) -> dict:
     "The answers of an operation: what it gives, and its faults by status."
-    content = {answer: dict(schema=dict(type='string'))} if isinstance(answer, str) else {'application/json': dict(schema=_ref(answer))}
+    content = (
+        {answer: dict(schema=dict(type='string'))}
+        if isinstance(answer, str)
+        else {'application/json': dict(schema=_ref(answer))}
+    )
     out, by_status = {str(status): dict(description='the answer', content=content)}, {}
     for c in codes: by_status.setdefault(FAULTS[c][0], []).append(f'`{c}`: {FAULTS[c][1]}')
-    for status, texts in sorted(by_status.items()): out[str(status)] = dict(description='; '.join(texts), content={'application/json': dict(schema=_ref(Envelope))})
+    for status, texts in sorted(by_status.items()):
+        out[str(status)] = dict(description='; '.join(texts), content={'application/json': dict(schema=_ref(Envelope))})
     return out
 
 def image_body(many:bool) -> dict:
     "The ways to send images."
     binary, text = dict(type='string', format='binary'), dict(type='string', description='base64, or a data URL')
-    field, form, js = ('images', dict(type='array', items=binary, minItems=1), dict(type='array', items=text, minItems=1)) if many else ('image', binary, text)
-    def schema(of, options): return dict(schema=dict(type='object', required=[field], properties={field: of} | options, additionalProperties=False))
+    field, form, js = (
+        ('images', dict(type='array', items=binary, minItems=1), dict(type='array', items=text, minItems=1))
+        if many
+        else ('image', binary, text)
+    )
+
+    def schema(of, options):
+        return dict(
+            schema=dict(type='object', required=[field], properties={field: of} | options, additionalProperties=False)
+        )
+
     options = {n: _plain(s) for n, s in Options.model_json_schema()['properties'].items()} # in a form nothing is null
     out = {'multipart/form-data': schema(form, options), 'application/json': schema(js, dict(options=_ref(Options)))}
     if not many: out |= {k: dict(schema=binary) for k in ('image/*', 'application/octet-stream')}
@@ -144,32 +171,73 @@ def jobs_body() -> dict:
 
 def _plain(s:dict) -> dict: return next(a for a in s.get('anyOf', [s]) if a.get('type') != 'null')
 
-def _query(name:str, s:dict) -> dict: return {'name': name, 'in': 'query', 'required': False, 'description': s.get('description', ''), 'schema': _plain(s)}
+def _query(name: str, s: dict) -> dict:
+    return {
+        'name': name,
+        'in': 'query',
+        'required': False,
+        'description': s.get('description', ''),
+        'schema': _plain(s),
+    }
 
-KEY = {'name': 'X-Request-Key', 'in': 'header', 'required': False, 'description': 'who asks, for a canary: the same key meets the same model', 'schema': dict(type='string')}
 
-def operation(summary:str, id:str, answer, *codes:str, path:tuple[str, ...]=(), body:dict|None=None, status:int=200) -> dict:
+KEY = {
+    'name': 'X-Request-Key',
+    'in': 'header',
+    'required': False,
+    'description': 'who asks, for a canary: the same key meets the same model',
+    'schema': dict(type='string'),
+}
+
+
+def operation(
+    summary: str, id: str, answer, *codes: str, path: tuple[str, ...] = (), body: dict | None = None, status: int = 200
+) -> dict:
     "Any other operation."
     out = dict(summary=summary, operationId=id, responses=responses(answer, *ALWAYS, *codes, status=status))
-    if path: out['parameters'] = [{'name': p, 'in': 'path', 'required': True, 'schema': dict(type='string')} for p in path]
+    if path:
+        out['parameters'] = [{'name': p, 'in': 'path', 'required': True, 'schema': dict(type='string')} for p in path]
     if body: out['requestBody'] = dict(required=True, content=body)
     return out
 
 def image_operation(many:bool, problem:bool) -> dict:
     "POST one image, or many."
     given = [_query(n, s) for n, s in Options.model_json_schema()['properties'].items()]
-    given += [{'name': 'X-Deadline-Ms', 'in': 'header', 'required': False, 'description': 'milliseconds until the answer must be there', 'schema': dict(type='integer', minimum=1, maximum=600_000)}]
+    given += [
+        {
+            'name': 'X-Deadline-Ms',
+            'in': 'header',
+            'required': False,
+            'description': 'milliseconds until the answer must be there',
+            'schema': dict(type='integer', minimum=1, maximum=600_000),
+        }
+    ]
     if problem: given.append({'name': 'problem', 'in': 'path', 'required': True, 'schema': dict(type='string')})
-    return dict(summary=('Many images' if many else 'One image') + (' for a named model' if problem else ''), operationId=f'predict{"_batch" if many else ""}{"_with" if problem else ""}',
-                parameters=given + [KEY], requestBody=image_body(many), responses=responses(BatchAnswer if many else Answer, *ALWAYS, *BODY))
+    return dict(
+        summary=('Many images' if many else 'One image') + (' for a named model' if problem else ''),
+        operationId=f'predict{"_batch" if many else ""}{"_with" if problem else ""}',
+        parameters=given + [KEY],
+        requestBody=image_body(many),
+        responses=responses(BatchAnswer if many else Answer, *ALWAYS, *BODY),
+    )
 
 # %% ../../nbs/67_service.openapi.ipynb #ed1dc952
 def document(paths:dict[str, dict], # path -> method -> operation
              version:str, secured:bool=False) -> dict:
     "The OpenAPI 3.1 document."
     kinds = [Answer, BatchAnswer, Envelope, ModelInfo, ModelList, JobInfo, Trying, Health, Options]
-    schemas = models_json_schema([(k, 'serialization') for k in kinds], ref_template='#/components/schemas/{model}')[1]['$defs']
-    out = dict(openapi='3.1.0', info=dict(title='cv_lab', version=version, description='Answers about images. Every fault has the same envelope.'),
-               paths=paths, components=dict(schemas=schemas))
-    if secured: out['components']['securitySchemes'] = dict(key=dict(type='http', scheme='bearer')); out['security'] = [dict(key=[])]
+    schemas = models_json_schema([(k, 'serialization') for k in kinds], ref_template='#/components/schemas/{model}')[1][
+        '$defs'
+    ]
+    out = dict(
+        openapi='3.1.0',
+        info=dict(
+            title='cv_lab', version=version, description='Answers about images. Every fault has the same envelope.'
+        ),
+        paths=paths,
+        components=dict(schemas=schemas),
+    )
+    if secured:
+        out['components']['securitySchemes'] = dict(key=dict(type='http', scheme='bearer'))
+        out['security'] = [dict(key=[])]
     return out

@@ -36,18 +36,32 @@ def signature(said:dict) -> list: # what must be equal for two answers to agree
 class Trial:
     "What is known of a challenger."
     def __init__(self, window:int=500):
-        self.differs, self.errors, self.ours, self.theirs = (deque(maxlen=window) for _ in range(4)); self.shadowed = self.dropped = self.answered = 0
+        self.differs, self.errors, self.ours, self.theirs = (deque(maxlen=window) for _ in range(4))
+        self.shadowed = self.dropped = self.answered = 0
 
     def verdict(self, plan:Plan) -> str|None: # why it must go
         mean = lambda d: sum(d)/max(len(d), 1)
-        for what, seen, most in (('disagrees with the champion on', self.differs, plan.max_disagreement), ('fails', self.errors, plan.max_errors)):
-            if len(seen) >= plan.min_answers and mean(seen) > most: return f'it {what} {mean(seen):.1%} of the last {len(seen)} images; allowed are {most:.1%}'
-        if min(len(self.ours), len(self.theirs)) >= plan.min_answers and mean(self.theirs) > plan.max_slowdown*mean(self.ours):
+        for what, seen, most in (
+            ('disagrees with the champion on', self.differs, plan.max_disagreement),
+            ('fails', self.errors, plan.max_errors),
+        ):
+            if len(seen) >= plan.min_answers and mean(seen) > most:
+                return f'it {what} {mean(seen):.1%} of the last {len(seen)} images; allowed are {most:.1%}'
+        if min(len(self.ours), len(self.theirs)) >= plan.min_answers and mean(self.theirs) > plan.max_slowdown * mean(
+            self.ours
+        ):
             return f'it takes {1e3*mean(self.theirs):.1f} ms an image, the champion {1e3*mean(self.ours):.1f} ms'
 
     def figures(self) -> dict:
         share = lambda d: round(sum(d)/len(d), 4) if d else None
-        return dict(compared=len(self.differs), disagreement=share(self.differs), errors=share(self.errors), shadowed=self.shadowed, dropped=self.dropped, answered=self.answered)
+        return dict(
+            compared=len(self.differs),
+            disagreement=share(self.differs),
+            errors=share(self.errors),
+            shadowed=self.shadowed,
+            dropped=self.dropped,
+            answered=self.answered,
+        )
 
 # %% ../../nbs/68_service.rollout.ipynb #3de56c45
 def _lowest_priority():
@@ -60,13 +74,24 @@ class Rollout:
     def __init__(self, champions:Models, challengers:Models, plan:Plan, kept=None):
         self.champions, self.challengers, self.default, self.kept = champions, challengers, plan, kept
         self.plans, self.trials, self.withdrawn = {}, {}, {}
-        self.copies, self.pool, self._task = deque(maxlen=32), ThreadPoolExecutor(1, 'shadow', initializer=_lowest_priority), None
+        self.copies, self.pool, self._task = (
+            deque(maxlen=32),
+            ThreadPoolExecutor(1, 'shadow', initializer=_lowest_priority),
+            None,
+        )
 
     def plan(self, name:str) -> Plan: return self.plans.get(name, self.default)
 
     def challenger(self, name:str) -> Loaded|None: # that takes part
         c = self.challengers.current.get(name); champion = self.champions.current.get(name)
-        if c is None or champion is None or c.digest == champion.digest or c.digest in self.withdrawn or self.plan(name).mode == 'off': return None
+        if (
+            c is None
+            or champion is None
+            or c.digest == champion.digest
+            or c.digest in self.withdrawn
+            or self.plan(name).mode == 'off'
+        ):
+            return None
         return c
 
     def choose(self, champion:Loaded, key:str) -> Loaded:
@@ -104,7 +129,18 @@ class Rollout:
 
     def _compare(self, c:Loaded, t:Trial, said:dict, theirs:dict, id:str):
         differs = signature(said) != signature(theirs); t.differs.append(int(differs))
-        if differs and self.kept: self.kept.add(dict(kind='disagreement', id=id, problem=c.name, champion=self.champions.current[c.name].digest, challenger=c.digest, said=signature(said)[:20], theirs=signature(theirs)[:20]))
+        if differs and self.kept:
+            self.kept.add(
+                dict(
+                    kind='disagreement',
+                    id=id,
+                    problem=c.name,
+                    champion=self.champions.current[c.name].digest,
+                    challenger=c.digest,
+                    said=signature(said)[:20],
+                    theirs=signature(theirs)[:20],
+                )
+            )
 
     def _judge(self, c:Loaded):
         if c.digest not in self.withdrawn and (why := self.trial(c).verdict(self.plan(c.name))):
@@ -114,11 +150,22 @@ class Rollout:
     def change(self, name:str, plan:Plan):
         "A new plan, while running; a challenger that was withdrawn gets another chance."
         self.plans[name] = plan
-        if (c := self.challengers.current.get(name)): self.withdrawn.pop(c.digest, None); self.trials.pop(c.digest, None)
+        if c := self.challengers.current.get(name):
+            self.withdrawn.pop(c.digest, None)
+            self.trials.pop(c.digest, None)
         event('rollout changed', problem=name, **plan.model_dump())
 
     def about(self, name:str) -> dict:
         c = self.challengers.current.get(name)
-        return dict(problem=name, plan=self.plan(name).model_dump(), challenger=c and c.digest, trial=self.trial(c).figures() if c else None, withdrawn=c and self.withdrawn.get(c.digest))
+        return dict(
+            problem=name,
+            plan=self.plan(name).model_dump(),
+            challenger=c and c.digest,
+            trial=self.trial(c).figures() if c else None,
+            withdrawn=c and self.withdrawn.get(c.digest),
+        )
 
-    async def stop(self): self.copies.clear(); self.pool.shutdown(wait=False, cancel_futures=True); await self.challengers.stop()
+    async def stop(self):
+        self.copies.clear()
+        self.pool.shutdown(wait=False, cancel_futures=True)
+        await self.challengers.stop()

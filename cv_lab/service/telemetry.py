@@ -22,25 +22,54 @@ class Metrics:
     def __init__(self):
         self.registry = r = CollectorRegistry()
         count = lambda name, what, *labels: Counter(f'cvlab_{name}', what, labels, registry=r)
-        spread = lambda name, what, buckets, *labels: Histogram(f'cvlab_{name}', what, labels, buckets=buckets, registry=r)
+        spread = lambda name, what, buckets, *labels: Histogram(
+            f'cvlab_{name}', what, labels, buckets=buckets, registry=r
+        )
         self.requests = count('requests', 'HTTP requests', 'route', 'method', 'status')
         self.seconds = spread('request_seconds', 'From the first byte to the last', _SECONDS, 'route')
-        self.stage = spread('stage_seconds', 'Parts of a prediction: read, decode, queue, infer, encode', _SECONDS, 'problem', 'stage')
+        self.stage = spread(
+            'stage_seconds', 'Parts of a prediction: read, decode, queue, infer, encode', _SECONDS, 'problem', 'stage'
+        )
         self.faults = count('faults', 'Answers that are faults, by code', 'code')
         self.batch = spread('batch_size', 'Images that went together', (1, 2, 4, 8, 16, 32, 64), 'problem')
-        self.items = count('work', 'What became of images: answered, expired, abandoned, refused, failed', 'problem', 'outcome')
+        self.items = count(
+            'work', 'What became of images: answered, expired, abandoned, refused, failed', 'problem', 'outcome'
+        )
         self.queue = Gauge('cvlab_queue_depth', 'Images that wait', ['problem'], registry=r)
         self.inflight = Gauge('cvlab_inflight_requests', 'Requests being answered', registry=r)
         self.ready = Gauge('cvlab_ready', '1: takes requests', registry=r)
-        self.confidence = spread('confidence', 'Confidence of answers', (.1, .2, .3, .4, .5, .6, .7, .8, .9, .95, .99), 'problem', 'digest')
-        self.entropy = spread('entropy', 'Entropy of the probabilities, as a share of the highest possible', (.05, .1, .2, .3, .5, .7, .9), 'problem', 'digest')
+        self.confidence = spread(
+            'confidence',
+            'Confidence of answers',
+            (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99),
+            'problem',
+            'digest',
+        )
+        self.entropy = spread(
+            'entropy',
+            'Entropy of the probabilities, as a share of the highest possible',
+            (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9),
+            'problem',
+            'digest',
+        )
         self.labels = count('labels', 'Labels answered', 'problem', 'digest', 'label')
-        self.accepted = count('accepted', 'Answers by whether they were confident enough', 'problem', 'digest', 'accepted')
-        self.brightness = spread('image_brightness', 'Mean grey level of inputs', (16, 32, 64, 96, 128, 160, 192, 224, 240), 'problem')
-        self.contrast = spread('image_contrast', 'Standard deviation of grey levels', (4, 8, 16, 32, 48, 64, 96), 'problem')
+        self.accepted = count(
+            'accepted', 'Answers by whether they were confident enough', 'problem', 'digest', 'accepted'
+        )
+        self.brightness = spread(
+            'image_brightness', 'Mean grey level of inputs', (16, 32, 64, 96, 128, 160, 192, 224, 240), 'problem'
+        )
+        self.contrast = spread(
+            'image_contrast', 'Standard deviation of grey levels', (4, 8, 16, 32, 48, 64, 96), 'problem'
+        )
         self.bytes = spread('image_bytes', 'Size of image files', (1e3, 1e4, 1e5, 5e5, 1e6, 5e6, 1e7), 'problem')
         self.swaps = count('swaps', 'Changes of the model', 'problem', 'outcome')
-        self.loaded_at = Gauge('cvlab_model_loaded_timestamp_seconds', 'When the present model was loaded', ['problem', 'digest'], registry=r)
+        self.loaded_at = Gauge(
+            'cvlab_model_loaded_timestamp_seconds',
+            'When the present model was loaded',
+            ['problem', 'digest'],
+            registry=r,
+        )
 
     def text(self) -> bytes: return generate_latest(self.registry)
 
@@ -77,7 +106,11 @@ log = logging.getLogger('cv_lab.service')
 class JsonLines(logging.Formatter):
     "A log record as one line of JSON."
     def format(self, record:logging.LogRecord) -> str:
-        out = dict(time=datetime.fromtimestamp(record.created, UTC).isoformat(timespec='milliseconds'), level=record.levelname.lower(), event=record.getMessage())
+        out = dict(
+            time=datetime.fromtimestamp(record.created, UTC).isoformat(timespec='milliseconds'),
+            level=record.levelname.lower(),
+            event=record.getMessage(),
+        )
         out |= {k: (v[:500] if isinstance(v, str) else v) for k, v in getattr(record, 'fields', {}).items()}
         if record.exc_info: out['exception'] = self.formatException(record.exc_info)[-4000:]
         return json.dumps(out, ensure_ascii=False, default=str)
@@ -85,9 +118,12 @@ class JsonLines(logging.Formatter):
 def set_up_log(level:str|None=None, stream=None):
     "Write the service's log as JSON; CVLAB_LOG_LEVEL says how much."
     handler = logging.StreamHandler(stream or sys.stderr); handler.setFormatter(JsonLines())
-    log.handlers, log.propagate = [handler], False; log.setLevel((level or os.environ.get('CVLAB_LOG_LEVEL', 'info')).upper())
+    log.handlers, log.propagate = [handler], False
+    log.setLevel((level or os.environ.get('CVLAB_LOG_LEVEL', 'info')).upper())
 
-def event(what:str, level:int=logging.INFO, exc_info=None, **fields): log.log(level, what, extra=dict(fields=fields), exc_info=exc_info)
+
+def event(what: str, level: int = logging.INFO, exc_info=None, **fields):
+    log.log(level, what, extra=dict(fields=fields), exc_info=exc_info)
 
 # %% ../../nbs/65_service.telemetry.ipynb #b9a059f9
 class PredictionLog:
@@ -115,7 +151,8 @@ class PredictionLog:
             self.wake.wait(.25); done = self.closing
             while self.waiting:
                 self._open(); batch = [self.waiting.popleft() for _ in range(min(500, len(self.waiting)))]
-                self._file.write(''.join(json.dumps(r, ensure_ascii=False, default=str) + '\n' for r in batch)); self._file.flush()
+                self._file.write(''.join(json.dumps(r, ensure_ascii=False, default=str) + '\n' for r in batch))
+                self._file.flush()
             if done: break
         if self._file: self._file.close()
 
@@ -124,13 +161,32 @@ class PredictionLog:
 # %% ../../nbs/65_service.telemetry.ipynb #9603a883
 def image_summary(x:np.ndarray) -> dict: # (3, H, W) uint8
     "Brightness, contrast, sharpness and warmth (red less blue) of an input."
-    s = max(1, x.shape[1]//32); g = x[1, ::s].astype(np.int32); n = g.size # every s-th row is enough
-    mean, across = int(g.sum())/n, np.abs(g[:, 1:] - g[:, :-1]); red, blue = (int(x[c, ::s].sum(dtype=np.int64))/n for c in (0, 2))
-    return dict(brightness=round(mean, 2), contrast=round(math.sqrt(max(0., float(np.vdot(g, g))/n - mean*mean)), 2), sharpness=round(int(across.sum())/max(across.size, 1), 2), warmth=round(red - blue, 2))
+    s = max(1, x.shape[1]//32); g = x[1, ::s].astype(np.int32); n = g.size  # every s-th row is enough
+    mean, across = int(g.sum()) / n, np.abs(g[:, 1:] - g[:, :-1])
+    red, blue = (int(x[c, ::s].sum(dtype=np.int64)) / n for c in (0, 2))
+    return dict(
+        brightness=round(mean, 2),
+        contrast=round(math.sqrt(max(0.0, float(np.vdot(g, g)) / n - mean * mean)), 2),
+        sharpness=round(int(across.sum()) / max(across.size, 1), 2),
+        warmth=round(red - blue, 2),
+    )
 
-def prediction_row(id:str, problem:str, digest:str, said:dict, seen:dict, size:int, entropy:float|None=None, **more) -> dict:
+
+def prediction_row(
+    id: str, problem: str, digest: str, said: dict, seen: dict, size: int, entropy: float | None = None, **more
+) -> dict:
     "The line of one prediction."
     scores = [a['score'] for a in said.get('annotations') or () if a.get('score') is not None]
-    return dict(id=id, time=round(time.time(), 3), problem=problem, digest=digest, accepted=said.get('accepted'), bytes=size,
-                labels=[a.get('label') for a in (said.get('annotations') or ())][:20], scores=[round(s, 4) for s in scores[:20]],
-                entropy=entropy and round(entropy, 4), **seen, **more)
+    return dict(
+        id=id,
+        time=round(time.time(), 3),
+        problem=problem,
+        digest=digest,
+        accepted=said.get('accepted'),
+        bytes=size,
+        labels=[a.get('label') for a in (said.get('annotations') or ())][:20],
+        scores=[round(s, 4) for s in scores[:20]],
+        entropy=entropy and round(entropy, 4),
+        **seen,
+        **more,
+    )

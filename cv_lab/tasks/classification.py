@@ -26,7 +26,13 @@ class Config(Strict):
     network_args: dict[str, Any] = {'channels': [32, 64, 128, 256]}
     pretrained: bool|str = False                                   # True, or a local .safetensors file
     image: Preprocess = Preprocess(32, 32)
-    augment: list[dict[str, dict]] = [{'RandomAffine': dict(degrees=10, translate=[.08, .08], scale=[.9, 1.1], shear=6, interpolation='bilinear', fill=0)}]
+    augment: list[dict[str, dict]] = [
+        {
+            'RandomAffine': dict(
+                degrees=10, translate=[0.08, 0.08], scale=[0.9, 1.1], shear=6, interpolation='bilinear', fill=0
+            )
+        }
+    ]
     label_smoothing: float = Field(.05, ge=0, lt=1)
     multilabel: bool = False
 
@@ -40,9 +46,15 @@ def targets(annotations:list[dict], cfg:Config, classes:list[str],
            ) -> np.ndarray: # int64 index of the class; multi-label: (C,) float32 of 0 and 1
     "What the loss wants for one image."
     labels = [a['label'] for a in annotations or [] if a.get('label') is not None]
-    if unknown := set(labels) - set(classes): raise BadInput(f'labels that are no class: {sorted(unknown)}', f'one of: {", ".join(classes)}', 'correct the manifest')
+    if unknown := set(labels) - set(classes):
+        raise BadInput(
+            f'labels that are no class: {sorted(unknown)}', f'one of: {", ".join(classes)}', 'correct the manifest'
+        )
     if cfg.multilabel: return np.array([c in labels for c in classes], np.float32)
-    if len(set(labels)) != 1: raise BadInput(f'an image with the labels {sorted(set(labels))}', 'exactly one label', 'label it, or set multilabel: true')
+    if len(set(labels)) != 1:
+        raise BadInput(
+            f'an image with the labels {sorted(set(labels))}', 'exactly one label', 'label it, or set multilabel: true'
+        )
     return np.array(classes.index(labels[0]), np.int64)
 
 def loss(outputs:dict, targets, cfg:Config): # scalar tensor
@@ -61,32 +73,63 @@ def probabilities(logits:np.ndarray, # (N, C)
 
 def decode(outputs:dict, cfg:Config, classes:list[str], thresholds:dict) -> list[Prediction]:
     "Predictions from the network's outputs."
-    out, lines, least = [], thresholds.get('scores', {}), thresholds.get('min_confidences', {}); probs = probabilities(outputs['logits'], thresholds.get('temperature', 1.), cfg.multilabel)
+    out, lines, least = [], thresholds.get('scores', {}), thresholds.get('min_confidences', {})
+    probs = probabilities(outputs['logits'], thresholds.get('temperature', 1.0), cfg.multilabel)
     if stairs := thresholds.get('stairs'): probs = class_stairs(probs, [stairs[c] for c in classes], cfg.multilabel)
     for p in probs:
-        k = [i for i in np.argsort(-p, kind='stable') if p[i] >= lines.get(classes[i], thresholds.get('threshold', .5))] if cfg.multilabel else [int(p.argmax())]
+        k = (
+            [
+                i
+                for i in np.argsort(-p, kind='stable')
+                if p[i] >= lines.get(classes[i], thresholds.get('threshold', 0.5))
+            ]
+            if cfg.multilabel
+            else [int(p.argmax())]
+        )
         said = [Annotation(classes[i], score=float(p[i])) for i in k]
-        out.append(Prediction(said, p, accepted=all(a.score >= least.get(a.label, thresholds.get('min_confidence', 0.)) for a in said)))
+        out.append(
+            Prediction(
+                said,
+                p,
+                accepted=all(a.score >= least.get(a.label, thresholds.get('min_confidence', 0.0)) for a in said),
+            )
+        )
     return out
 
 # %% ../../nbs/21_tasks.classification.ipynb #ca660d1e
 def _labels(t:pa.Table) -> list[set]:
     return [{a['label'] for a in anns or [] if a['label'] is not None} for anns in t['annotations'].to_pylist()]
 
-def aligned(truth:pa.Table, predictions:pa.Table, problem:Problem) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # (N, C) bool, (N, C) bool, (N, C) float64
+def aligned(
+    truth: pa.Table, predictions: pa.Table, problem: Problem
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # (N, C) bool, (N, C) bool, (N, C) float64
     "What is true, what was said, and the probabilities, as matrices in the order of `truth`."
     at = {i: k for k, i in enumerate(predictions['id'].to_pylist())}
     if missing := [i for i in truth['id'].to_pylist() if i not in at]:
-        raise BadInput(f'{len(missing)} items have no prediction: {", ".join(missing[:3])}', 'a prediction for every item of the split', 'predict them, or evaluate another split')
+        raise BadInput(
+            f'{len(missing)} items have no prediction: {", ".join(missing[:3])}',
+            'a prediction for every item of the split',
+            'predict them, or evaluate another split',
+        )
     p = predictions.take([at[i] for i in truth['id'].to_pylist()])
     if unknown := {l for s in _labels(truth) + _labels(p) for l in s} - set(problem.classes):
-        raise BadInput(f'labels that are no class of {problem.name}: {sorted(unknown)}', f'one of: {", ".join(problem.classes)}', 'map them before evaluating')
-    matrix = lambda t: np.array([[c in s for c in problem.classes] for s in _labels(t)], bool).reshape(-1, len(problem.classes))
+        raise BadInput(
+            f'labels that are no class of {problem.name}: {sorted(unknown)}',
+            f'one of: {", ".join(problem.classes)}',
+            'map them before evaluating',
+        )
+    matrix = lambda t: np.array([[c in s for c in problem.classes] for s in _labels(t)], bool).reshape(
+        -1, len(problem.classes)
+    )
     said, probs = matrix(p), p['probs'].to_pylist()
     for name, m in (('truth', matrix(truth)), ('prediction', said)):
         if not problem.multilabel and (m.sum(1) != 1).any():
             bad = truth['id'].filter(pa.array(m.sum(1) != 1))[:3].to_pylist()
-            raise BadInput(f'items whose {name} is not exactly one label: {", ".join(bad)}', 'one label', 'label them, or set multilabel: true')
+            raise BadInput(
+                f'items whose {name} is not exactly one label: {", ".join(bad)}',
+                'one label',
+                'label them, or set multilabel: true',
+            )
     if any(v is None or len(v) != len(problem.classes) for v in probs):   # somebody's labels without probabilities
         probs = [[scores.get(c, 0.) for c in problem.classes] for anns in p['annotations'].to_pylist()
                  for scores in [{a['label']: 1. if a['score'] is None else a['score'] for a in anns or []}]]
@@ -105,9 +148,17 @@ def count_metrics(true:np.ndarray, said:np.ndarray, # (N, C) bool
         tp, n_said, n_true = w @ tp1, w @ said1, w @ true1     # (B, C)
         p, r, f = _ratio(tp, n_said), _ratio(tp, n_true), _ratio(2*tp, n_said + n_true)
         seen = (n_said + n_true) > 0
-        return dict(macro_f1=_mean_where(f, seen), micro_f1=_ratio(2*tp.sum(1), (n_said + n_true).sum(1)),
-                    weighted_f1=_ratio((f*n_true).sum(1), n_true.sum(1)), macro_precision=_mean_where(p, seen), macro_recall=_mean_where(r, seen),
-                    balanced_accuracy=_mean_where(r, n_true > 0), precision=p, recall=r, f1=f)
+        return dict(
+            macro_f1=_mean_where(f, seen),
+            micro_f1=_ratio(2 * tp.sum(1), (n_said + n_true).sum(1)),
+            weighted_f1=_ratio((f * n_true).sum(1), n_true.sum(1)),
+            macro_precision=_mean_where(p, seen),
+            macro_recall=_mean_where(r, seen),
+            balanced_accuracy=_mean_where(r, n_true > 0),
+            precision=p,
+            recall=r,
+            f1=f,
+        )
     return at
 
 # %% ../../nbs/21_tasks.classification.ipynb #fee6c9cf
@@ -127,7 +178,11 @@ def ranking_metrics(true:np.ndarray, probs:np.ndarray):
                 ap[:, c] = np.where(P[:, 0] > 0, (step*_ratio(tp, n)).sum(1)/P[:, 0], np.nan)
                 auc[:, c] = ((np.diff(fp, axis=1, prepend=0)*(tp - step/2)).sum(1)/(P*N)[:, 0])
         ok = np.isfinite(auc)
-        return dict(roc_auc=_mean_where(np.nan_to_num(auc), ok), average_precision=_mean_where(np.nan_to_num(ap), np.isfinite(ap)))
+        return dict(
+            roc_auc=_mean_where(np.nan_to_num(auc), ok),
+            average_precision=_mean_where(np.nan_to_num(ap), np.isfinite(ap)),
+        )
+
     return at
 
 # %% ../../nbs/21_tasks.classification.ipynb #a5b00c34
@@ -151,15 +206,34 @@ def confidence_metrics(true:np.ndarray, said:np.ndarray, probs:np.ndarray, multi
                           ece=_ratio(np.abs(w @ per_bin).sum(1), w.sum(1)*per))
 
 # %% ../../nbs/21_tasks.classification.ipynb #ab930d9e
-METRICS = dict(accuracy=True, balanced_accuracy=True, macro_f1=True, micro_f1=True, weighted_f1=True, macro_precision=True,
-               macro_recall=True, top3_accuracy=True, roc_auc=True, average_precision=True, log_loss=False, brier=False, ece=False)
+METRICS = dict(
+    accuracy=True,
+    balanced_accuracy=True,
+    macro_f1=True,
+    micro_f1=True,
+    weighted_f1=True,
+    macro_precision=True,
+    macro_recall=True,
+    top3_accuracy=True,
+    roc_auc=True,
+    average_precision=True,
+    log_loss=False,
+    brier=False,
+    ece=False,
+)
+
 
 def score(truth:pa.Table, predictions:pa.Table, problem:Problem):
     "A function from item weights (B, N) to {metric: (B,)}; per-class figures have the shape (B, C)."
     true, said, probs = aligned(truth, predictions, problem)
     right = (true == said).all(1).astype(float)   # multi-label: the exact set
     top3 = (true & (np.argsort(np.argsort(-probs, 1, kind='stable'), 1) < 3)).any(1).astype(float)
-    parts = [count_metrics(true, said), ranking_metrics(true, probs), confidence_metrics(true, said, probs, problem.multilabel)]
+    parts = [
+        count_metrics(true, said),
+        ranking_metrics(true, probs),
+        confidence_metrics(true, said, probs, problem.multilabel),
+    ]
+
     def at(w:np.ndarray) -> dict[str, np.ndarray]:
         out = dict(accuracy=_ratio(w @ right, w.sum(1)))
         if true.shape[1] > 3 and not problem.multilabel: out['top3_accuracy'] = _ratio(w @ top3, w.sum(1))
@@ -168,11 +242,18 @@ def score(truth:pa.Table, predictions:pa.Table, problem:Problem):
     return at
 
 # %% ../../nbs/21_tasks.classification.ipynb #7ddfa0b9
-TAXONOMY = dict(confident='wrong, with a confidence of at least 0.9: a label error, or something the model never saw',
-                confused='wrong, with the truth second: two classes that look alike', lost='wrong, with the truth further down',
-                missed='multi-label: a class that is there was not said', invented='multi-label: a class that is not there was said')
+TAXONOMY = dict(
+    confident='wrong, with a confidence of at least 0.9: a label error, or something the model never saw',
+    confused='wrong, with the truth second: two classes that look alike',
+    lost='wrong, with the truth further down',
+    missed='multi-label: a class that is there was not said',
+    invented='multi-label: a class that is not there was said',
+)
 
-def mistakes(truth:pa.Table, predictions:pa.Table, problem:Problem) -> pd.DataFrame: # id, kind, what, severity; worst first
+
+def mistakes(
+    truth: pa.Table, predictions: pa.Table, problem: Problem
+) -> pd.DataFrame:  # id, kind, what, severity; worst first
     "Every wrong answer, its kind, and how sure the model was of it."
     true, said, probs = aligned(truth, predictions, problem)
     rows, C = [], problem.classes
@@ -182,16 +263,25 @@ def mistakes(truth:pa.Table, predictions:pa.Table, problem:Problem) -> pd.DataFr
             t = int(true[i].argmax()); second = int(np.argsort(-probs[i], kind='stable')[1]) if len(C) > 1 else t
             kind = 'confident' if probs[i, c] >= .9 else 'confused' if second == t else 'lost'
             rows.append((item, kind, f'{C[t]} → {C[c]}', probs[i, c] - probs[i, t]))
-        if problem.multilabel: rows += [(item, 'missed', f'{C[c]}', 1 - probs[i, c]) for c in np.flatnonzero(true[i] & ~said[i])]
-    return pd.DataFrame(rows, columns=['id', 'kind', 'what', 'severity']).sort_values('severity', ascending=False, ignore_index=True)
+        if problem.multilabel:
+            rows += [(item, 'missed', f'{C[c]}', 1 - probs[i, c]) for c in np.flatnonzero(true[i] & ~said[i])]
+    return pd.DataFrame(rows, columns=['id', 'kind', 'what', 'severity']).sort_values(
+        'severity', ascending=False, ignore_index=True
+    )
 
 # %% ../../nbs/21_tasks.classification.ipynb #154aeda3
 def draw(image:np.ndarray, annotations:list) -> np.ndarray:
     "The image with its labels on a strip below it."
-    im = Image.fromarray(image); s = max(1, round(96/im.height)); im = im.resize((im.width*s, im.height*s), Image.Resampling.NEAREST)
+    im = Image.fromarray(image)
+    s = max(1, round(96 / im.height))
+    im = im.resize((im.width * s, im.height * s), Image.Resampling.NEAREST)
     said = [a if isinstance(a, dict) else a.said() for a in annotations]
-    text = ', '.join(f'{a["label"]}' + (f' {a["score"]:.2f}' if a.get('score') is not None else '') for a in said) or 'nothing'
-    page = Image.new('RGB', (max(im.width, 8*len(text)), im.height + 16), 'white'); page.paste(im, ((page.width - im.width)//2, 0))
+    text = (
+        ', '.join(f'{a["label"]}' + (f' {a["score"]:.2f}' if a.get('score') is not None else '') for a in said)
+        or 'nothing'
+    )
+    page = Image.new('RGB', (max(im.width, 8 * len(text)), im.height + 16), 'white')
+    page.paste(im, ((page.width - im.width) // 2, 0))
     ImageDraw.Draw(page).text((page.width/2, im.height + 2), text, fill='black', anchor='ma')
     return np.asarray(page)
 
@@ -203,6 +293,17 @@ def example(folder:str|Path) -> Dataset:
         label = list(pattern)[i % 3]
         px = 128 + 100*np.sign(np.sin(pattern[label]*np.pi/2 + rng.uniform(0, 6))) + rng.normal(0, 12, (16, 16))
         path = folder/f'{label}-{i:02}.png'; Image.fromarray(px.clip(0, 255).astype(np.uint8)).save(path)
-        rows.append(dict(id=path.stem, uri=path.name, sha256=digest(path.read_bytes()), width=16, height=16, group=f'stripe {i}',
-                         license='CC0-1.0', tags=dict(noise='low' if i % 2 else 'high'), annotations=[Annotation(label)]))
+        rows.append(
+            dict(
+                id=path.stem,
+                uri=path.name,
+                sha256=digest(path.read_bytes()),
+                width=16,
+                height=16,
+                group=f'stripe {i}',
+                license='CC0-1.0',
+                tags=dict(noise='low' if i % 2 else 'high'),
+                annotations=[Annotation(label)],
+            )
+        )
     return Dataset(assign_splits(make_table(rows), dict(train=.6, val=.2, test=.2)), 'stripes', folder, list(pattern))

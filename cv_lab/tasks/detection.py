@@ -13,7 +13,18 @@ from PIL import Image
 from ..core import Annotation, digest
 from ..data.manifest import Dataset, assign_splits, make_table
 from ..drawing import draw_annotations
-from ..objects import AT_HALF, DetectorConfig, matched, object_answers, object_curves, object_figures, object_mistakes, object_rows, operating_points, said_objects
+from cv_lab.objects import (
+    AT_HALF,
+    DetectorConfig,
+    matched,
+    object_answers,
+    object_curves,
+    object_figures,
+    object_mistakes,
+    object_rows,
+    operating_points,
+    said_objects,
+)
 from ..spec import Problem
 from ..task import Prediction
 from ..tide import KINDS
@@ -32,10 +43,13 @@ def network(cfg:Config, classes:list[str]): # (N, 3, H, W) uint8 -> logits (N, A
     from cv_lab.zoo import ZOO, ZooDetector
     inside = (cfg.candidates, cfg.overlap) if cfg.nms == 'inside' else None
     if cfg.network in ZOO: return ZooDetector(cfg.network, len(classes), cfg.pretrained, cfg.frozen, inside)
-    s = cfg.of_size(); body = pyramid(s['network'], cfg.strides, s['width'], cfg.pretrained, cfg.frozen, **s['network_args'])
+    s = cfg.of_size()
+    body = pyramid(s['network'], cfg.strides, s['width'], cfg.pretrained, cfg.frozen, **s['network_args'])
     return Detector(body, len(classes), s['depth'], inside)
 
-def targets(annotations:list[dict], cfg:Config, classes:list[str]) -> np.ndarray: # (max_objects, 5) float32: class, x1, y1, x2, y2; class -1: nothing, -2: crowd
+def targets(
+    annotations: list[dict], cfg: Config, classes: list[str]
+) -> np.ndarray:  # (max_objects, 5) float32: class, x1, y1, x2, y2; class -1: nothing, -2: crowd
     "The labelled boxes of one image, in pixels of the input."
     return object_rows(annotations, cfg.max_objects, classes)[0]
 
@@ -43,23 +57,54 @@ def loss(outputs:dict, targets, cfg:Config): # scalar tensor
     "Quality focal loss and generalised IoU."
     from cv_lab.detector import detection_loss
     from cv_lab.zoo import ZOO, ZOO_STRIDES
-    return detection_loss(outputs, targets, (cfg.image.height, cfg.image.width), ZOO_STRIDES if cfg.network in ZOO else cfg.strides, cfg.box_weight, cfg.top)
+
+    return detection_loss(
+        outputs,
+        targets,
+        (cfg.image.height, cfg.image.width),
+        ZOO_STRIDES if cfg.network in ZOO else cfg.strides,
+        cfg.box_weight,
+        cfg.top,
+    )
 
 # %% ../../nbs/22_tasks.detection.ipynb #ca991193
 def decode(outputs:dict, cfg:Config, classes:list[str], thresholds:dict) -> list[Prediction]:
     "Predictions from the network's outputs, in pixels of the input."
-    return [Prediction([Annotation(classes[c], bbox=b, score=float(s), accepted=bool(ok)) for c, b, s, ok in zip(label, box, score, accepted)])
-            for _, label, box, score, accepted in said_objects(outputs, cfg, classes, thresholds)]
+    return [
+        Prediction(
+            [
+                Annotation(classes[c], bbox=b, score=float(s), accepted=bool(ok))
+                for c, b, s, ok in zip(label, box, score, accepted)
+            ]
+        )
+        for _, label, box, score, accepted in said_objects(outputs, cfg, classes, thresholds)
+    ]
 
 # %% ../../nbs/22_tasks.detection.ipynb #f09c1c99
-METRICS = dict(map50_95=True, map50=True, map75=True, map_small=True, map_medium=True, map_large=True, ar1=True, ar10=True, ar100=True, precision=True, recall=True, f1=True, ece=False)
+METRICS = dict(
+    map50_95=True,
+    map50=True,
+    map75=True,
+    map_small=True,
+    map_medium=True,
+    map_large=True,
+    ar1=True,
+    ar10=True,
+    ar100=True,
+    precision=True,
+    recall=True,
+    f1=True,
+    ece=False,
+)
 TAXONOMY, GAIN = KINDS, 'AP50'
 
 def score(truth:pa.Table, predictions:pa.Table, problem:Problem):
     "A function from item weights (B, N) to {metric: (B,)}; per-class figures have the shape (B, C)."
     return object_figures(matched(truth, predictions, problem), len(problem.classes))
 
-def mistakes(truth:pa.Table, predictions:pa.Table, problem:Problem) -> pd.DataFrame: # id, kind, what, severity, gain, label, bbox, object; worst first
+def mistakes(
+    truth: pa.Table, predictions: pa.Table, problem: Problem
+) -> pd.DataFrame:  # id, kind, what, severity, gain, label, bbox, object; worst first
     "Every wrong box and every missed object."
     return object_mistakes(truth, predictions, problem)
 
@@ -83,13 +128,37 @@ def draw(image:np.ndarray, annotations:list) -> np.ndarray:
 
 def example(folder:str|Path) -> Dataset:
     "Forty-eight small scenes of discs, squares and crosses, some empty, some crowded."
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True); rng = np.random.default_rng(0); names, rows = ['disc', 'square', 'cross'], []; y, x = np.mgrid[:64, :96]
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    names, rows = ['disc', 'square', 'cross'], []
+    y, x = np.mgrid[:64, :96]
     for i in range(48):
-        px = np.full((64, 96, 3), rng.integers(20, 80), np.uint8) + rng.integers(0, 16, (64, 96, 1)).astype(np.uint8); said = []
+        px = np.full((64, 96, 3), rng.integers(20, 80), np.uint8) + rng.integers(0, 16, (64, 96, 1)).astype(np.uint8)
+        said = []
         for k in range(int(rng.integers(0, 4)) if i % 8 else 0):
-            r, c = int(rng.integers(6, 11)), int(rng.integers(3)); cx, cy = 16 + 32*k + int(rng.integers(-4, 5)), int(rng.integers(r + 1, 62 - r)); dx, dy = abs(x - cx), abs(y - cy)
-            m = dict(disc=dx**2 + dy**2 <= r*r, square=np.maximum(dx, dy) <= r, cross=(np.minimum(dx, dy) <= r//3) & (np.maximum(dx, dy) <= r))[names[c]]
-            px[m] = rng.integers(140, 255, 3); said.append(Annotation(names[c], bbox=(cx - r, cy - r, cx + r + 1, cy + r + 1)))
+            r, c = int(rng.integers(6, 11)), int(rng.integers(3))
+            cx, cy = 16 + 32 * k + int(rng.integers(-4, 5)), int(rng.integers(r + 1, 62 - r))
+            dx, dy = abs(x - cx), abs(y - cy)
+            m = dict(
+                disc=dx**2 + dy**2 <= r * r,
+                square=np.maximum(dx, dy) <= r,
+                cross=(np.minimum(dx, dy) <= r // 3) & (np.maximum(dx, dy) <= r),
+            )[names[c]]
+            px[m] = rng.integers(140, 255, 3)
+            said.append(Annotation(names[c], bbox=(cx - r, cy - r, cx + r + 1, cy + r + 1)))
         path = folder/f'scene-{i:02}.png'; Image.fromarray(px).save(path)
-        rows.append(dict(id=path.stem, uri=path.name, sha256=digest(path.read_bytes()), width=96, height=64, group=f'scene {i}', license='CC0-1.0', tags=dict(crowding='many' if len(said) > 1 else 'few'), annotations=said))
+        rows.append(
+            dict(
+                id=path.stem,
+                uri=path.name,
+                sha256=digest(path.read_bytes()),
+                width=96,
+                height=64,
+                group=f'scene {i}',
+                license='CC0-1.0',
+                tags=dict(crowding='many' if len(said) > 1 else 'few'),
+                annotations=said,
+            )
+        )
     return Dataset(assign_splits(make_table(rows), dict(train=.6, val=.2, test=.2)), 'shapes', folder, names)

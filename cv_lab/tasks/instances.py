@@ -16,7 +16,17 @@ from ..data.manifest import Dataset, assign_splits, make_table
 from ..drawing import draw_annotations
 from ..geometry import mask_box, rle_encode
 from ..labelmaps import region
-from ..objects import AT_HALF, DetectorConfig, matched, object_curves, object_figures, object_mistakes, object_rows, operating_points, said_objects
+from cv_lab.objects import (
+    AT_HALF,
+    DetectorConfig,
+    matched,
+    object_curves,
+    object_figures,
+    object_mistakes,
+    object_rows,
+    operating_points,
+    said_objects,
+)
 from ..spec import Problem
 from ..task import Prediction
 from ..tide import KINDS
@@ -33,21 +43,40 @@ class Config(DetectorConfig):
     margin: float = Field(.1, ge=0, le=1)        # a mask may leave its box by so much of its sides
 
 # %% ../../nbs/25_tasks.instances.ipynb #670d6d1c
-def network(cfg:Config, classes:list[str]): # (N, 3, H, W) uint8 -> logits (N, A, C), boxes (N, A, 4), coefficients (N, A, K), prototypes (N, K, h, w)
+def network(
+    cfg: Config, classes: list[str]
+):  # (N, 3, H, W) uint8 -> logits (N, A, C), boxes (N, A, 4), coefficients (N, A, K), prototypes (N, K, h, w)
     "An anchor-free detector with prototypes on a timm backbone."
     from cv_lab.prototypes import MaskDetector
     from cv_lab.pyramid import pyramid
-    s = cfg.of_size(); body = pyramid(s['network'], cfg.strides, s['width'], cfg.pretrained, cfg.frozen, fine=cfg.fine, **s['network_args'])
-    return MaskDetector(body, len(classes), s['depth'], (cfg.candidates, cfg.overlap) if cfg.nms == 'inside' else None, cfg.prototypes, cfg.mask_width)
 
-def targets(annotations:list[dict], cfg:Config, classes:list[str]) -> dict[str, np.ndarray]: # objects: (M, 5) of `object_rows`; masks: (M, h, w) uint8, covered share of a cell, 0 to 255; known: (M,) bool
+    s = cfg.of_size()
+    body = pyramid(
+        s['network'], cfg.strides, s['width'], cfg.pretrained, cfg.frozen, fine=cfg.fine, **s['network_args']
+    )
+    return MaskDetector(
+        body,
+        len(classes),
+        s['depth'],
+        (cfg.candidates, cfg.overlap) if cfg.nms == 'inside' else None,
+        cfg.prototypes,
+        cfg.mask_width,
+    )
+
+
+def targets(
+    annotations: list[dict], cfg: Config, classes: list[str]
+) -> dict[
+    str, np.ndarray
+]:  # objects: (M, 5) of `object_rows`; masks: (M, h, w) uint8, covered share of a cell, 0 to 255; known: (M,) bool
     "The labelled objects of one image, in pixels of the input."
     H, W, s = cfg.image.height, cfg.image.width, cfg.fine[0]; h, w = -(-H//s), -(-W//s); said = []
     for a in annotations or []:
         m = region(a, H, W) if a.get('label') is not None else None
         if m is not None and not a.get('bbox'): a = a | dict(bbox=mask_box(m))
         said.append(a | dict(pixels=m))
-    objects, rows = object_rows(said, cfg.max_objects, classes); masks, known = np.zeros((cfg.max_objects, h, w), np.uint8), np.zeros(cfg.max_objects, bool)
+    objects, rows = object_rows(said, cfg.max_objects, classes)
+    masks, known = np.zeros((cfg.max_objects, h, w), np.uint8), np.zeros(cfg.max_objects, bool)
     for i, a in enumerate(rows):
         if a['pixels'] is not None: masks[i], known[i] = _covered(a['pixels'], h, w, s), True
     return dict(objects=objects, masks=masks, known=known)
@@ -61,20 +90,30 @@ def loss(outputs:dict, targets:dict, cfg:Config): # scalar tensor
     from cv_lab.detector import answering, box_loss
     from cv_lab.prototypes import mask_loss
     found = answering(outputs, targets['objects'], (cfg.image.height, cfg.image.width), cfg.strides, cfg.top)
-    return box_loss(outputs, *found, cfg.box_weight) + cfg.mask_weight*mask_loss(outputs, targets['masks'], targets['known'], *found[:3], cfg.fine[0], cfg.margin)
+    return box_loss(outputs, *found, cfg.box_weight) + cfg.mask_weight * mask_loss(
+        outputs, targets['masks'], targets['known'], *found[:3], cfg.fine[0], cfg.margin
+    )
 
 # %% ../../nbs/25_tasks.instances.ipynb #160994e0
-def _enlarging(cells:int, pixels:int, stride:int) -> np.ndarray: # (pixels, cells) float32, for linear interpolation between the middles of cells
-    at = ((np.arange(pixels) + .5)/stride - .5).clip(0, cells - 1); low = np.floor(at).astype(int); high = np.minimum(low + 1, cells - 1); out = np.zeros((pixels, cells), np.float32)
+def _enlarging(
+    cells: int, pixels: int, stride: int
+) -> np.ndarray:  # (pixels, cells) float32, for linear interpolation between the middles of cells
+    at = ((np.arange(pixels) + 0.5) / stride - 0.5).clip(0, cells - 1)
+    low = np.floor(at).astype(int)
+    high = np.minimum(low + 1, cells - 1)
+    out = np.zeros((pixels, cells), np.float32)
     out[np.arange(pixels), low] += 1 - (at - low); out[np.arange(pixels), high] += at - low
     return out
 
 def object_masks(coefficients:np.ndarray, prototypes:np.ndarray, # (n, K); (K, h, w)
                  boxes:np.ndarray, cfg:Config) -> list[np.ndarray]: # (n, 4) xyxy; (H, W) bool each
     "The masks of one image's objects, in pixels of the input."
-    H, W = cfg.image.height, cfg.image.width; K, h, w = prototypes.shape; rows, cols = _enlarging(h, H, cfg.fine[0]), _enlarging(w, W, cfg.fine[0])
+    H, W = cfg.image.height, cfg.image.width
+    K, h, w = prototypes.shape
+    rows, cols = _enlarging(h, H, cfg.fine[0]), _enlarging(w, W, cfg.fine[0])
     z = (coefficients @ prototypes.reshape(K, -1)).reshape(-1, h, w); out = []
-    more = (boxes[:, 2:] - boxes[:, :2])*cfg.margin; edges = np.concatenate([boxes[:, :2] - more, boxes[:, 2:] + more], 1)
+    more = (boxes[:, 2:] - boxes[:, :2]) * cfg.margin
+    edges = np.concatenate([boxes[:, :2] - more, boxes[:, 2:] + more], 1)
     for mine, edge in zip(z, np.ceil(edges - .5)):                              # pixels whose middle is inside
         x1, y1, x2, y2 = edge.clip(0, [W, H, W, H]).astype(int); page = np.zeros((H, W), bool)
         page[y1:y2, x1:x2] = rows[y1:y2] @ mine @ cols[x1:x2].T > 0; out.append(page)
@@ -83,25 +122,55 @@ def object_masks(coefficients:np.ndarray, prototypes:np.ndarray, # (n, K); (K, h
 def decode(outputs:dict, cfg:Config, classes:list[str], thresholds:dict) -> list[Prediction]:
     "Predictions from the network's outputs, in pixels of the input."
     out = []
-    for found, mix, prototypes in zip(said_objects(outputs, cfg, classes, thresholds), outputs['coefficients'], outputs['prototypes']):
+    for found, mix, prototypes in zip(
+        said_objects(outputs, cfg, classes, thresholds), outputs['coefficients'], outputs['prototypes']
+    ):
         place, label, box, score, accepted = found; masks = object_masks(mix[place], prototypes, box, cfg)
-        out.append(Prediction([Annotation(classes[c], bbox=b, mask=rle_encode(m), score=float(s), accepted=bool(ok)) for c, b, m, s, ok in zip(label, box, masks, score, accepted) if m.any()]))
+        out.append(
+            Prediction(
+                [
+                    Annotation(classes[c], bbox=b, mask=rle_encode(m), score=float(s), accepted=bool(ok))
+                    for c, b, m, s, ok in zip(label, box, masks, score, accepted)
+                    if m.any()
+                ]
+            )
+        )
     return out
 
 # %% ../../nbs/25_tasks.instances.ipynb #a00b521e
-_BY_MASK = dict(map50_95=True, map50=True, map75=True, map_small=True, map_medium=True, map_large=True, ar1=True, ar10=True, ar100=True)
-METRICS = {f'mask_{k}': v for k, v in _BY_MASK.items()} | dict(map50_95=True, map50=True, precision=True, recall=True, f1=True, ece=False)
+_BY_MASK = dict(
+    map50_95=True,
+    map50=True,
+    map75=True,
+    map_small=True,
+    map_medium=True,
+    map_large=True,
+    ar1=True,
+    ar10=True,
+    ar100=True,
+)
+METRICS = {f'mask_{k}': v for k, v in _BY_MASK.items()} | dict(
+    map50_95=True, map50=True, precision=True, recall=True, f1=True, ece=False
+)
 TAXONOMY, GAIN = KINDS, 'mask AP50'
 
 def score(truth:pa.Table, predictions:pa.Table, problem:Problem):
     "A function from item weights (B, N) to {metric: (B,)}; per-class figures have the shape (B, C)."
-    masks, boxes = (object_figures(matched(truth, predictions, problem, masks=m), len(problem.classes)) for m in (True, False))
+    masks, boxes = (
+        object_figures(matched(truth, predictions, problem, masks=m), len(problem.classes)) for m in (True, False)
+    )
+
     def at(w:np.ndarray) -> dict[str, np.ndarray]:
         found, beside = masks(w), boxes(w)
-        return {f'mask_{k}' if k in _BY_MASK or k in ('ap', 'ap50') else k: v for k, v in found.items()} | {k: beside[k] for k in ('map50_95', 'map50')}
+        return {f'mask_{k}' if k in _BY_MASK or k in ('ap', 'ap50') else k: v for k, v in found.items()} | {
+            k: beside[k] for k in ('map50_95', 'map50')
+        }
+
     return at
 
-def mistakes(truth:pa.Table, predictions:pa.Table, problem:Problem) -> pd.DataFrame: # id, kind, what, severity, gain, label, bbox, object; worst first
+def mistakes(
+    truth: pa.Table, predictions: pa.Table, problem: Problem
+) -> pd.DataFrame:  # id, kind, what, severity, gain, label, bbox, object; worst first
     "Every wrong object and every missed one."
     return object_mistakes(truth, predictions, problem, masks=True)
 
@@ -121,17 +190,54 @@ def draw(image:np.ndarray, annotations:list) -> np.ndarray:
 
 def example(folder:str|Path) -> Dataset:
     "Forty-eight small scenes of rings, squares and crosses, some in front of others, some empty; squares as polygons."
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True); rng = np.random.default_rng(0); names, rows = ['ring', 'square', 'cross'], []; y, x = np.mgrid[:64, :96]
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    names, rows = ['ring', 'square', 'cross'], []
+    y, x = np.mgrid[:64, :96]
     for i in range(48):
-        px = np.full((64, 96, 3), rng.integers(20, 80), np.uint8) + rng.integers(0, 16, (64, 96, 1)).astype(np.uint8); shapes = []
+        px = np.full((64, 96, 3), rng.integers(20, 80), np.uint8) + rng.integers(0, 16, (64, 96, 1)).astype(np.uint8)
+        shapes = []
         for k in range(int(rng.integers(1, 4)) if i % 8 else 0):
-            r, c = int(rng.integers(8, 13)), int(rng.integers(3)); cx, cy = 18 + 28*k + int(rng.integers(-4, 5)), int(rng.integers(r + 1, 62 - r)); dx, dy = abs(x - cx), abs(y - cy); d = dx**2 + dy**2
-            shapes.append((names[c], [(d <= r*r) & (d > (r - 4)**2), np.maximum(dx, dy) <= r, (np.minimum(dx, dy) <= r//4) & (np.maximum(dx, dy) <= r)][c])); px[shapes[-1][1]] = rng.integers(140, 255, 3)
+            r, c = int(rng.integers(8, 13)), int(rng.integers(3))
+            cx, cy = 18 + 28 * k + int(rng.integers(-4, 5)), int(rng.integers(r + 1, 62 - r))
+            dx, dy = abs(x - cx), abs(y - cy)
+            d = dx**2 + dy**2
+            shapes.append(
+                (
+                    names[c],
+                    [
+                        (d <= r * r) & (d > (r - 4) ** 2),
+                        np.maximum(dx, dy) <= r,
+                        (np.minimum(dx, dy) <= r // 4) & (np.maximum(dx, dy) <= r),
+                    ][c],
+                )
+            )
+            px[shapes[-1][1]] = rng.integers(140, 255, 3)
         path = folder/f'scene-{i:02}.png'; Image.fromarray(px).save(path)
-        seen = [(name, m & ~np.any([n for _, n in shapes[k+1:]], 0) if shapes[k+1:] else m) for k, (name, m) in enumerate(shapes)]      # a later one lies in front
-        rows.append(dict(id=path.stem, uri=path.name, sha256=digest(path.read_bytes()), width=96, height=64, group=f'scene {i}', license='CC0-1.0', tags=dict(crowding='many' if len(seen) > 1 else 'few'), annotations=[_labelled(*s) for s in seen]))
+        seen = [
+            (name, m & ~np.any([n for _, n in shapes[k + 1 :]], 0) if shapes[k + 1 :] else m)
+            for k, (name, m) in enumerate(shapes)
+        ]  # a later one lies in front
+        rows.append(
+            dict(
+                id=path.stem,
+                uri=path.name,
+                sha256=digest(path.read_bytes()),
+                width=96,
+                height=64,
+                group=f'scene {i}',
+                license='CC0-1.0',
+                tags=dict(crowding='many' if len(seen) > 1 else 'few'),
+                annotations=[_labelled(*s) for s in seen],
+            )
+        )
     return Dataset(assign_splits(make_table(rows), dict(train=.6, val=.2, test=.2)), 'shapes', folder, names)
 
 def _labelled(name:str, m:np.ndarray) -> Annotation: # a whole square as a polygon, all else as a mask
     x1, y1, x2, y2 = box = mask_box(m)
-    return Annotation(name, bbox=box, polygon=[[x1, y1, x2, y1, x2, y2, x1, y2]]) if name == 'square' and m.sum() == (x2 - x1)*(y2 - y1) else Annotation(name, bbox=box, mask=rle_encode(m))
+    return (
+        Annotation(name, bbox=box, polygon=[[x1, y1, x2, y1, x2, y2, x1, y2]])
+        if name == 'square' and m.sum() == (x2 - x1) * (y2 - y1)
+        else Annotation(name, bbox=box, mask=rle_encode(m))
+    )

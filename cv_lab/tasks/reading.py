@@ -34,48 +34,91 @@ class Config(Strict):
     frozen: bool = False                # train the pyramid and the heads alone
     width: int = Field(64, ge=8)        # channels of pyramid and heads
     image: Preprocess = Preprocess(96, 144)
-    augment: list[dict[str, dict]] = [{'RandomAffine': dict(degrees=4, translate=[.06, .06], scale=[.75, 1.15], shear=[-8, 8, -2, 2], interpolation='bilinear', fill=114)},
-                                      {'ColorJitter': dict(brightness=.3, contrast=.3, saturation=.3, hue=.05)}]
+    augment: list[dict[str, dict]] = [
+        {
+            'RandomAffine': dict(
+                degrees=4,
+                translate=[0.06, 0.06],
+                scale=[0.75, 1.15],
+                shear=[-8, 8, -2, 2],
+                interpolation='bilinear',
+                fill=114,
+            )
+        },
+        {'ColorJitter': dict(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.05)},
+    ]
     flat_start: float = Field(1., ge=0) # weight of evenly spaced characters while a line is not read
     line: float = Field(.5, gt=0, lt=1) # a place is in a line from this probability on
     beam: int = Field(1, ge=1)          # beginnings of a text that are kept in decoding; 1: the best path
     lexicon: list[str] = []             # the only texts there can be; none: any text
 
 # %% ../../nbs/24_tasks.reading.ipynb #1d5d8298
-def network(cfg:Config, classes:list[str]): # nn.Module: (N, 3, H, W) uint8 -> chars (N, 1 + C + 1, H/4, W/4), lines (N, 5, H/8, W/8)
+def network(
+    cfg: Config, classes: list[str]
+):  # nn.Module: (N, 3, H, W) uint8 -> chars (N, 1 + C + 1, H/4, W/4), lines (N, 5, H/8, W/8)
     "A reader on a timm backbone."
     from cv_lab.pyramid import pyramid
     from cv_lab.reader import Reader
-    to_codes('', classes)                # refuses an alphabet that is none
-    return Reader(pyramid(cfg.network, STRIDES, cfg.width, cfg.pretrained, cfg.frozen, up=False, **cfg.network_args), len(classes))
+    to_codes('', classes)  # refuses an alphabet that is none
+    return Reader(
+        pyramid(cfg.network, STRIDES, cfg.width, cfg.pretrained, cfg.frozen, up=False, **cfg.network_args), len(classes)
+    )
+
 
 def whole(annotations:list[Annotation], width:int, height:int) -> list[Annotation]:
     "A text without a box has that of the image."
-    return [Annotation(text=a.text, bbox=[0, 0, width, height]) if a.text and a.bbox is None else a for a in annotations]
+    return [
+        Annotation(text=a.text, bbox=[0, 0, width, height]) if a.text and a.bbox is None else a for a in annotations
+    ]
 
-def spans(line:dict, characters:list[dict]) -> np.ndarray: # (L, 2) from where to where, as shares of the line's width
+
+def spans(line:dict, characters:list[dict]) -> np.ndarray:  # (L, 2) from where to where, as shares of the line's width
     "The middle half of each character: of its own box where the characters inside the line spell it, else of an even share."
     (x1, y1, x2, y2), n = line['bbox'], len(line['text'])
-    inside = sorted((c['bbox'][0] + c['bbox'][2], c['label'], c['bbox']) for c in characters if x1 <= (c['bbox'][0] + c['bbox'][2])/2 <= x2 and y1 <= (c['bbox'][1] + c['bbox'][3])/2 <= y2)
-    own = ''.join(c[1] for c in inside) == line['text']; edges = [((b[0] - x1)/(x2 - x1), (b[2] - x1)/(x2 - x1)) for *_, b in inside] if own else [(i/n, (i + 1)/n) for i in range(n)]
+    inside = sorted(
+        (c['bbox'][0] + c['bbox'][2], c['label'], c['bbox'])
+        for c in characters
+        if x1 <= (c['bbox'][0] + c['bbox'][2]) / 2 <= x2 and y1 <= (c['bbox'][1] + c['bbox'][3]) / 2 <= y2
+    )
+    own = ''.join(c[1] for c in inside) == line['text']
+    edges = (
+        [((b[0] - x1) / (x2 - x1), (b[2] - x1) / (x2 - x1)) for *_, b in inside]
+        if own
+        else [(i / n, (i + 1) / n) for i in range(n)]
+    )
     return np.array([(.75*a + .25*b, .25*a + .75*b) for a, b in edges], np.float32)
 
-def targets(annotations:list[dict], cfg:Config, classes:list[str]) -> dict: # box (M, 4) float32; codes (M, L) int64, padded with 0; length (M,) int64, 0: not to be read; spans (M, L, 2) float32
+def targets(
+    annotations: list[dict], cfg: Config, classes: list[str]
+) -> dict:  # box (M, 4) float32; codes (M, L) int64, padded with 0; length (M,) int64, 0: not to be read; spans (M, L, 2) float32
     "The lines of one image, in pixels of the input."
-    placed = [a for a in annotations or [] if a.get('bbox')]; lines, characters = [a for a in placed if a.get('text')], [a for a in placed if a.get('label') in classes]
-    texts = [to_codes(a['text'], classes) if a.get('visible', 1.) >= .95 else [] for a in lines]; M, L = len(lines), max(map(len, texts), default=0)
+    placed = [a for a in annotations or [] if a.get('bbox')]
+    lines, characters = [a for a in placed if a.get('text')], [a for a in placed if a.get('label') in classes]
+    texts = [to_codes(a['text'], classes) if a.get('visible', 1.0) >= 0.95 else [] for a in lines]
+    M, L = len(lines), max(map(len, texts), default=0)
     codes, where = np.zeros((M, L), np.int64), np.zeros((M, L, 2), np.float32)
     for i, (a, t) in enumerate(zip(lines, texts)):
         if t: codes[i, :len(t)], where[i, :len(t)] = t, spans(a, characters)
-    return dict(box=np.array([a['bbox'] for a in lines], np.float32).reshape(-1, 4), codes=codes, length=np.array([len(t) for t in texts], np.int64), spans=where)
+    return dict(
+        box=np.array([a['bbox'] for a in lines], np.float32).reshape(-1, 4),
+        codes=codes,
+        length=np.array([len(t) for t in texts], np.int64),
+        spans=where,
+    )
+
 
 def collate(targets:list[dict]) -> dict: # `reader_loss` says which
     "The lines of a batch, and which image each is in."
     import torch
     from torch.nn.functional import pad
     most = max(t['codes'].shape[1] for t in targets); room = [most - t['codes'].shape[1] for t in targets]
-    return dict(image=torch.cat([torch.full((len(t['box']),), i) for i, t in enumerate(targets)]), **{k: torch.cat([t[k] for t in targets]) for k in ('box', 'length')},
-                codes=torch.cat([pad(t['codes'], (0, r)) for t, r in zip(targets, room)]), spans=torch.cat([pad(t['spans'], (0, 0, 0, r)) for t, r in zip(targets, room)]))
+    return dict(
+        image=torch.cat([torch.full((len(t['box']),), i) for i, t in enumerate(targets)]),
+        **{k: torch.cat([t[k] for t in targets]) for k in ('box', 'length')},
+        codes=torch.cat([pad(t['codes'], (0, r)) for t, r in zip(targets, room)]),
+        spans=torch.cat([pad(t['spans'], (0, 0, 0, r)) for t, r in zip(targets, room)]),
+    )
+
 
 def loss(outputs:dict, targets, cfg:Config): # scalar tensor
     "Focal loss and IoU of the lines, CTC of their texts."
@@ -87,87 +130,173 @@ def decode(outputs:dict, cfg:Config, classes:list[str], thresholds:dict) -> list
     "Predictions from the network's outputs, in pixels of the input."
     out, page = [], np.array([cfg.image.width, cfg.image.height]*2, float)
     for chars, lines in zip(outputs['chars'], outputs['lines']):
-        boxes, found = merged_lines(1/(1 + np.exp(-lines[0].astype(np.float64))), lines[1:], STRIDES[1], thresholds.get('threshold', cfg.line)); said = []
+        boxes, found = merged_lines(
+            1 / (1 + np.exp(-lines[0].astype(np.float64))), lines[1:], STRIDES[1], thresholds.get('threshold', cfg.line)
+        )
+        said = []
         for box, sure, logits in zip(boxes, found, line_logits(chars, boxes, STRIDES[0])):
             text, p = read_line(logits, classes, cfg.beam, cfg.lexicon); box = box.clip(0, page)
-            if text and (box[2:] > box[:2]).all(): said.append(Annotation(text=text, bbox=box, score=float(sure*p), accepted=bool(sure*p >= thresholds.get('line_score', 0.))))
-        out.append(Prediction(said, accepted=all(a.score >= thresholds.get('min_confidence', 0.) for a in said if a.accepted)))
+            if text and (box[2:] > box[:2]).all():
+                said.append(
+                    Annotation(
+                        text=text,
+                        bbox=box,
+                        score=float(sure * p),
+                        accepted=bool(sure * p >= thresholds.get('line_score', 0.0)),
+                    )
+                )
+        out.append(
+            Prediction(said, accepted=all(a.score >= thresholds.get('min_confidence', 0.0) for a in said if a.accepted))
+        )
     return out
 
 # %% ../../nbs/24_tasks.reading.ipynb #946dfcb9
 METRICS = TEXT_METRICS | dict(line_recall=True, line_precision=True, line_f1=True)
 
-def _lines(t:pa.Table) -> list[list[dict]]: # of each item
-    return [[a for a in anns or [] if a['text'] and a['accepted'] is not False] for anns in t['annotations'].to_pylist()]
+def _lines(t:pa.Table) -> list[list[dict]]:  # of each item
+    return [
+        [a for a in anns or [] if a['text'] and a['accepted'] is not False] for anns in t['annotations'].to_pylist()
+    ]
 
-def aligned(truth:pa.Table, predictions:pa.Table) -> list[tuple[list[dict], list[dict]]]: # true lines, said lines; in the order of `truth`
+
+def aligned(
+    truth: pa.Table, predictions: pa.Table
+) -> list[tuple[list[dict], list[dict]]]:  # true lines, said lines; in the order of `truth`
     "What is written and what was read, item by item."
     said = dict(zip(predictions['id'].to_pylist(), _lines(predictions)))
     if missing := [i for i in truth['id'].to_pylist() if i not in said]:
-        raise BadInput(f'{len(missing)} items have no prediction: {", ".join(missing[:3])}', 'a prediction for every item of the split', 'predict them, or evaluate another split')
+        raise BadInput(
+            f'{len(missing)} items have no prediction: {", ".join(missing[:3])}',
+            'a prediction for every item of the split',
+            'predict them, or evaluate another split',
+        )
     return [(t, said[i]) for i, t in zip(truth['id'].to_pylist(), _lines(truth))]
 
-def matched(true:list[dict], said:list[dict], overlap:float=.5) -> list[tuple[int, int]]: # indices of true and said lines that are one
+def matched(
+    true: list[dict], said: list[dict], overlap: float = 0.5
+) -> list[tuple[int, int]]:  # indices of true and said lines that are one
     "Which line was found by which, best overlap first; without boxes in both, the order decides."
     if not true or not said: return []
     if any(a['bbox'] is None for a in true + said): return [(i, i) for i in range(min(len(true), len(said)))]
     iou = box_iou([a['bbox'] for a in true], [a['bbox'] for a in said]); out = []
-    while iou.max() >= overlap: i, j = np.unravel_index(iou.argmax(), iou.shape); out.append((int(i), int(j))); iou[i], iou[:, j] = -1, -1
+    while iou.max() >= overlap:
+        i, j = np.unravel_index(iou.argmax(), iou.shape)
+        out.append((int(i), int(j)))
+        iou[i], iou[:, j] = -1, -1
     return out
 
 def score(truth:pa.Table, predictions:pa.Table, problem:Problem):
     "A function from item weights (B, N) to {metric: (B,)}."
     both = aligned(truth, predictions); texts = text_metrics([(page_text(t), page_text(s)) for t, s in both])
-    count = lambda t, s: (lambda m: (len(t), len(s), len(m), sum(t[i]['text'] == s[j]['text'] for i, j in m)))(matched(t, s))
+    count = lambda t, s: (lambda m: (len(t), len(s), len(m), sum(t[i]['text'] == s[j]['text'] for i, j in m)))(
+        matched(t, s)
+    )
     counts = np.array([count(t, s) for t, s in both], float).reshape(-1, 4)
     def at(w:np.ndarray) -> dict[str, np.ndarray]:
-        there, told, found, read = (w @ counts).T; ratio = lambda a, b: np.divide(a, b, out=np.ones(len(a)), where=b > 0)
-        return texts(w) | dict(line_recall=ratio(found, there), line_precision=ratio(found, told), line_f1=ratio(2*read, there + told))
+        there, told, found, read = (w @ counts).T
+        ratio = lambda a, b: np.divide(a, b, out=np.ones(len(a)), where=b > 0)
+        return texts(w) | dict(
+            line_recall=ratio(found, there), line_precision=ratio(found, told), line_f1=ratio(2 * read, there + told)
+        )
+
     return at
 
 # %% ../../nbs/24_tasks.reading.ipynb #78c0e7f3
-TAXONOMY = EDITS | {'missed line': 'there is text, and no line was found there', 'invented line': 'a line was said where there is none, or the same line twice'}
+TAXONOMY = EDITS | {
+    'missed line': 'there is text, and no line was found there',
+    'invented line': 'a line was said where there is none, or the same line twice',
+}
 
-def mistakes(truth:pa.Table, predictions:pa.Table, problem:Problem) -> pd.DataFrame: # id, kind, what, severity, true, said, bbox; worst first
+
+def mistakes(
+    truth: pa.Table, predictions: pa.Table, problem: Problem
+) -> pd.DataFrame:  # id, kind, what, severity, true, said, bbox; worst first
     "Every wrong character, and every missed or invented line."
     rows = []
     for item, (true, said) in zip(truth['id'].to_pylist(), aligned(truth, predictions)):
         pairs = matched(true, said); sure = lambda a: 1. if a['score'] is None else float(a['score'])
         for i, j in pairs:
             t, s = true[i], said[j]
-            rows += [(item, kind, f'{a or "nothing"} → {b or "nothing"}', sure(s), t['text'], s['text'], s['bbox'] or t['bbox']) for kind, a, b in edits(t['text'], s['text'])]
-        rows += [(item, 'missed line', f'“{a["text"]}” missed', 1., a['text'], '', a['bbox']) for i, a in enumerate(true) if i not in {p[0] for p in pairs}]
-        rows += [(item, 'invented line', f'“{a["text"]}” invented', sure(a), '', a['text'], a['bbox']) for j, a in enumerate(said) if j not in {p[1] for p in pairs}]
-    return pd.DataFrame(rows, columns=['id', 'kind', 'what', 'severity', 'true', 'said', 'bbox']).sort_values('severity', ascending=False, kind='stable', ignore_index=True)
+            rows += [
+                (
+                    item,
+                    kind,
+                    f'{a or "nothing"} → {b or "nothing"}',
+                    sure(s),
+                    t['text'],
+                    s['text'],
+                    s['bbox'] or t['bbox'],
+                )
+                for kind, a, b in edits(t['text'], s['text'])
+            ]
+        rows += [
+            (item, 'missed line', f'“{a["text"]}” missed', 1.0, a['text'], '', a['bbox'])
+            for i, a in enumerate(true)
+            if i not in {p[0] for p in pairs}
+        ]
+        rows += [
+            (item, 'invented line', f'“{a["text"]}” invented', sure(a), '', a['text'], a['bbox'])
+            for j, a in enumerate(said)
+            if j not in {p[1] for p in pairs}
+        ]
+    return pd.DataFrame(rows, columns=['id', 'kind', 'what', 'severity', 'true', 'said', 'bbox']).sort_values(
+        'severity', ascending=False, kind='stable', ignore_index=True
+    )
 
 # %% ../../nbs/24_tasks.reading.ipynb #d3eb297c
 def line_score(truth:pa.Table, predictions:pa.Table, cuts:int=40) -> float:
     "The score from which a line is said: that with the fewest edits."
-    both = [(page_text(t), s) for t, s in aligned(truth, predictions)]; low = np.unique([a['score'] or 0. for _, s in both for a in s if (a['score'] or 0.) < .5])
-    tried = np.r_[0., np.unique(np.quantile((low[1:] + low[:-1])/2, np.linspace(0, 1, cuts)))] if len(low) > 1 else np.zeros(1)
-    cost = lambda cut: text_counts([(t, page_text([a for a in s if (a['score'] or 0.) >= cut])) for t, s in both])[:, 0].sum()
+    both = [(page_text(t), s) for t, s in aligned(truth, predictions)]
+    low = np.unique([a['score'] or 0.0 for _, s in both for a in s if (a['score'] or 0.0) < 0.5])
+    tried = (
+        np.r_[0.0, np.unique(np.quantile((low[1:] + low[:-1]) / 2, np.linspace(0, 1, cuts)))]
+        if len(low) > 1
+        else np.zeros(1)
+    )
+    cost = lambda cut: text_counts([(t, page_text([a for a in s if (a['score'] or 0.0) >= cut])) for t, s in both])[
+        :, 0
+    ].sum()
     return float(tried[np.argmin([cost(c) for c in tried])])
 
-def calibrate(truth:pa.Table, predictions:pa.Table, problem:Problem) -> dict: # threshold, line_score, min_confidence, ...
+def calibrate(
+    truth: pa.Table, predictions: pa.Table, problem: Problem
+) -> dict:  # threshold, line_score, min_confidence, ...
     "The least score of a line, and the least confidence that reaches the target precision, on held-out items."
     least_line = line_score(truth, predictions); keep = lambda s: [a for a in s if (a['score'] or 0.) >= least_line]
-    both = [(t, keep(s)) for t, s in aligned(truth, predictions)]; right = np.array([page_text(t) == page_text(s) for t, s in both]); goal, least = problem.decision.target_precision, 0.
+    both = [(t, keep(s)) for t, s in aligned(truth, predictions)]
+    right = np.array([page_text(t) == page_text(s) for t, s in both])
+    goal, least = problem.decision.target_precision, 0.0
     sure = np.array([min((a['score'] or 0. for a in s), default=1.) for _, s in both])
     if goal and len(both):
-        order = np.argsort(-sure, kind='stable'); p = np.r_[sure[order], 0.]; last = p[1:] < p[:-1]; ok = last & (np.cumsum(right[order])/np.arange(1, len(p)) >= goal)
-        k = np.flatnonzero(ok).max(initial=-1); least = 1. if k < 0 else float((p[k] + p[k + 1])/2) if k + 1 < len(sure) else 0.
-    return dict(threshold=problem.decision.threshold, line_score=least_line, min_confidence=least, target_precision=goal, fitted_on=len(both))
+        order = np.argsort(-sure, kind='stable')
+        p = np.r_[sure[order], 0.0]
+        last = p[1:] < p[:-1]
+        ok = last & (np.cumsum(right[order]) / np.arange(1, len(p)) >= goal)
+        k = np.flatnonzero(ok).max(initial=-1)
+        least = 1.0 if k < 0 else float((p[k] + p[k + 1]) / 2) if k + 1 < len(sure) else 0.0
+    return dict(
+        threshold=problem.decision.threshold,
+        line_score=least_line,
+        min_confidence=least,
+        target_precision=goal,
+        fitted_on=len(both),
+    )
 
 # %% ../../nbs/24_tasks.reading.ipynb #a9cb606d
 def draw(image:np.ndarray, annotations:list) -> np.ndarray:
     "The image with a box around every line and its text beside it."
-    im = Image.fromarray(image); s = max(1, round(256/max(im.size))); im = im.resize((im.width*s, im.height*s), Image.Resampling.BILINEAR); d = ImageDraw.Draw(im)
+    im = Image.fromarray(image)
+    s = max(1, round(256 / max(im.size)))
+    im = im.resize((im.width * s, im.height * s), Image.Resampling.BILINEAR)
+    d = ImageDraw.Draw(im)
     said = [a if isinstance(a, dict) else a.said() for a in annotations]; free = []
     for a in (a for a in said if a.get('text') and a.get('accepted') is not False):
         text = a['text'] + (f'  {a["score"]:.2f}' if a.get('score') is not None else '')
         if not a.get('bbox'): free.append(text); continue
         x1, y1, x2, y2 = np.array(a['bbox'])*s; d.rectangle((x1, y1, x2, y2), outline='#E69F00', width=2)
-        at = (max(0, min(x1, im.width - d.textlength(text) - 4)), y1 - 13 if y1 >= 13 else min(y2 + 1, im.height - 13)); d.rectangle((*at, at[0] + d.textlength(text) + 4, at[1] + 12), fill='#E69F00'); d.text((at[0] + 2, at[1]), text, fill='black')
+        at = (max(0, min(x1, im.width - d.textlength(text) - 4)), y1 - 13 if y1 >= 13 else min(y2 + 1, im.height - 13))
+        d.rectangle((*at, at[0] + d.textlength(text) + 4, at[1] + 12), fill='#E69F00')
+        d.text((at[0] + 2, at[1]), text, fill='black')
     page = Image.new('RGB', (im.width, im.height + 14*len(free)), 'white'); page.paste(im)
     for i, text in enumerate(free): ImageDraw.Draw(page).text((2, im.height + 14*i), text, fill='black')
     return np.asarray(page)
@@ -175,25 +304,67 @@ def draw(image:np.ndarray, annotations:list) -> np.ndarray:
 def figures(truth:pa.Table, predictions:pa.Table, problem:Problem) -> dict: # title -> matplotlib figure
     "Which characters are taken for which; edits by length of the line; how sure right and wrong answers are."
     import matplotlib.pyplot as plt
-    both = aligned(truth, predictions); pairs = [(t[i]['text'], s[j]['text']) for t, s in both for i, j in matched(t, s)]
-    table = confusable(pairs).head(15)[::-1]; a, ax = plt.subplots(figsize=(5, 1 + .26*max(len(table), 2))); name = lambda v: v or 'nothing'
-    ax.barh([f'{name(r.true)} → {name(r.said)}' for r in table.itertuples()], table['times'], color='#D55E00'); ax.set(xlabel='times, in lines that were found')
-    b, ax = plt.subplots(figsize=(5, 3)); lengths = sorted({len(t) for t, _ in pairs}); rate = [[len(edits(t, s))/len(t) for t, s in pairs if len(t) == n] for n in lengths]
-    ax.bar([f'{n}\n({len(r)})' for n, r in zip(lengths, rate)], [np.mean(r) for r in rate], color='#0072B2'); ax.set(xlabel='characters of the line (number of lines)', ylabel='edits per character')
-    c, ax = plt.subplots(figsize=(5, 3)); sure = np.array([min((l['score'] or 0 for l in s), default=1.) for _, s in both]); right = np.array([page_text(t) == page_text(s) for t, s in both], bool)
-    ax.hist([sure[right], sure[~right]], bins=20, range=(0, 1), stacked=True, label=['right', 'wrong'], color=['#0072B2', '#D55E00']); ax.set(xlabel='confidence of the least sure line', ylabel='images', yscale='symlog'); ax.legend()
+
+    both = aligned(truth, predictions)
+    pairs = [(t[i]['text'], s[j]['text']) for t, s in both for i, j in matched(t, s)]
+    table = confusable(pairs).head(15)[::-1]
+    a, ax = plt.subplots(figsize=(5, 1 + 0.26 * max(len(table), 2)))
+    name = lambda v: v or 'nothing'
+    ax.barh([f'{name(r.true)} → {name(r.said)}' for r in table.itertuples()], table['times'], color='#D55E00')
+    ax.set(xlabel='times, in lines that were found')
+    b, ax = plt.subplots(figsize=(5, 3))
+    lengths = sorted({len(t) for t, _ in pairs})
+    rate = [[len(edits(t, s)) / len(t) for t, s in pairs if len(t) == n] for n in lengths]
+    ax.bar([f'{n}\n({len(r)})' for n, r in zip(lengths, rate)], [np.mean(r) for r in rate], color='#0072B2')
+    ax.set(xlabel='characters of the line (number of lines)', ylabel='edits per character')
+    c, ax = plt.subplots(figsize=(5, 3))
+    sure = np.array([min((l['score'] or 0 for l in s), default=1.0) for _, s in both])
+    right = np.array([page_text(t) == page_text(s) for t, s in both], bool)
+    ax.hist(
+        [sure[right], sure[~right]],
+        bins=20,
+        range=(0, 1),
+        stacked=True,
+        label=['right', 'wrong'],
+        color=['#0072B2', '#D55E00'],
+    )
+    ax.set(xlabel='confidence of the least sure line', ylabel='images', yscale='symlog')
+    ax.legend()
     for f in (a, b, c): f.tight_layout()
     return {'Characters taken for others': a, 'Errors by length': b, 'How sure the answers are': c}
 
 def example(folder:str|Path) -> Dataset:
     "Sixty small notes in Pillow's own font: one or two lines of letters, in ink on paper."
     from PIL import ImageFont
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True); rng = np.random.default_rng(0); letters, rows = list('abcdehx'), []
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    letters, rows = list('abcdehx'), []
     for i in range(60):
-        lines, light = int(rng.integers(0 if i % 10 == 9 else 1, 1 if i % 10 == 9 else 3)), int(rng.integers(170, 240)); im = Image.new('RGB', (144, 96), (light, light, light - 12)); d = ImageDraw.Draw(im); said = []
+        lines, light = int(rng.integers(0 if i % 10 == 9 else 1, 1 if i % 10 == 9 else 3)), int(rng.integers(170, 240))
+        im = Image.new('RGB', (144, 96), (light, light, light - 12))
+        d = ImageDraw.Draw(im)
+        said = []
         for k in range(lines):
-            text = ''.join(rng.choice(letters, rng.integers(1, 5))); font = ImageFont.load_default(int(rng.integers(22, 30)))
-            at = (int(rng.integers(6, 50)), 6 + 44*k + int(rng.integers(0, 8))); d.text(at, text, fill=tuple(rng.integers(0, 90, 3).tolist()), font=font); said.append(Annotation(text=text, bbox=d.textbbox(at, text, font=font)))
-        path = folder/f'note-{i:02}.png'; Image.fromarray((np.asarray(im) + rng.normal(0, 6, (96, 144, 3))).clip(0, 255).astype(np.uint8)).save(path)
-        rows.append(dict(id=path.stem, uri=path.name, sha256=digest(path.read_bytes()), width=144, height=96, group=f'note {i}', license='CC0-1.0', tags=dict(lines=lines, paper='bright' if light > 205 else 'dull'), annotations=said))
+            text = ''.join(rng.choice(letters, rng.integers(1, 5)))
+            font = ImageFont.load_default(int(rng.integers(22, 30)))
+            at = (int(rng.integers(6, 50)), 6 + 44 * k + int(rng.integers(0, 8)))
+            d.text(at, text, fill=tuple(rng.integers(0, 90, 3).tolist()), font=font)
+            said.append(Annotation(text=text, bbox=d.textbbox(at, text, font=font)))
+        path = folder / f'note-{i:02}.png'
+        Image.fromarray((np.asarray(im) + rng.normal(0, 6, (96, 144, 3))).clip(0, 255).astype(np.uint8)).save(path)
+        rows.append(
+            dict(
+                id=path.stem,
+                uri=path.name,
+                sha256=digest(path.read_bytes()),
+                width=144,
+                height=96,
+                group=f'note {i}',
+                license='CC0-1.0',
+                tags=dict(lines=lines, paper='bright' if light > 205 else 'dull'),
+                annotations=said,
+            )
+        )
     return Dataset(assign_splits(make_table(rows), dict(train=.6, val=.2, test=.2)), 'notes', folder, letters)

@@ -35,8 +35,10 @@ class Config(Strict):
     width: int = Field(16, ge=1)              # of the decoder at the finest stride
     image: Preprocess = Preprocess(256, 320)
     augment: list[dict[str, dict]] = [{'RandomScale': dict(scale=[.7, 1.4])}, {'RandomHorizontalFlip': {}}]
-    class_weights: dict[str, float] = {}      # of the focal loss; 1 for classes not named; `background` may be named
-    focus: float = Field(2., ge=0)            # of the focal loss: how little a pixel counts that is right already; 0: cross-entropy
+    class_weights: dict[str, float] = {}  # of the focal loss; 1 for classes not named; `background` may be named
+    focus: float = Field(
+        2.0, ge=0
+    )  # of the focal loss: how little a pixel counts that is right already; 0: cross-entropy
     dice: float = Field(.5, ge=0)             # weight of the Dice loss beside it
     min_pixels: int = Field(0, ge=0)          # a class with fewer pixels of the input is not said
 
@@ -44,23 +46,49 @@ class Config(Strict):
 def network(cfg:Config, classes:list[str]): # (N, 3, H, W) uint8 -> {'logits': (N, C+1, H, W)}
     "A decoder on a timm backbone; the first output is the background."
     from cv_lab.decoders import pixel_network
-    return pixel_network(cfg.network, len(classes) + 1, cfg.decoder, cfg.strides, cfg.width, cfg.pretrained, cfg.frozen, **cfg.network_args)
 
-def targets(annotations:list[dict], cfg:Config, classes:list[str]) -> dict[str, np.ndarray]: # classes: (H, W) int16; weight: (C+1,) float32
+    return pixel_network(
+        cfg.network,
+        len(classes) + 1,
+        cfg.decoder,
+        cfg.strides,
+        cfg.width,
+        cfg.pretrained,
+        cfg.frozen,
+        **cfg.network_args,
+    )
+
+
+def targets(
+    annotations: list[dict], cfg: Config, classes: list[str]
+) -> dict[str, np.ndarray]:  # classes: (H, W) int16; weight: (C+1,) float32
     "The label map of one image, in pixels of the input, and the weight of each class."
     if unknown := set(cfg.class_weights) - {'background', *classes}:
-        raise BadInput(f'`class_weights` of what is no class: {sorted(unknown)}', f'background, {", ".join(classes)}', 'correct `class_weights`')
-    return dict(classes=label_map(annotations, cfg.image.height, cfg.image.width, classes), weight=np.array([cfg.class_weights.get(c, 1.) for c in ('background', *classes)], np.float32))
+        raise BadInput(
+            f'`class_weights` of what is no class: {sorted(unknown)}',
+            f'background, {", ".join(classes)}',
+            'correct `class_weights`',
+        )
+    return dict(
+        classes=label_map(annotations, cfg.image.height, cfg.image.width, classes),
+        weight=np.array([cfg.class_weights.get(c, 1.0) for c in ('background', *classes)], np.float32),
+    )
+
 
 def loss(outputs:dict, targets:dict, cfg:Config): # scalar tensor
     "Focal loss plus Dice, over the pixels that are not ignored."
     import torch
-    z, y, weight = outputs['logits'].float(), targets['classes'].long(), targets['weight'][0]; ok = y != IGNORE; y = y.clamp(min=0)
+
+    z, y, weight = outputs['logits'].float(), targets['classes'].long(), targets['weight'][0]
+    ok = y != IGNORE
+    y = y.clamp(min=0)
     lp = z.log_softmax(1); said = lp.gather(1, y[:, None])[:, 0]; p = said.exp(); w = weight[y]*ok
     total = -(w*(1 - p)**cfg.focus*said).sum()/torch.maximum((w*(y > 0)).sum(), .01*w.sum()).clamp(min=1e-6)
     if not cfg.dice: return total
     per_class = lambda v: z.new_zeros(z.shape[1]).index_add(0, y[ok], v[ok])
-    both, true = per_class(p), per_class(torch.ones_like(p)); size = torch.einsum('nchw,nhw->c', lp.exp(), ok.float()) + true; there = (true > 0)[1:]
+    both, true = per_class(p), per_class(torch.ones_like(p))
+    size = torch.einsum('nchw,nhw->c', lp.exp(), ok.float()) + true
+    there = (true > 0)[1:]
     return total + cfg.dice*((1 - (2*both + 1)/(size + 1))[1:]*there).sum()/there.sum().clamp(min=1)
 
 # %% ../../nbs/23_tasks.segmentation.ipynb #21f83188
@@ -71,12 +99,25 @@ def decode(outputs:dict, cfg:Config, classes:list[str], thresholds:dict) -> list
         best, said = z.argmax(0), []; pixels = np.bincount(best.ravel(), minlength=len(z))
         for i in np.flatnonzero(pixels[1:] >= max(1, cfg.min_pixels)):
             where = best == i + 1; v = z[:, where].astype(np.float64); p = float((1/np.exp(v - v[i + 1]).sum(0)).mean())
-            said.append(Annotation(classes[i], mask=rle_encode(where), score=min(p, 1.), accepted=p >= least.get(classes[i], 0.)))
+            said.append(
+                Annotation(
+                    classes[i], mask=rle_encode(where), score=min(p, 1.0), accepted=p >= least.get(classes[i], 0.0)
+                )
+            )
         out.append(Prediction(said))
     return out
 
 # %% ../../nbs/23_tasks.segmentation.ipynb #4c18fbec
-METRICS = dict(mean_iou=True, mean_dice=True, boundary_f1=True, pixel_accuracy=True, mean_recall=True, foreground_iou=True, panoptic_quality=True)
+METRICS = dict(
+    mean_iou=True,
+    mean_dice=True,
+    boundary_f1=True,
+    pixel_accuracy=True,
+    mean_recall=True,
+    foreground_iou=True,
+    panoptic_quality=True,
+)
+
 
 def score(truth:pa.Table, predictions:pa.Table, problem:Problem):
     "A function from item weights (B, N) to {metric: (B,)}; per-class figures have the shape (B, C)."
@@ -85,7 +126,9 @@ def score(truth:pa.Table, predictions:pa.Table, problem:Problem):
 # %% ../../nbs/23_tasks.segmentation.ipynb #55b35aa9
 TAXONOMY, GAIN, ROUGH = KINDS, 'mean IoU', .75
 
-def mistakes(truth:pa.Table, predictions:pa.Table, problem:Problem) -> pd.DataFrame: # id, kind, what, severity, gain, label, bbox; worst first
+def mistakes(
+    truth: pa.Table, predictions: pa.Table, problem: Problem
+) -> pd.DataFrame:  # id, kind, what, severity, gain, label, bbox; worst first
     "Regions that were missed, swapped or invented, and rough boundaries."
     C = problem.classes; c, r, gain = _explained(truth, predictions, problem); rows, edge = [], CODE['boundary'] - 1
     say = dict(missed='{} missed', swap='{} → {}', invented='{1} where there is nothing')
@@ -94,19 +137,28 @@ def mistakes(truth:pa.Table, predictions:pa.Table, problem:Problem) -> pd.DataFr
             t, p = (None if v is None else C[v - 1] for v in (g.true, g.said))
             rows.append((item, g.kind, say[g.kind].format(t, p), g.pixels, gain[g.kind], t or p, g.bbox))
         off = r.lost[i, edge] + r.taken[i, edge]; right = c.both[i]
-        for k in np.flatnonzero((off > 0) & (right < ROUGH*(right + off))): 
-            if k: rows.append((item, 'boundary', f'the boundary of {C[k - 1]}', int(off[k]), gain['boundary'], C[k - 1], None))
-    return pd.DataFrame(rows, columns=['id', 'kind', 'what', 'severity', 'gain', 'label', 'bbox']).sort_values('severity', ascending=False, kind='stable', ignore_index=True)
+        for k in np.flatnonzero((off > 0) & (right < ROUGH*(right + off))):
+            if k:
+                rows.append(
+                    (item, 'boundary', f'the boundary of {C[k - 1]}', int(off[k]), gain['boundary'], C[k - 1], None)
+                )
+    return pd.DataFrame(rows, columns=['id', 'kind', 'what', 'severity', 'gain', 'label', 'bbox']).sort_values(
+        'severity', ascending=False, kind='stable', ignore_index=True
+    )
 
-def _explained(truth, predictions, problem) -> tuple: # counts, reasons, gain of mean IoU per kind
-    pairs = lambda: map_pairs(truth, predictions, problem.classes); n = len(problem.classes); c, r = count(pairs(), n), reasons(pairs(), n)
+
+def _explained(truth, predictions, problem) -> tuple:  # counts, reasons, gain of mean IoU per kind
+    pairs = lambda: map_pairs(truth, predictions, problem.classes)
+    n = len(problem.classes)
+    c, r = count(pairs(), n), reasons(pairs(), n)
     iou = lambda v: float(segmentation_figures(v)(np.ones((1, len(truth))))['mean_iou'][0])
     return c, r, {k: iou(v) - iou(c) for k, v in mended(c, r).items()}
 
 # %% ../../nbs/23_tasks.segmentation.ipynb #ddb39c70
 def calibrate(truth:pa.Table, predictions:pa.Table, problem:Problem) -> dict: # scores: per class
     "The least score of each class, from predictions of held-out items."
-    c = count(map_pairs(truth, predictions, problem.classes), len(problem.classes)); least, goal = {}, problem.decision.target_precision
+    c = count(map_pairs(truth, predictions, problem.classes), len(problem.classes))
+    least, goal = {}, problem.decision.target_precision
     at = {i: k for k, i in enumerate(truth['id'].to_pylist())}; scores = np.full(c.both.shape, np.nan)
     for i, said in zip(predictions['id'].to_pylist(), predictions['annotations'].to_pylist()):
         for a in said if i in at else []: scores[at[i], 1 + problem.classes.index(a['label'])] = a['score']
@@ -131,29 +183,75 @@ def draw(image:np.ndarray, annotations:list) -> np.ndarray:
 
 def example(folder:str|Path) -> Dataset:
     "Forty-eight small scenes of discs, squares and crosses, some empty, as masks and as polygons."
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True); rng = np.random.default_rng(0); names, rows = ['disc', 'square', 'cross'], []; y, x = np.mgrid[:64, :96]
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    names, rows = ['disc', 'square', 'cross'], []
+    y, x = np.mgrid[:64, :96]
     for i in range(48):
-        px = np.full((64, 96, 3), rng.integers(20, 80), np.uint8) + rng.integers(0, 16, (64, 96, 1)).astype(np.uint8); said = []
+        px = np.full((64, 96, 3), rng.integers(20, 80), np.uint8) + rng.integers(0, 16, (64, 96, 1)).astype(np.uint8)
+        said = []
         for k in range(int(rng.integers(1, 4)) if i % 8 else 0):
-            r, c = int(rng.integers(7, 12)), int(rng.integers(3)); cx, cy = 16 + 32*k + int(rng.integers(-4, 5)), int(rng.integers(r + 1, 62 - r)); dx, dy = abs(x - cx), abs(y - cy)
-            m = dict(disc=dx**2 + dy**2 <= r*r, square=np.maximum(dx, dy) <= r, cross=(np.minimum(dx, dy) <= r//3) & (np.maximum(dx, dy) <= r))[names[c]]
+            r, c = int(rng.integers(7, 12)), int(rng.integers(3))
+            cx, cy = 16 + 32 * k + int(rng.integers(-4, 5)), int(rng.integers(r + 1, 62 - r))
+            dx, dy = abs(x - cx), abs(y - cy)
+            m = dict(
+                disc=dx**2 + dy**2 <= r * r,
+                square=np.maximum(dx, dy) <= r,
+                cross=(np.minimum(dx, dy) <= r // 3) & (np.maximum(dx, dy) <= r),
+            )[names[c]]
             px[m] = rng.integers(140, 255, 3); x1, y1, x2, y2 = mask_box(m)
-            said.append(Annotation(names[c], polygon=[[x1, y1, x2, y1, x2, y2, x1, y2]]) if names[c] == 'square' else Annotation(names[c], mask=rle_encode(m)))
+            said.append(
+                Annotation(names[c], polygon=[[x1, y1, x2, y1, x2, y2, x1, y2]])
+                if names[c] == 'square'
+                else Annotation(names[c], mask=rle_encode(m))
+            )
         path = folder/f'scene-{i:02}.png'; Image.fromarray(px).save(path)
-        rows.append(dict(id=path.stem, uri=path.name, sha256=digest(path.read_bytes()), width=96, height=64, group=f'scene {i}', license='CC0-1.0', tags=dict(objects=len(said)), annotations=said))
+        rows.append(
+            dict(
+                id=path.stem,
+                uri=path.name,
+                sha256=digest(path.read_bytes()),
+                width=96,
+                height=64,
+                group=f'scene {i}',
+                license='CC0-1.0',
+                tags=dict(objects=len(said)),
+                annotations=said,
+            )
+        )
     return Dataset(assign_splits(make_table(rows), dict(train=.6, val=.2, test=.2)), 'shapes', folder, names)
 
 # %% ../../nbs/23_tasks.segmentation.ipynb #e9b5442c
 def figures(truth:pa.Table, predictions:pa.Table, problem:Problem) -> dict: # title -> matplotlib figure
     "IoU per class, which pixels are taken for what, and what mending each kind of mistake would bring."
     import matplotlib.pyplot as plt
-    c, _, gain = _explained(truth, predictions, problem); f = segmentation_figures(c)(np.ones((1, len(truth)))); names = problem.classes; n = len(names)
-    bars, a = plt.subplots(figsize=(5, 1 + .28*n)); a.barh(names, f['iou'][0], color='#0072B2', label='IoU'); a.plot(f['boundary'][0], names, 'o', color='#D55E00', label='boundary F1')
+
+    c, _, gain = _explained(truth, predictions, problem)
+    f = segmentation_figures(c)(np.ones((1, len(truth))))
+    names = problem.classes
+    n = len(names)
+    bars, a = plt.subplots(figsize=(5, 1 + 0.28 * n))
+    a.barh(names, f['iou'][0], color='#0072B2', label='IoU')
+    a.plot(f['boundary'][0], names, 'o', color='#D55E00', label='boundary F1')
     a.set(xlim=(0, 1)); a.invert_yaxis(); a.legend(fontsize=8, loc='lower left')
-    share = c.confusion/np.maximum(c.confusion.sum(1, keepdims=True), 1); off = share*(1 - np.eye(n + 1)); both = ['background', *names]; size = min(10, 2.4 + .36*n)
-    grid, b = plt.subplots(figsize=(size, size*.9)); b.imshow(off, cmap='Oranges', vmax=max(.05, off.max())); b.set(xticks=range(n + 1), yticks=range(n + 1), xlabel='said', ylabel='true'); b.grid(False)
+    share = c.confusion / np.maximum(c.confusion.sum(1, keepdims=True), 1)
+    off = share * (1 - np.eye(n + 1))
+    both = ['background', *names]
+    size = min(10, 2.4 + 0.36 * n)
+    grid, b = plt.subplots(figsize=(size, size * 0.9))
+    b.imshow(off, cmap='Oranges', vmax=max(0.05, off.max()))
+    b.set(xticks=range(n + 1), yticks=range(n + 1), xlabel='said', ylabel='true')
+    b.grid(False)
     b.set_xticklabels(both, rotation=90); b.set_yticklabels(both)
-    for i, j in np.argwhere(share >= .005) if n <= 20 else []: b.text(j, i, f'{100*share[i, j]:.0f}', ha='center', va='center', fontsize=7)
-    kinds, d = plt.subplots(figsize=(5, 2)); d.barh(list(gain)[::-1], list(gain.values())[::-1], color='#D55E00'); d.set(xlabel='what the mean IoU would gain')
+    for i, j in np.argwhere(share >= 0.005) if n <= 20 else []:
+        b.text(j, i, f'{100 * share[i, j]:.0f}', ha='center', va='center', fontsize=7)
+    kinds, d = plt.subplots(figsize=(5, 2))
+    d.barh(list(gain)[::-1], list(gain.values())[::-1], color='#D55E00')
+    d.set(xlabel='what the mean IoU would gain')
     for fig in (bars, grid, kinds): fig.tight_layout()
-    return {'Overlap and boundary per class': bars, 'Of a hundred pixels of a class, how many are taken for which': grid, 'What mending each kind of mistake would bring': kinds}
+    return {
+        'Overlap and boundary per class': bars,
+        'Of a hundred pixels of a class, how many are taken for which': grid,
+        'What mending each kind of mistake would bring': kinds,
+    }

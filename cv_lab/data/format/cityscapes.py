@@ -33,20 +33,33 @@ def _read_file(source:Source, name:str) -> Found|None:
     near = [home, re.sub(r'(^|/)gt(Fine|Coarse)(?=/|$)', r'\1leftImg8bit', home)]
     image = source.locate(f'{stem}_leftImg8bit', near, suffix=False) or source.locate(stem, near, suffix=False)
     if image is None: return q.drop(f'{stem}_leftImg8bit', 'image is missing', name)
-    try: said = read_json(source.path(name), nan=True); size = (said.get('imgWidth') or 0, said.get('imgHeight') or 0); objects = list(said.get('objects') or [])
-    except (Refusal, AttributeError, TypeError) as e: return q.drop(image, 'annotation file cannot be read', str(e).splitlines()[0], part='file')
+    try:
+        said = read_json(source.path(name), nan=True)
+        size = (said.get('imgWidth') or 0, said.get('imgHeight') or 0)
+        objects = list(said.get('objects') or [])
+    except (Refusal, AttributeError, TypeError) as e:
+        return q.drop(image, 'annotation file cannot be read', str(e).splitlines()[0], part='file')
     anns = []
     for k, o in enumerate(objects):
-        try: anns += [_object(o)] if not o.get('deleted') else []
-        except (KeyError, TypeError, ValueError, AttributeError) as e: q.drop(image, 'annotation cannot be read', f'object {k}: {e!r}', part='annotation')
+        try:
+            anns += [_object(o)] if not o.get('deleted') else []
+        except (KeyError, TypeError, ValueError, AttributeError) as e:
+            q.drop(image, 'annotation cannot be read', f'object {k}: {e!r}', part='annotation')
     group = m[1] if (m := re.match(r'(.+_\d{6})_\d{6}$', stem)) else None
     return Found(image, anns, dict(split=split_in(home), group=group), size)
 
 def read(source:Source) -> Reading:
     files = [n for n in source.find('*_polygons.json') if _FILE.search(n)]
-    if not files: raise BadInput(f'no *_gtFine_polygons.json in {source.root.name}', 'gtFine/SPLIT/CITY/..._gtFine_polygons.json', 'name another format')
+    if not files:
+        raise BadInput(
+            f'no *_gtFine_polygons.json in {source.root.name}',
+            'gtFine/SPLIT/CITY/..._gtFine_polygons.json',
+            'name another format',
+        )
     items = [f for n in files if (f := _read_file(source, n)) is not None]
-    unlisted(source, [f.image for f in items], also=[n for n in source.images if re.search(r'_gt(Fine|Coarse)_\w+\.png$', n)])
+    unlisted(
+        source, [f.image for f in items], also=[n for n in source.images if re.search(r'_gt(Fine|Coarse)_\w+\.png$', n)]
+    )
     return Reading(items, total=len(items))
 
 # %% ../../../nbs/11l_data.format.cityscapes.ipynb #2518d643
@@ -61,6 +74,14 @@ def write(target:Target) -> None:
             if crowd and a.label not in COUNTED: target.lose('crowd'); crowd = False
             if a.polygon and len(a.polygon) > 1: target.lose('rings that belong together', len(a.polygon) - 1)
             for ring in a.polygon or [[x1, y1, x2, y1, x2, y2, x1, y2]]:
-                objects.append(dict(label=(a.label or 'object') + ('group' if crowd else ''), polygon=[list(p) for p in zip(ring[::2], ring[1::2])]))
+                objects.append(
+                    dict(
+                        label=(a.label or 'object') + ('group' if crowd else ''),
+                        polygon=[list(p) for p in zip(ring[::2], ring[1::2])],
+                    )
+                )
         target.image(r, f'leftImg8bit/{split}/{city}/{stem}_leftImg8bit.{r["uri"].rpartition(".")[2]}')
-        target.text(f'gtFine/{split}/{city}/{stem}_gtFine_polygons.json', json.dumps(dict(imgHeight=r['height'], imgWidth=r['width'], objects=objects), ensure_ascii=False, indent=1))
+        target.text(
+            f'gtFine/{split}/{city}/{stem}_gtFine_polygons.json',
+            json.dumps(dict(imgHeight=r['height'], imgWidth=r['width'], objects=objects), ensure_ascii=False, indent=1),
+        )

@@ -18,8 +18,20 @@ from ..outlines import mask_of
 from ...geometry import mask_box, rle_decode, rle_encode
 
 TITLE = 'COCO'
-KEEPS = ('box', 'polygon', 'mask', 'caption', 'text', 'track_id', 'score', 'attributes', *('split', 'group', 'license', 'captured_at', 'device', 'source', 'tags'))
-LOSES = 'Annotators; objects without a class become `object`; panoptic PNGs are not read; keypoints travel as attributes.'
+KEEPS = (
+    'box',
+    'polygon',
+    'mask',
+    'caption',
+    'text',
+    'track_id',
+    'score',
+    'attributes',
+    *('split', 'group', 'license', 'captured_at', 'device', 'source', 'tags'),
+)
+LOSES = (
+    'Annotators; objects without a class become `object`; panoptic PNGs are not read; keypoints travel as attributes.'
+)
 
 # %% ../../../nbs/11c_data.format.coco.ipynb #a0ca3b35
 def _ends(source:Source, name:str, n:int=1 << 16) -> str:
@@ -38,20 +50,37 @@ def recognise(source:Source) -> tuple[int, str]:
 def default_ids(names:list[str]) -> list[int]: # one per image
     "The ids a writer gives: the numbers that the files are named by, or else a count."
     stems = [n.rsplit('/', 1)[-1].rsplit('.', 1)[0] for n in names]
-    if all(s.isdecimal() and s.isascii() and len(s) < 16 for s in stems) and len({int(s) for s in stems}) == len(stems): return [int(s) for s in stems]
+    if all(s.isdecimal() and s.isascii() and len(s) < 16 for s in stems) and len({int(s) for s in stems}) == len(stems):
+        return [int(s) for s in stems]
     return list(range(1, len(names) + 1))
 
 def _only_a_count(ids:list) -> bool: return ids in (list(range(len(ids))), list(range(1, len(ids) + 1)))
 
 # %% ../../../nbs/11c_data.format.coco.ipynb #811932d9
-_KNOWN = {'id', 'image_id', 'category_id', 'bbox', 'segmentation', 'area', 'iscrowd', 'caption', 'score', 'track_id', 'text', 'attributes', 'segmented_mask'}
+_KNOWN = {
+    'id',
+    'image_id',
+    'category_id',
+    'bbox',
+    'segmentation',
+    'area',
+    'iscrowd',
+    'caption',
+    'score',
+    'track_id',
+    'text',
+    'attributes',
+    'segmented_mask',
+}
+
 
 def _text(v) -> str: return v if isinstance(v, str) else json.dumps(v, ensure_ascii=False, sort_keys=True)
 
 def _outline(seg, size:tuple[int, int]) -> dict: # fields of an annotation
     "A segmentation: rings, compressed runs, or runs as numbers."
     if not seg: return {}
-    if isinstance(seg, list): return dict(polygon=[[float(v) for v in r] for r in (seg if isinstance(seg[0], list) else [seg])])
+    if isinstance(seg, list):
+        return dict(polygon=[[float(v) for v in r] for r in (seg if isinstance(seg[0], list) else [seg])])
     h, w = (int(v) for v in seg['size'])
     if not isinstance(seg['counts'], str): return dict(mask=rle_encode(mask_of(seg['counts'], h, w)))
     return dict(mask=dict(size=[h, w], counts=seg['counts']))
@@ -70,7 +99,9 @@ def _from_coco(a:dict, names:dict, size:tuple[int, int], ids:bool) -> dict: # fi
     if 'track_id' in a: out['track_id'] = str(a['track_id'])
     out |= _outline(a.get('segmentation'), size)
     if a.get('bbox'): x, y, w, h = (float(v) for v in a['bbox']); out['bbox'] = [x, y, round(x + w, 6), round(y + h, 6)]
-    more = {k: _text(v) for k, v in a.items() if k not in _KNOWN} | {k: _text(v) for k, v in (a.get('attributes') or {}).items()}
+    more = {k: _text(v) for k, v in a.items() if k not in _KNOWN} | {
+        k: _text(v) for k, v in (a.get('attributes') or {}).items()
+    }
     if a.get('iscrowd'): more['iscrowd'] = '1'
     if ids: more['id'] = _text(a['id'])
     return out | (dict(attributes=more) if more else {})
@@ -81,7 +112,12 @@ def read(source:Source,
          images:str=None, # the folder of the images, where names are ambiguous
         ) -> Reading:
     files = [n for n in source.find('*.json') if source.only or _is_coco(source, n)]
-    if not files: raise BadInput(f'no COCO file in {source.root.name}', 'a JSON file with "images" and "annotations"', 'name the file, or another format')
+    if not files:
+        raise BadInput(
+            f'no COCO file in {source.root.name}',
+            'a JSON file with "images" and "annotations"',
+            'name the file, or another format',
+        )
     items, classes, about = {}, {}, {}
     for n in files: _read_file(source, n, split or split_in(n), images, items, classes, about)
     unlisted(source, items)
@@ -89,40 +125,76 @@ def read(source:Source,
     return Reading(items.values(), list(classes) or None, {k: v for k, v in about.items() if v}, total=len(items))
 
 def _list(data:dict, key:str, name:str) -> list[dict]:
-    if not isinstance(v := data.get(key) or [], list) or not all(isinstance(r, dict) for r in v): raise BadInput(f'"{key}" of {name} is not a list of objects', 'COCO JSON', 'export it again')
+    if not isinstance(v := data.get(key) or [], list) or not all(isinstance(r, dict) for r in v):
+        raise BadInput(f'"{key}" of {name} is not a list of objects', 'COCO JSON', 'export it again')
     return v
 
-def _read_file(source:Source, name:str, split:str|None, folder:str|None, items:dict[str, Found], classes:dict[str, int], about:dict) -> None:
+def _read_file(
+    source: Source,
+    name: str,
+    split: str | None,
+    folder: str | None,
+    items: dict[str, Found],
+    classes: dict[str, int],
+    about: dict,
+) -> None:
     "Add what one file says to `items` and `classes`."
     data, q = read_json(source.path(name), nan=True), source.quarantine
-    if not isinstance(data, dict): raise BadInput(f'{name} is not COCO', 'an object with "images" and "annotations"', 'name the format')
+    if not isinstance(data, dict):
+        raise BadInput(f'{name} is not COCO', 'an object with "images" and "annotations"', 'name the format')
     names = {}
     for c in _list(data, 'categories', name):
-        if not isinstance(c.get('id'), (int, str)): q.drop(name, 'category id cannot be read', c.get('name'), part='category'); continue
+        if not isinstance(c.get('id'), (int, str)):
+            q.drop(name, 'category id cannot be read', c.get('name'), part='category')
+            continue
         if c.get('id') in names: q.drop(name, 'category id is given twice', c.get('name'), part='category'); continue
         names[c.get('id')] = str(c.get('name')); classes.setdefault(str(c.get('name')), c.get('id'))
-        if c.get('supercategory') not in (None, '', 'none', c.get('name')): about.setdefault('supercategories', {})[str(c.get('name'))] = str(c['supercategory'])
+        if c.get('supercategory') not in (None, '', 'none', c.get('name')):
+            about.setdefault('supercategories', {})[str(c.get('name'))] = str(c['supercategory'])
     licenses = {l['id']: l for l in _list(data, 'licenses', name) if isinstance(l.get('id'), (int, str))}
     if isinstance(data.get('info'), dict): about.setdefault('info', {k: _text(v) for k, v in data['info'].items()})
-    if licenses: about.setdefault('license_urls', {}).update({str(l.get('name')): str(l['url']) for l in licenses.values() if l.get('url')})
+    if licenses:
+        about.setdefault('license_urls', {}).update(
+            {str(l.get('name')): str(l['url']) for l in licenses.values() if l.get('url')}
+        )
     here = _read_images(source, name, _list(data, 'images', name), split, folder, licenses, items)
     _read_annotations(_list(data, 'annotations', name), names, here, q)
 
 # %% ../../../nbs/11c_data.format.coco.ipynb #52d433da
-def _read_images(source:Source, name:str, records:list[dict], split:str|None, folder:str|None, licenses:dict, items:dict) -> dict: # id -> Found
+def _read_images(
+    source: Source, name: str, records: list[dict], split: str | None, folder: str | None, licenses: dict, items: dict
+) -> dict:  # id -> Found
     "The images that a file lists."
     here, listed, q, home = {}, set(), source.quarantine, name.rpartition('/')[0]
-    near = [folder] if folder else [home, f'{home}/images'.strip('/'), 'images', *(f'images/{s}' for s in ([split] if split else []))]
+    near = (
+        [folder]
+        if folder
+        else [home, f'{home}/images'.strip('/'), 'images', *(f'images/{s}' for s in ([split] if split else []))]
+    )
     for r, default in zip(records, default_ids([str(r.get('file_name')) for r in records])):
-        if (image := source.locate(str(r.get('file_name')), near)) is None: q.drop(r.get('file_name'), 'image is missing', name); continue
+        if (image := source.locate(str(r.get('file_name')), near)) is None:
+            q.drop(r.get('file_name'), 'image is missing', name)
+            continue
         if not isinstance(r.get('id'), (int, str)): q.drop(image, 'image id cannot be read', r.get('id')); continue
         if r.get('id') in here: q.drop(image, 'image id is given twice', r.get('id')); continue
         if image in listed: q.drop(image, 'image is listed twice', name, part='listing'); continue
         f = items.setdefault(image, Found(image, size=(r.get('width') or 0, r.get('height') or 0)))
-        if f.item.get('split', split) != split: q.drop(image, 'image is in two splits', f'{f.item["split"]} and {split}', part='listing'); continue
+        if f.item.get('split', split) != split:
+            q.drop(image, 'image is in two splits', f'{f.item["split"]} and {split}', part='listing')
+            continue
         listed.add(image); here[r.get('id')] = f
-        f.item |= {k: v for k, v in dict(split=split, license=(licenses.get(r['license'] if isinstance(r.get('license'), (int, str)) else None) or {}).get('name'), captured_at=r.get('date_captured') or None,
-                                         **{k: r.get(k) for k in ('group', 'device', 'source')}).items() if v is not None}
+        f.item |= {
+            k: v
+            for k, v in dict(
+                split=split,
+                license=(licenses.get(r['license'] if isinstance(r.get('license'), (int, str)) else None) or {}).get(
+                    'name'
+                ),
+                captured_at=r.get('date_captured') or None,
+                **{k: r.get(k) for k in ('group', 'device', 'source')},
+            ).items()
+            if v is not None
+        }
         tags = dict(r.get('tags') or {}) if isinstance(r.get('tags'), dict) else {}
         if r.get('id') != default: tags['coco_id'] = r.get('id')
         if tags: f.item['tags'] = tags
@@ -133,55 +205,138 @@ def _read_images(source:Source, name:str, records:list[dict], split:str|None, fo
 def _read_annotations(records:list[dict], names:dict, here:dict[int, Found], q) -> None:
     keep, seen = not _only_a_count([a.get('id') for a in records]), set()
     for a in records:
-        if not all(isinstance(a.get(k), (int, str, float, type(None))) for k in ('id', 'image_id', 'category_id')): q.drop('annotation', 'annotation cannot be read', a.get('id'), part='annotation'); continue
-        if (f := here.get(a.get('image_id'))) is None: q.drop(f"annotation {a.get('id')}", 'annotation of an image that is not there', f"image_id {a.get('image_id')}", part='annotation'); continue
-        if 'category_id' in a and a['category_id'] not in names: q.drop(f.image, 'unknown category id', a['category_id'], part='annotation'); continue
-        if a.get('id') is not None and (a['id'], 'caption' in a) in seen: q.drop(f.image, 'annotation id is given twice', a['id'], part='annotation'); continue
+        if not all(isinstance(a.get(k), (int, str, float, type(None))) for k in ('id', 'image_id', 'category_id')):
+            q.drop('annotation', 'annotation cannot be read', a.get('id'), part='annotation')
+            continue
+        if (f := here.get(a.get('image_id'))) is None:
+            q.drop(
+                f"annotation {a.get('id')}",
+                'annotation of an image that is not there',
+                f"image_id {a.get('image_id')}",
+                part='annotation',
+            )
+            continue
+        if 'category_id' in a and a['category_id'] not in names:
+            q.drop(f.image, 'unknown category id', a['category_id'], part='annotation')
+            continue
+        if a.get('id') is not None and (a['id'], 'caption' in a) in seen:
+            q.drop(f.image, 'annotation id is given twice', a['id'], part='annotation')
+            continue
         seen.add((a.get('id'), 'caption' in a))
-        try: f.annotations.append(_from_coco(a, names, f.size, keep and a.get('id') is not None))
-        except MALFORMED as e: q.drop(f.image, 'annotation cannot be read', f"id {a.get('id')}: {getattr(e, 'what', e)}", part='annotation')
+        try:
+            f.annotations.append(_from_coco(a, names, f.size, keep and a.get('id') is not None))
+        except MALFORMED as e:
+            q.drop(
+                f.image, 'annotation cannot be read', f"id {a.get('id')}: {getattr(e, 'what', e)}", part='annotation'
+            )
 
 # %% ../../../nbs/11c_data.format.coco.ipynb #df877455
 def _to_coco(a, id:int, image_id:int, category_id:int) -> dict:
     more = dict(a.attributes or {}); given = more.pop('id', None); crowd = int(more.pop('iscrowd', 0) or 0)
     extra = {k: json.loads(more.pop(k)) for k in ('keypoints', 'num_keypoints') if k in more}
     out = dict(id=int(given) if given and given.isdecimal() else id, image_id=image_id)
-    if a.caption is not None and kind_of(a) == 'caption': return out | dict(caption=a.caption) | ({'attributes': more} if more else {})
+    if a.caption is not None and kind_of(a) == 'caption':
+        return out | dict(caption=a.caption) | ({'attributes': more} if more else {})
     box = a.bbox or (mask_box(rle_decode(a.mask)) if a.mask else None)
     seg = a.mask if a.mask else a.polygon or []
-    out |= dict(category_id=category_id, bbox=[box[0], box[1], round(box[2] - box[0], 6), round(box[3] - box[1], 6)], segmentation=seg, area=_area(a.polygon, a.mask, box), iscrowd=crowd)
-    return out | extra | {k: v for k in ('text', 'track_id', 'score') if (v := getattr(a, k)) is not None} | ({'attributes': more} if more else {})
+    out |= dict(
+        category_id=category_id,
+        bbox=[box[0], box[1], round(box[2] - box[0], 6), round(box[3] - box[1], 6)],
+        segmentation=seg,
+        area=_area(a.polygon, a.mask, box),
+        iscrowd=crowd,
+    )
+    return (
+        out
+        | extra
+        | {k: v for k in ('text', 'track_id', 'score') if (v := getattr(a, k)) is not None}
+        | ({'attributes': more} if more else {})
+    )
+
 
 def write(target:Target) -> None:
     d = target.dataset; mine = d.about.get('coco', {}); ids = mine.get('category_ids', {})
-    loose = any(a.label is None and kind_of(a) in ('box', 'polygon', 'mask') for r in target.rows() for a in r['annotations'])
+    loose = any(
+        a.label is None and kind_of(a) in ('box', 'polygon', 'mask') for r in target.rows() for a in r['annotations']
+    )
     free = iter(i for i in range(1, 10**9) if i not in ids.values())
-    categories = {c: ids[c] if c in ids else next(free) for c in [*d.classes, *(['object'] if loose and 'object' not in d.classes else [])]}
+    categories = {
+        c: ids[c] if c in ids else next(free)
+        for c in [*d.classes, *(['object'] if loose and 'object' not in d.classes else [])]
+    }
     has = {kind_of(a) for r in target.rows() for a in r['annotations']}
     for s in target.splits():
         for r in target.rows(s): target.image(r, f'images/{target.name(r)}')
-        if has - {'caption'} or not has: _write_file(target, f'annotations/instances_{s}.json', list(target.rows(s)), categories, mine, False)
+        if has - {'caption'} or not has:
+            _write_file(target, f'annotations/instances_{s}.json', list(target.rows(s)), categories, mine, False)
         if 'caption' in has: _write_file(target, f'annotations/captions_{s}.json', list(target.rows(s)), {}, mine, True)
 
 def _write_file(target:Target, path:str, rows:list[dict], categories:dict[str, int], mine:dict, captions:bool) -> None:
     "One JSON file, of the objects or of the captions of a split."
-    names = [target.name(r) for r in rows]; count = default_ids(names); ids = [int(i) if (i := r['tags'].pop('coco_id', '')).isdecimal() else k for r, k in zip(rows, count)]
+    names = [target.name(r) for r in rows]
+    count = default_ids(names)
+    ids = [int(i) if (i := r['tags'].pop('coco_id', '')).isdecimal() else k for r, k in zip(rows, count)]
     if len(set(ids)) < len(ids): ids = count               # of two sources that counted alike
     licenses = {l: i for i, l in enumerate(sorted({r['license'] for r in rows if r['license']}), 1)}
-    images = [{k: v for k, v in dict(id=i, file_name=n, width=r['width'], height=r['height'], license=licenses.get(r['license']), date_captured=r['captured_at'],
-                                     tags=r['tags'] or None, device=r['device'], source=r['source'], group=r['group'] if r['group'] != r['sha256'] else None).items() if v is not None}
-              for i, r, n in zip(ids, rows, names)]
-    said = [(a, i) for i, r in zip(ids, rows) for a in r['annotations'] if (kind_of(a) == 'caption') == captions and kind_of(a) in KEEPS]
+    images = [
+        {
+            k: v
+            for k, v in dict(
+                id=i,
+                file_name=n,
+                width=r['width'],
+                height=r['height'],
+                license=licenses.get(r['license']),
+                date_captured=r['captured_at'],
+                tags=r['tags'] or None,
+                device=r['device'],
+                source=r['source'],
+                group=r['group'] if r['group'] != r['sha256'] else None,
+            ).items()
+            if v is not None
+        }
+        for i, r, n in zip(ids, rows, names)
+    ]
+    said = [
+        (a, i)
+        for i, r in zip(ids, rows)
+        for a in r['annotations']
+        if (kind_of(a) == 'caption') == captions and kind_of(a) in KEEPS
+    ]
     anns = [_to_coco(a, k, i, categories.get(a.label or 'object')) for k, (a, i) in enumerate(said, 1)]
     supers = mine.get('supercategories', {})
-    target.text(path, json.dumps(dict(info=mine.get('info', {}), licenses=[dict(id=i, name=l, url=mine.get('license_urls', {}).get(l, '')) for l, i in licenses.items()], images=images, annotations=anns,
-                                      **({} if captions else dict(categories=[dict(id=i, name=c, supercategory=supers.get(c, '')) for c, i in categories.items()]))), ensure_ascii=False))
+    target.text(
+        path,
+        json.dumps(
+            dict(
+                info=mine.get('info', {}),
+                licenses=[dict(id=i, name=l, url=mine.get('license_urls', {}).get(l, '')) for l, i in licenses.items()],
+                images=images,
+                annotations=anns,
+                **(
+                    {}
+                    if captions
+                    else dict(
+                        categories=[dict(id=i, name=c, supercategory=supers.get(c, '')) for c, i in categories.items()]
+                    )
+                ),
+            ),
+            ensure_ascii=False,
+        ),
+    )
 
 # %% ../../../nbs/11c_data.format.coco.ipynb #b1d25228
 def _ids_in(path:Path) -> tuple[dict, dict]: # image id -> file name, category id -> class
     data = read_json(path, nan=True)
-    if not isinstance(data, dict): raise BadInput(f'{path.name} does not say what its ids mean', 'a COCO file with "images" and "categories"', 'name the file that the ids were given in')
-    pick = lambda key, what: {r['id']: str(r.get(what)) for r in _list(data, key, path.name) if isinstance(r.get('id'), (int, str))}
+    if not isinstance(data, dict):
+        raise BadInput(
+            f'{path.name} does not say what its ids mean',
+            'a COCO file with "images" and "categories"',
+            'name the file that the ids were given in',
+        )
+    pick = lambda key, what: {
+        r['id']: str(r.get(what)) for r in _list(data, key, path.name) if isinstance(r.get('id'), (int, str))
+    }
     return pick('images', 'file_name'), pick('categories', 'name')
 
 def _imported_files(d:Dataset) -> list[Path]: # the COCO files a dataset was made of, where they are still there
@@ -190,16 +345,27 @@ def _imported_files(d:Dataset) -> list[Path]: # the COCO files a dataset was mad
     source = Source(home) if home.is_dir() and home != Path('') else None
     return [source.path(n) for n in source.find('*.json') if _is_coco(source, n)] if source else []
 
-def known_ids(d:Dataset, find:Callable, split:str|None=None, ids:str|Path|None=None) -> tuple[dict, dict]: # image id -> id of the item; category id -> class
+def known_ids(
+    d: Dataset, find: Callable, split: str | None = None, ids: str | Path | None = None
+) -> tuple[dict, dict]:  # image id -> id of the item; category id -> class
     "What the ids of a results file mean."
-    names, there, images = {v: k for k, v in d.about.get('coco', {}).get('category_ids', {}).items()} or dict(enumerate(d.classes, 1)), d.table.select(['id', 'uri', 'split', 'tags']).to_pylist(), {}
-    order = sorted(there, key=lambda r: r['split'] == split)                       # of two that have an id, the one of the split is meant
-    if ids: images, names = _ids_in(Path(ids)); images = {k: find(v) for k, v in images.items()}
-    elif any(dict(r['tags'] or []).get('coco_id') for r in there): images = {int(v) if v.isdecimal() else v: r['id'] for r in order if (v := dict(r['tags'] or []).get('coco_id'))}
+    names, there, images = (
+        {v: k for k, v in d.about.get('coco', {}).get('category_ids', {}).items()} or dict(enumerate(d.classes, 1)),
+        d.table.select(['id', 'uri', 'split', 'tags']).to_pylist(),
+        {},
+    )
+    order = sorted(there, key=lambda r: r['split'] == split)  # of two that have an id, the one of the split is meant
+    if ids:
+        images, names = _ids_in(Path(ids))
+        images = {k: find(v) for k, v in images.items()}
+    elif any(dict(r['tags'] or []).get('coco_id') for r in there):
+        images = {int(v) if v.isdecimal() else v: r['id'] for r in order if (v := dict(r['tags'] or []).get('coco_id'))}
     elif files := _imported_files(d):
-        of = {r['id']: r['split'] for r in there}; said = [(k, i) for f in files for k, v in _ids_in(f)[0].items() if (i := find(v)) is not None]
+        of = {r['id']: r['split'] for r in there}
+        said = [(k, i) for f in files for k, v in _ids_in(f)[0].items() if (i := find(v)) is not None]
         images = dict(sorted(said, key=lambda p: of[p[1]] == split))
-    elif all((s := r['uri'].rsplit('/', 1)[-1].rsplit('.', 1)[0]).isdecimal() and s.isascii() for r in there): images = {int(r['uri'].rsplit('/', 1)[-1].rsplit('.', 1)[0]): r['id'] for r in order}
+    elif all((s := r['uri'].rsplit('/', 1)[-1].rsplit('.', 1)[0]).isdecimal() and s.isascii() for r in there):
+        images = {int(r['uri'].rsplit('/', 1)[-1].rsplit('.', 1)[0]): r['id'] for r in order}
     return images, names
 
 # %% ../../../nbs/11c_data.format.coco.ipynb #6c1348bf
@@ -210,13 +376,25 @@ def predictions(source:Source, d:Dataset, find:Callable, # name of an image -> i
     "What a model says, from a results file, or from a whole COCO file whose objects have scores."
     name = (source.find('*.json') or [''])[0]; data = read_json(source.path(name)); where = ids
     if isinstance(data, dict): where, data = ids or source.path(name), _list(data, 'annotations', name)
-    if not isinstance(data, list) or not all(isinstance(r, dict) for r in data): raise BadInput(f'{name} is no COCO results file', 'a list of objects with image_id, category_id and score', 'export it again')
-    images, names = known_ids(d, find, split, where); sizes = {r['id']: (r['width'], r['height']) for r in d.table.select(['id', 'width', 'height']).to_pylist()}; own = set(names.values())
+    if not isinstance(data, list) or not all(isinstance(r, dict) for r in data):
+        raise BadInput(
+            f'{name} is no COCO results file',
+            'a list of objects with image_id, category_id and score',
+            'export it again',
+        )
+    images, names = known_ids(d, find, split, where)
+    sizes = {r['id']: (r['width'], r['height']) for r in d.table.select(['id', 'width', 'height']).to_pylist()}
+    own = set(names.values())
     for k, r in enumerate(data):
         at, c = r.get('image_id'), r.get('category_id'); item = images.get(at) if isinstance(at, (int, str)) else None
         if item is None and isinstance(at, str): item = find(at)
-        label = names.get(c) if isinstance(c, int) else c if c in own else None; a = {k: v for k, v in r.items() if k != 'category_id'}
-        try: said = _from_coco(a, names, sizes.get(item, (0, 0)), False) | dict(label=label if label is not None else f'category {c}')
-        except MALFORMED as e: said = dict(fault=f'object {k} cannot be read: {getattr(e, "what", e)}')
+        label = names.get(c) if isinstance(c, int) else c if c in own else None
+        a = {k: v for k, v in r.items() if k != 'category_id'}
+        try:
+            said = _from_coco(a, names, sizes.get(item, (0, 0)), False) | dict(
+                label=label if label is not None else f'category {c}'
+            )
+        except MALFORMED as e:
+            said = dict(fault=f'object {k} cannot be read: {getattr(e, "what", e)}')
         if r.get('score') is None: said = dict(fault=f'object {k} has no score')
         said.pop('attributes', None); yield Found(item if item is not None else f'image_id {at}', [said])

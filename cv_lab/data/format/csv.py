@@ -18,10 +18,25 @@ KEEPS = (*KINDS, *FIELDS, *COLUMNS)
 LOSES = 'The difference between an empty text and none.'
 
 # %% ../../../nbs/11b_data.format.csv.ipynb #c7e805b1
-NAMES = dict(image='image file filename file_name image_path filepath path img image_name name uri', label='label class class_name category target labels',
-             x1='x1 xmin x_min left', y1='y1 ymin y_min top', x2='x2 xmax x_max right', y2='y2 ymax y_max bottom', x='x', y='y',
-             w='w width', h='h height', score='score confidence', split='split subset set', captured_at='captured_at date timestamp',
-             text='text transcription', caption='caption description', track_id='track_id track', license='license licence')
+NAMES = dict(
+    image='image file filename file_name image_path filepath path img image_name name uri',
+    label='label class class_name category target labels',
+    x1='x1 xmin x_min left',
+    y1='y1 ymin y_min top',
+    x2='x2 xmax x_max right',
+    y2='y2 ymax y_max bottom',
+    x='x',
+    y='y',
+    w='w width',
+    h='h height',
+    score='score confidence',
+    split='split subset set',
+    captured_at='captured_at date timestamp',
+    text='text transcription',
+    caption='caption description',
+    track_id='track_id track',
+    license='license licence',
+)
 JSON = ('polygon', 'mask', 'attributes')
 
 def columns_of(header:list[str], given:dict[str, str]) -> dict[str, str]: # what -> the column's own name
@@ -30,10 +45,17 @@ def columns_of(header:list[str], given:dict[str, str]) -> dict[str, str]: # what
     known = NAMES | {k: k for k in (*JSON, 'annotator', *(c for c in COLUMNS if c != 'tags')) if k not in NAMES}
     for what, names in known.items():
         if what in given:
-            if given[what] not in header: raise BadInput(f'there is no column {given[what]!r}', f'one of: {", ".join(header)}', f'correct -o {what}=...')
+            if given[what] not in header:
+                raise BadInput(
+                    f'there is no column {given[what]!r}', f'one of: {", ".join(header)}', f'correct -o {what}=...'
+                )
             found[what] = given[what]
-        elif hit := next((plain[n] for n in names.split() if n in plain and plain[n] not in given.values()), None): found[what] = hit
-    if 'image' not in found: raise BadInput('no column names the images', f'one of: {NAMES["image"]}', f'name it: -o image=..., of {", ".join(header)}')
+        elif hit := next((plain[n] for n in names.split() if n in plain and plain[n] not in given.values()), None):
+            found[what] = hit
+    if 'image' not in found:
+        raise BadInput(
+            'no column names the images', f'one of: {NAMES["image"]}', f'name it: -o image=..., of {", ".join(header)}'
+        )
     return found
 
 # %% ../../../nbs/11b_data.format.csv.ipynb #e7a4bcfa
@@ -54,8 +76,14 @@ def _number(v:str): # left as it is when it is none; the check that follows says
     try: return float(v)
     except ValueError: return v
 
-def _annotation(get) -> tuple[dict, tuple|None]: # fields of an annotation; the image's size, if it is said
-    a, size = {k: get(k, strip=k not in ('text', 'caption')) for k in ('label', 'text', 'caption', 'track_id', 'annotator', 'score')}, None
+def _annotation(get) -> tuple[dict, tuple|None]:  # fields of an annotation; the image's size, if it is said
+    a, size = (
+        {
+            k: get(k, strip=k not in ('text', 'caption'))
+            for k in ('label', 'text', 'caption', 'track_id', 'annotator', 'score')
+        },
+        None,
+    )
     corners, sides = [get(k) for k in ('x1', 'y1', 'x2', 'y2')], [get(k) for k in ('x', 'y', 'w', 'h')]
     if any(corners):
         a['bbox'] = [_number(v or '') for v in corners]
@@ -68,13 +96,45 @@ def _annotation(get) -> tuple[dict, tuple|None]: # fields of an annotation; the 
     if a['score'] is not None: a['score'] = float(a['score'])
     return {k: v for k, v in a.items() if v is not None}, size
 
-def read(source:Source,
-         image:str=None, label:str=None, split:str=None, group:str=None, text:str=None, caption:str=None, # columns, by name
-         x1:str=None, y1:str=None, x2:str=None, y2:str=None, x:str=None, y:str=None, w:str=None, h:str=None,
-         relative:bool=False, # boxes in fractions of the image
-         separator:str=None,  # of several labels in one cell
-        ) -> Reading:
-    given = {k: v for k, v in dict(image=image, label=label, split=split, group=group, text=text, caption=caption, x1=x1, y1=y1, x2=x2, y2=y2, x=x, y=y, w=w, h=h).items() if v}
+def read(
+    source: Source,
+    image: str = None,
+    label: str = None,
+    split: str = None,
+    group: str = None,
+    text: str = None,
+    caption: str = None,  # columns, by name
+    x1: str = None,
+    y1: str = None,
+    x2: str = None,
+    y2: str = None,
+    x: str = None,
+    y: str = None,
+    w: str = None,
+    h: str = None,
+    relative: bool = False,  # boxes in fractions of the image
+    separator: str = None,  # of several labels in one cell
+) -> Reading:
+    given = {
+        k: v
+        for k, v in dict(
+            image=image,
+            label=label,
+            split=split,
+            group=group,
+            text=text,
+            caption=caption,
+            x1=x1,
+            y1=y1,
+            x2=x2,
+            y2=y2,
+            x=x,
+            y=y,
+            w=w,
+            h=h,
+        ).items()
+        if v
+    }
     files = source.find('*.csv', '*.tsv') or ([source.only] if source.only else [])
     if not files: raise BadInput(f'no .csv or .tsv in {source.root.name}', 'a table with a header', 'name the file')
     items = {}
@@ -85,7 +145,8 @@ def read(source:Source,
 # %% ../../../nbs/11b_data.format.csv.ipynb #669e042a
 def _read_table(source:Source, name:str, given:dict, relative:bool, separator:str|None, items:dict[str, Found]) -> None:
     "Add what a table says to `items`, image by image."
-    q, body = source.quarantine, source.text(name); rows = csv.reader(io.StringIO(body, newline=''), delimiter=_delimiter(name, body))
+    q, body = source.quarantine, source.text(name)
+    rows = csv.reader(io.StringIO(body, newline=''), delimiter=_delimiter(name, body))
     header = next(rows, []); cols = columns_of(header, given); at = {what: header.index(c) for what, c in cols.items()}
     tags = {h.removeprefix('tag:'): i for i, h in enumerate(header) if h and h not in cols.values()}
     for k, row in enumerate(rows, 2):
@@ -94,14 +155,19 @@ def _read_table(source:Source, name:str, given:dict, relative:bool, separator:st
             v = row[at[what]] if what in at and at[what] < len(row) else ''
             return (v.strip() if strip else v) or None
         where = f'{name}:{k}'
-        if len(row) != len(header): q.drop(where, 'row of another length than the header', f'{len(row)} cells, not {len(header)}', part='row'); continue
+        if len(row) != len(header):
+            q.drop(where, 'row of another length than the header', f'{len(row)} cells, not {len(header)}', part='row')
+            continue
         if not get('image'): q.drop(where, 'row without an image', part='row'); continue
-        if (image := source.locate(get('image'), _near(name))) is None: q.drop(get('image'), 'image is missing', where); continue
+        if (image := source.locate(get('image'), _near(name))) is None:
+            q.drop(get('image'), 'image is missing', where)
+            continue
         try: a, size = _annotation(get)
         except ValueError as e: q.drop(image, 'annotation cannot be read', f'{where}: {e}', part='annotation'); continue
         f = items.setdefault(image, Found(image, relative=relative, size=size))
         for c in COLUMNS:
-            if c != 'tags' and (v := get(c)): f.item.setdefault(c, (split_of(v) or _no_split(v, where, q)) if c == 'split' else v)
+            if c != 'tags' and (v := get(c)):
+                f.item.setdefault(c, (split_of(v) or _no_split(v, where, q)) if c == 'split' else v)
         if t := {t: row[i] for t, i in tags.items() if row[i]}: f.item.setdefault('tags', t)
         for l in a['label'].split(separator) if separator and a.get('label') else [a.get('label')]:
             if a: f.annotations.append(a | ({'label': l.strip()} if l else {}))
@@ -115,33 +181,72 @@ def _no_split(v:str, where:str, q) -> None:
 
 # %% ../../../nbs/11b_data.format.csv.ipynb #95a4ee27
 def write(target:Target, tsv:bool=False) -> None:
-    columns = ['image', *(c for c in COLUMNS if c != 'tags'), 'label', 'x1', 'y1', 'x2', 'y2', 'polygon', 'mask', 'text', 'caption', 'track_id', 'annotator', 'score', 'attributes']
+    columns = [
+        'image',
+        *(c for c in COLUMNS if c != 'tags'),
+        'label',
+        'x1',
+        'y1',
+        'x2',
+        'y2',
+        'polygon',
+        'mask',
+        'text',
+        'caption',
+        'track_id',
+        'annotator',
+        'score',
+        'attributes',
+    ]
     rows, used, tags = [], {'image', 'split', 'label'}, {}
     for r in target.rows():
-        base = {c: r[c] for c in COLUMNS if c != 'tags'} | {f'tag:{k}': v for k, v in r['tags'].items()} | dict(image=target.image(r, f'images/{target.name(r)}'))
+        base = (
+            {c: r[c] for c in COLUMNS if c != 'tags'}
+            | {f'tag:{k}': v for k, v in r['tags'].items()}
+            | dict(image=target.image(r, f'images/{target.name(r)}'))
+        )
         tags |= {k: None for k in base if k.startswith('tag:')}
         for a in [a.said() for a in r['annotations']] or [{}]:
             box = dict(zip(('x1', 'y1', 'x2', 'y2'), a.pop('bbox', ())))
             row = base | box | {k: json.dumps(v, ensure_ascii=False) if k in JSON else v for k, v in a.items()}
             rows.append(row); used |= {k for k, v in row.items() if v is not None}
-    out = io.StringIO(newline=''); w = csv.DictWriter(out, [c for c in columns if c in used] + sorted(tags), delimiter='\t' if tsv else ',', extrasaction='ignore')
+    out = io.StringIO(newline='')
+    w = csv.DictWriter(
+        out, [c for c in columns if c in used] + sorted(tags), delimiter='\t' if tsv else ',', extrasaction='ignore'
+    )
     w.writeheader(); w.writerows(rows)
     target.path(f'labels.{"tsv" if tsv else "csv"}').write_text(out.getvalue(), encoding='utf8', newline='')
 
 # %% ../../../nbs/11b_data.format.csv.ipynb #110a45ff
-def predictions(source:Source, d:Dataset, find:Callable, **given:str) -> Iterator[Found]: # `image` is the item's id, or the name as it was given; `probs` in its `item`
+def predictions(
+    source: Source, d: Dataset, find: Callable, **given: str
+) -> Iterator[Found]:  # `image` is the item's id, or the name as it was given; `probs` in its `item`
     "What a model says, from a table."
     for n in source.find('*.csv', '*.tsv'):
-        body = source.text(n); rows = csv.reader(io.StringIO(body, newline=''), delimiter=_delimiter(n, body)); header = next(rows, []); at = {what: header.index(c) for what, c in columns_of(header, given).items()}
-        probs = next((p for p in ([f'probability:{c}' for c in d.classes], list(d.classes)) if set(p) <= set(header)), None) if len(d.classes) > 1 else None
+        body = source.text(n)
+        rows = csv.reader(io.StringIO(body, newline=''), delimiter=_delimiter(n, body))
+        header = next(rows, [])
+        at = {what: header.index(c) for what, c in columns_of(header, given).items()}
+        probs = (
+            next((p for p in ([f'probability:{c}' for c in d.classes], list(d.classes)) if set(p) <= set(header)), None)
+            if len(d.classes) > 1
+            else None
+        )
         for k, row in enumerate(rows, 2):
             if not any(row): continue
             def get(what, strip=True, row=row, at=at):
                 v = row[at[what]] if what in at and at[what] < len(row) else ''
                 return (v.strip() if strip else v) or None
-            name = get('image') or f'{n}:{k}'; item = find(name); a, item_says = dict(fault=f'row {k} cannot be read'), {}
+
+            name = get('image') or f'{n}:{k}'
+            item = find(name)
+            a, item_says = dict(fault=f'row {k} cannot be read'), {}
             try:
                 if len(row) == len(header): a, _ = _annotation(get)
-                if probs: p = [float(row[header.index(c)]) for c in probs]; item_says = dict(probs=p); a = dict(label=d.classes[p.index(max(p))], score=max(p)) | a
-            except ValueError as e: a = dict(fault=f'row {k} cannot be read: {e}')
+                if probs:
+                    p = [float(row[header.index(c)]) for c in probs]
+                    item_says = dict(probs=p)
+                    a = dict(label=d.classes[p.index(max(p))], score=max(p)) | a
+            except ValueError as e:
+                a = dict(fault=f'row {k} cannot be read: {e}')
             yield Found(item if item is not None else name, [a] if a else [], item_says)

@@ -18,12 +18,15 @@ from ...geometry import mask_box, rle_decode, rle_encode
 
 TITLE = 'CVAT 1.1'
 KEEPS = ('class', 'box', 'polygon', 'mask', 'track_id', 'attributes', 'split')
-LOSES = ('Outlines of several rings become several; polylines, points, ellipses, cuboids and skeletons are not read; of a video, whatever is not tracked; '
-         'scores (a model\'s shapes are marked `source="auto"`).')
+LOSES = (
+    'Outlines of several rings become several; polylines, points, ellipses, cuboids and skeletons are not read; of a video, whatever is not tracked; '
+    'scores (a model\'s shapes are marked `source="auto"`).'
+)
 
 def recognise(source:Source) -> tuple[int, str]:
     for n in source.find('*.xml')[:20]:
-        if re.search(r'<annotations>\s*<version>1\.', head := source.text(n, 4096)): return 3, f'{n} is CVAT XML 1.1' + (', of a video' if '<mode>interpolation' in head else '')
+        if re.search(r'<annotations>\s*<version>1\.', head := source.text(n, 4096)):
+            return 3, f'{n} is CVAT XML 1.1' + (', of a video' if '<mode>interpolation' in head else '')
     return 0, ''
 
 # %% ../../../nbs/11f_data.format.cvat.ipynb #ffda0830
@@ -32,14 +35,19 @@ _SILENT = dict(occluded='0', z_order='0', source='manual', group_id='0')
 def _shape(e:ET.Element, width:int, height:int) -> dict: # fields of an annotation
     "A CVAT shape."
     get = lambda *names: [float(e.get(n)) for n in names]
-    a = dict(label=e.get('label')); more = {k: v for k, dull in _SILENT.items() if (v := e.get(k)) not in (None, '', dull)}
+    a = dict(label=e.get('label'))
+    more = {k: v for k, dull in _SILENT.items() if (v := e.get(k)) not in (None, '', dull)}
     if e.tag == 'box':
         x1, y1, x2, y2 = get('xtl', 'ytl', 'xbr', 'ybr'); turned = float(e.get('rotation') or 0)
-        if turned: part = rotated_box((x1 + x2)/2, (y1 + y2)/2, x2 - x1, y2 - y1, turned); a['polygon'] = part['polygon']; more |= part['attributes']
+        if turned:
+            part = rotated_box((x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1, turned)
+            a['polygon'] = part['polygon']
+            more |= part['attributes']
         else: a['bbox'] = [x1, y1, x2, y2]
     elif e.tag == 'polygon': a['polygon'] = [[float(v) for p in e.get('points').split(';') for v in p.split(',')]]
     elif e.tag == 'mask':
-        x, y, w, h = map(int, get('left', 'top', 'width', 'height')); inner = mask_of([int(v) for v in e.get('rle').split(',')], h, w, 'C')
+        x, y, w, h = map(int, get('left', 'top', 'width', 'height'))
+        inner = mask_of([int(v) for v in e.get('rle').split(',')], h, w, 'C')
         a['mask'] = _placed(inner, x, y, width, height)
     elif e.tag != 'tag': raise ValueError(f'a {e.tag} is not read')
     more |= {x.get('name', ''): x.text or '' for x in e.iterfind('attribute')}
@@ -47,7 +55,9 @@ def _shape(e:ET.Element, width:int, height:int) -> dict: # fields of an annotati
 
 def _placed(inner, x:int, y:int, width:int, height:int) -> dict:
     import numpy as np
-    if x < 0 or y < 0 or x + inner.shape[1] > width or y + inner.shape[0] > height: raise ValueError('the mask reaches out of the image')
+
+    if x < 0 or y < 0 or x + inner.shape[1] > width or y + inner.shape[0] > height:
+        raise ValueError('the mask reaches out of the image')
     page = np.zeros((height, width), bool); page[y:y + inner.shape[0], x:x + inner.shape[1]] = inner
     return rle_encode(page)
 
@@ -55,30 +65,56 @@ def _placed(inner, x:int, y:int, width:int, height:int) -> dict:
 def read(source:Source) -> Reading:
     classes, items = {}, []
     for n in source.find('*.xml'):
-        try: root = fromstring(source.path(n).read_bytes())
-        except (ET.ParseError, DefusedXmlException, ValueError) as e: source.quarantine.drop(n, 'annotation file cannot be read', str(e), part='file'); continue
+        try:
+            root = fromstring(source.path(n).read_bytes())
+        except (ET.ParseError, DefusedXmlException, ValueError) as e:
+            source.quarantine.drop(n, 'annotation file cannot be read', str(e), part='file')
+            continue
         if root.tag != 'annotations': source.quarantine.drop(n, 'not CVAT XML', f'<{root.tag}>', part='file'); continue
-        known = [l.findtext('name') for l in root.iterfind('.//meta//labels/label') if l.findtext('parent') is None]; classes |= dict.fromkeys(known)
-        items += (_video if root.find('track') is not None or root.findtext('.//meta//mode') == 'interpolation' else _images)(source, n, root, known)
-    if not items and not source.quarantine.rows: raise BadInput(f'no CVAT XML in {source.root.name}', '<annotations> with <image> or <track>', 'name another format')
+        known = [l.findtext('name') for l in root.iterfind('.//meta//labels/label') if l.findtext('parent') is None]
+        classes |= dict.fromkeys(known)
+        items += (
+            _video if root.find('track') is not None or root.findtext('.//meta//mode') == 'interpolation' else _images
+        )(source, n, root, known)
+    if not items and not source.quarantine.rows:
+        raise BadInput(
+            f'no CVAT XML in {source.root.name}', '<annotations> with <image> or <track>', 'name another format'
+        )
     unlisted(source, [f.image for f in items])
     return Reading(items, list(classes) or None, total=len(items))
 
 def _said(e:ET.Element, image:str, w:int, h:int, known:list[str], q) -> dict|None:
-    try: a = _shape(e, w, h)
-    except MALFORMED as err: return q.drop(image, 'shape cannot be read', f'{e.tag} {e.get("label") or ""}: {getattr(err, "what", err)}', part='annotation')
+    try:
+        a = _shape(e, w, h)
+    except MALFORMED as err:
+        return q.drop(
+            image,
+            'shape cannot be read',
+            f'{e.tag} {e.get("label") or ""}: {getattr(err, "what", err)}',
+            part='annotation',
+        )
     if known and a['label'] not in known: return q.drop(image, 'label is not defined', a['label'], part='annotation')
     return a
 
 def _images(source:Source, name:str, root:ET.Element, known:list[str]) -> list[Found]:
     out, q, home = [], source.quarantine, name.rpartition('/')[0]
     for e in root.iterfind('image'):
-        near = [home, *(f'{home}/images/{s}'.strip('/') for s in ([e.get('subset')] if e.get('subset') else [])), f'{home}/images'.strip('/')]
-        if (image := source.locate(e.get('name', ''), near)) is None: q.drop(e.get('name'), 'image is missing', name); continue
+        near = [
+            home,
+            *(f'{home}/images/{s}'.strip('/') for s in ([e.get('subset')] if e.get('subset') else [])),
+            f'{home}/images'.strip('/'),
+        ]
+        if (image := source.locate(e.get('name', ''), near)) is None:
+            q.drop(e.get('name'), 'image is missing', name)
+            continue
         try: w, h = int(e.get('width') or 0), int(e.get('height') or 0)
         except ValueError: w = h = 0
         anns = [a for s in e if (a := _said(s, image, w, h, known, q)) is not None]
-        out.append(Found(image, anns, dict(split=split_in(e.get('subset') or root.findtext('.//meta/task/subset') or '')), (w, h)))
+        out.append(
+            Found(
+                image, anns, dict(split=split_in(e.get('subset') or root.findtext('.//meta/task/subset') or '')), (w, h)
+            )
+        )
     return out
 
 # %% ../../../nbs/11f_data.format.cvat.ipynb #a78f1e6d
@@ -91,19 +127,22 @@ def _between(a:dict, b:dict, t:float) -> dict:
     "A box or polygon on its way from one frame to the next."
     mix = lambda p, q: [round(u + (v - u)*t, 6) for u, v in zip(p, q)]
     if a.get('bbox') and b.get('bbox'): return a | dict(bbox=mix(a['bbox'], b['bbox']))
-    if a.get('polygon') and b.get('polygon') and len(a['polygon'][0]) == len(b['polygon'][0]): return a | dict(polygon=[mix(a['polygon'][0], b['polygon'][0])])
+    if a.get('polygon') and b.get('polygon') and len(a['polygon'][0]) == len(b['polygon'][0]):
+        return a | dict(polygon=[mix(a['polygon'][0], b['polygon'][0])])
     return dict(a)
 
 def _video(source:Source, name:str, root:ET.Element, known:list[str]) -> list[Found]:
     q, frames = source.quarantine, _frames(source, name); number = lambda path: int(root.findtext(path) or 0)
     w, h = (number(f'.//meta//original_size/{k}') for k in ('width', 'height'))
-    film = (root.findtext('.//meta/task/name') or name.rpartition('/')[0] or name).strip(); split = split_in(root.findtext('.//meta/task/subset') or '')
+    film = (root.findtext('.//meta/task/name') or name.rpartition('/')[0] or name).strip()
+    split = split_in(root.findtext('.//meta/task/subset') or '')
     found = {k: Found(i, [], dict(split=split, group=film), (w, h)) for k, i in frames.items()}
     for track in root.iterfind('track'):
         steps = []
         for e in track:
             e.set('label', track.get('label', '')); e.set('source', e.get('source') or track.get('source') or '')
-            if (a := _said(e, f'{name}, track {track.get("id")}', w, h, known, q)) is not None: steps.append((int(e.get('frame', -1)), a | dict(track_id=track.get('id')), e.get('outside') == '1'))
+            if (a := _said(e, f'{name}, track {track.get("id")}', w, h, known, q)) is not None:
+                steps.append((int(e.get('frame', -1)), a | dict(track_id=track.get('id')), e.get('outside') == '1'))
         steps.sort(key=lambda s: s[0])
         for (k, a, out), (k2, b, _) in zip(steps, steps[1:] + [(steps[-1][0] + 1, None, True)] if steps else []):
             for j in range(k, k2) if not out else ():
@@ -114,35 +153,69 @@ def _video(source:Source, name:str, root:ET.Element, known:list[str]) -> list[Fo
 # %% ../../../nbs/11f_data.format.cvat.ipynb #50e17d6f
 def _element(a, width:int, height:int) -> ET.Element|None:
     "An annotation as a CVAT shape."
-    kind, more = kind_of(a), dict(a.attributes or {}); e = ET.Element({'class': 'tag', 'box': 'box', 'polygon': 'polygon', 'mask': 'mask'}.get(kind, 'no'), label=a.label or 'object')
+    kind, more = kind_of(a), dict(a.attributes or {})
+    e = ET.Element(
+        {'class': 'tag', 'box': 'box', 'polygon': 'polygon', 'mask': 'mask'}.get(kind, 'no'), label=a.label or 'object'
+    )
     if e.tag == 'no': return None
     num = lambda v: f'{v:.12g}'
-    turned = unrotated_box(a.polygon, float(more['rotation'])) if kind == 'polygon' and re.fullmatch(r'-?\d+(\.\d+)?', more.get('rotation', '')) else None
+    turned = (
+        unrotated_box(a.polygon, float(more['rotation']))
+        if kind == 'polygon' and re.fullmatch(r'-?\d+(\.\d+)?', more.get('rotation', ''))
+        else None
+    )
     for k, dull in _SILENT.items():
-        v = more.get(k, ''); ok = re.fullmatch({'occluded': '1', 'source': '[a-z-]+', 'group_id': '[1-9]\\d*', 'z_order': '-?[1-9]\\d*'}[k], v) and v != dull
-        if k != 'group_id' or ok: e.set(k, more.pop(k) if ok else ('auto' if k == 'source' and a.score is not None else dull))
+        v = more.get(k, '')
+        ok = (
+            re.fullmatch(
+                {'occluded': '1', 'source': '[a-z-]+', 'group_id': '[1-9]\\d*', 'z_order': '-?[1-9]\\d*'}[k], v
+            )
+            and v != dull
+        )
+        if k != 'group_id' or ok:
+            e.set(k, more.pop(k) if ok else ('auto' if k == 'source' and a.score is not None else dull))
     if kind == 'box' or turned:
-        if turned: cx, cy, w, h = turned; e.tag = 'box'; box = (cx - w/2, cy - h/2, cx + w/2, cy + h/2); e.set('rotation', more.pop('rotation'))
+        if turned:
+            cx, cy, w, h = turned
+            e.tag = 'box'
+            box = (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2)
+            e.set('rotation', more.pop('rotation'))
         else: box = a.bbox
         for k, v in zip(('xtl', 'ytl', 'xbr', 'ybr'), box): e.set(k, num(v))
-    elif kind == 'polygon': e.set('points', ';'.join(f'{num(x)},{num(y)}' for x, y in zip(a.polygon[0][::2], a.polygon[0][1::2])))
+    elif kind == 'polygon':
+        e.set('points', ';'.join(f'{num(x)},{num(y)}' for x, y in zip(a.polygon[0][::2], a.polygon[0][1::2])))
     elif kind == 'mask':
         m = rle_decode(a.mask); x1, y1, x2, y2 = map(int, mask_box(m) or (0, 0, 1, 1))
-        for k, v in dict(rle=', '.join(map(str, runs_of(m[y1:y2, x1:x2].ravel()))), left=x1, top=y1, width=x2 - x1, height=y2 - y1).items(): e.set(k, str(v))
+        for k, v in dict(
+            rle=', '.join(map(str, runs_of(m[y1:y2, x1:x2].ravel()))), left=x1, top=y1, width=x2 - x1, height=y2 - y1
+        ).items():
+            e.set(k, str(v))
     for k, v in more.items(): ET.SubElement(e, 'attribute', name=k).text = v
     return e
 
 def _root(target:Target, name:str, mode:str, size:int, subset:str='', first:dict|None=None) -> ET.Element:
-    root = ET.Element('annotations'); ET.SubElement(root, 'version').text = '1.1'; task = ET.SubElement(ET.SubElement(root, 'meta'), 'task')
-    for k, v in dict(name=name, size=size, mode=mode, overlap=0, start_frame=0, stop_frame=size - 1, subset=subset).items(): ET.SubElement(task, k).text = str(v)
+    root = ET.Element('annotations')
+    ET.SubElement(root, 'version').text = '1.1'
+    task = ET.SubElement(ET.SubElement(root, 'meta'), 'task')
+    for k, v in dict(
+        name=name, size=size, mode=mode, overlap=0, start_frame=0, stop_frame=size - 1, subset=subset
+    ).items():
+        ET.SubElement(task, k).text = str(v)
     labels = ET.SubElement(task, 'labels'); names = {}
-    for c in [*target.dataset.classes, 'object'][:None if _loose(target) else -1]: names[c] = ET.SubElement(labels, 'label'); ET.SubElement(names[c], 'name').text = c; ET.SubElement(names[c], 'attributes')
+    for c in [*target.dataset.classes, 'object'][: None if _loose(target) else -1]:
+        names[c] = ET.SubElement(labels, 'label')
+        ET.SubElement(names[c], 'name').text = c
+        ET.SubElement(names[c], 'attributes')
     if first:
         s = ET.SubElement(task, 'original_size')
         for k in ('width', 'height'): ET.SubElement(s, k).text = str(first[k])
     return root
 
-def _loose(target:Target) -> bool: return 'object' not in target.dataset.classes and any(a.label is None and kind_of(a) in KEEPS for r in target.rows() for a in r['annotations'])
+def _loose(target: Target) -> bool:
+    return 'object' not in target.dataset.classes and any(
+        a.label is None and kind_of(a) in KEEPS for r in target.rows() for a in r['annotations']
+    )
+
 
 def write(target:Target,
           mode:str='auto', # images or video; video where everything is tracked
@@ -154,14 +227,25 @@ def write(target:Target,
     root = _root(target, target.dataset.name, 'annotation', len(target.dataset))
     for k, r in enumerate(target.rows()):
         target.image(r, f'images/{target.name(r)}')
-        image = ET.SubElement(root, 'image', id=str(k), name=target.name(r), **(dict(subset=r['split']) if r['split'] else {}), width=str(r['width']), height=str(r['height']))
+        image = ET.SubElement(
+            root,
+            'image',
+            id=str(k),
+            name=target.name(r),
+            **(dict(subset=r['split']) if r['split'] else {}),
+            width=str(r['width']),
+            height=str(r['height']),
+        )
         for a in r['annotations']: _append(target, image, a, r)
-    ET.indent(root); target.text('annotations.xml', '<?xml version="1.0" encoding="utf-8"?>\n' + ET.tostring(root, 'unicode') + '\n')
+    ET.indent(root)
+    target.text('annotations.xml', '<?xml version="1.0" encoding="utf-8"?>\n' + ET.tostring(root, 'unicode') + '\n')
+
 
 def _append(target:Target, parent:ET.Element, a, r:dict) -> None:
     from dataclasses import replace
     for ring in a.polygon or [None]:
-        if (e := _element(replace(a, polygon=[ring]) if ring else a, r['width'], r['height'])) is not None: parent.append(e)
+        if (e := _element(replace(a, polygon=[ring]) if ring else a, r['width'], r['height'])) is not None:
+            parent.append(e)
     if a.polygon and len(a.polygon) > 1: target.lose('rings that belong together', len(a.polygon) - 1)
 
 # %% ../../../nbs/11f_data.format.cvat.ipynb #b6b906a5
@@ -171,21 +255,39 @@ def _write_video(target:Target) -> None:
     for n, (film, rows) in enumerate(films.items()):
         rows.sort(key=lambda r: natural(r['uri'])); folder = re.sub(r'[^\w.-]+', '_', film or '') or f'film_{n}'
         if len(films) > 1 and sum(re.sub(r'[^\w.-]+', '_', f or '') == folder for f in films) > 1: folder += f'_{n}'
-        splits = {r['split'] for r in rows}; root = _root(target, film or folder, 'interpolation', len(rows), (rows[0]['split'] or '') if len(splits) == 1 else '', rows[0]); tracks = {}
+        splits = {r['split'] for r in rows}
+        root = _root(
+            target,
+            film or folder,
+            'interpolation',
+            len(rows),
+            (rows[0]['split'] or '') if len(splits) == 1 else '',
+            rows[0],
+        )
+        tracks = {}
         if len(splits) > 1: target.lose('split', len(rows))
         target.lost.pop('group', None)                     # the film's name
         for k, r in enumerate(rows):
             target.image(r, f'{folder}/images/frame_{k:06}.{r["uri"].rpartition(".")[2]}')
             for a in r['annotations']:
-                if a.track_id is None or kind_of(a) not in ('box', 'polygon', 'mask'): target.lose('annotations without a track'); continue
+                if a.track_id is None or kind_of(a) not in ('box', 'polygon', 'mask'):
+                    target.lose('annotations without a track')
+                    continue
                 tracks.setdefault((a.track_id, a.label), {})[k] = (a, r)
         for (tid, label), seen in tracks.items(): _append_track(root, tid, label, seen, len(rows))
-        ET.indent(root); target.text(f'{folder}/annotations.xml', '<?xml version="1.0" encoding="utf-8"?>\n' + ET.tostring(root, 'unicode') + '\n')
+        ET.indent(root)
+        target.text(
+            f'{folder}/annotations.xml',
+            '<?xml version="1.0" encoding="utf-8"?>\n' + ET.tostring(root, 'unicode') + '\n',
+        )
+
 
 def _append_track(root:ET.Element, tid:str, label:str|None, seen:dict, length:int) -> None:
     track = ET.SubElement(root, 'track', id=tid, label=label or 'object', source='manual')
     for k, (a, r) in seen.items():
         for frame, outside in ((k, 0), (k + 1, 1)):
             if outside and (frame in seen or frame >= length): continue
-            e = _element(a, r['width'], r['height']); e.attrib.pop('label'); e.attrib.pop('source') if e.get('source') == 'manual' else None
+            e = _element(a, r['width'], r['height'])
+            e.attrib.pop('label')
+            e.attrib.pop('source') if e.get('source') == 'manual' else None
             e.attrib = dict(frame=str(frame), keyframe='1', outside=str(outside)) | e.attrib; track.append(e)

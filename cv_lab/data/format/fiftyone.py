@@ -19,15 +19,21 @@ LOSES = 'The box of a mask is the one around it; keypoints, heatmaps, open polyl
 
 def recognise(source:Source) -> tuple[int, str]:
     for n in source.find('samples.json', '*/samples.json'):
-        if '"samples"' in source.text(n, 4096) and '"filepath"' in source.text(n, 1 << 16): return 3, f'{n} has "samples" with "filepath"'
+        if '"samples"' in source.text(n, 4096) and '"filepath"' in source.text(n, 1 << 16):
+            return 3, f'{n} has "samples" with "filepath"'
     return 0, ''
 
 # %% ../../../nbs/11q_data.format.fiftyone.ipynb #2dc0a7b2
 def from_packed(v) -> np.ndarray: # (h, w) bool
     "FiftyOne's serialised mask."
     text = v['$binary']['base64'] if isinstance(v, dict) else v
-    try: inner = zlib.decompressobj().decompress(base64.b64decode(text), MAX_BYTES); m = np.load(io.BytesIO(inner), allow_pickle=False)
-    except (zlib.error, ValueError, binascii.Error, EOFError, TypeError) as e: raise BadInput(f'a mask that cannot be read: {e}', 'a deflated NumPy array in base64', 'export it again') from None
+    try:
+        inner = zlib.decompressobj().decompress(base64.b64decode(text), MAX_BYTES)
+        m = np.load(io.BytesIO(inner), allow_pickle=False)
+    except (zlib.error, ValueError, binascii.Error, EOFError, TypeError) as e:
+        raise BadInput(
+            f'a mask that cannot be read: {e}', 'a deflated NumPy array in base64', 'export it again'
+        ) from None
     return np.asarray(m) > 0
 
 def to_packed(m:np.ndarray) -> dict:
@@ -35,7 +41,26 @@ def to_packed(m:np.ndarray) -> dict:
     return {'$binary': {'base64': base64.b64encode(zlib.compress(f.getvalue())).decode(), 'subType': '00'}}
 
 # %% ../../../nbs/11q_data.format.fiftyone.ipynb #519ecb5e
-_OWN = {'_cls', '_id', 'tags', 'attributes', 'label', 'bounding_box', 'mask', 'confidence', 'index', 'points', 'closed', 'filled', 'logits', 'text', 'track_id', 'annotator', 'mask_path'}
+_OWN = {
+    '_cls',
+    '_id',
+    'tags',
+    'attributes',
+    'label',
+    'bounding_box',
+    'mask',
+    'confidence',
+    'index',
+    'points',
+    'closed',
+    'filled',
+    'logits',
+    'text',
+    'track_id',
+    'annotator',
+    'mask_path',
+}
+
 
 def _label(o:dict, field:str, size:tuple[int, int]) -> list[dict]: # annotations
     "A FiftyOne label document as annotations; boxes and polygons in fractions of the image."
@@ -45,11 +70,16 @@ def _label(o:dict, field:str, size:tuple[int, int]) -> list[dict]: # annotations
     a = dict(label=o.get('label')) | {k: str(o[k]) for k in ('text', 'annotator') if o.get(k) is not None}
     if o.get('confidence') is not None: a['score'] = float(o['confidence'])
     if (t := o.get('track_id', o.get('index'))) is not None: a['track_id'] = str(t)
-    more = {k.removeprefix('attr_'): v if isinstance(v, str) else json.dumps(v) for k, v in o.items() if k not in _OWN and v is not None}
+    more = {
+        k.removeprefix('attr_'): v if isinstance(v, str) else json.dumps(v)
+        for k, v in o.items()
+        if k not in _OWN and v is not None
+    }
     more |= {k: str(v.get('value') if isinstance(v, dict) else v) for k, v in (o.get('attributes') or {}).items()}
     if more: a['attributes'] = more
     if kind == 'Classification': return [a]
-    if kind == 'Polyline' and o.get('closed', True): return [a | dict(polygon=[[float(c) for p in ring for c in p] for ring in o['points']])]
+    if kind == 'Polyline' and o.get('closed', True):
+        return [a | dict(polygon=[[float(c) for p in ring for c in p] for ring in o['points']])]
     if kind != 'Detection': raise ValueError(f'{field}: a {kind} is not read')
     x, y, w, h = map(float, o['bounding_box'])
     if o.get('mask') is None: return [a | dict(bbox=[x, y, x + w, y + h])]
@@ -61,8 +91,14 @@ def _placed(inner:np.ndarray, x:float, y:float, w:float, h:float, W:int, H:int) 
     "A mask of a box as a mask of the image; stretched where it is not the box's own size."
     from PIL import Image
     x1, y1, x2, y2 = round(x), round(y), max(round(x + w), round(x) + 1), max(round(y + h), round(y) + 1)
-    if inner.shape != (y2 - y1, x2 - x1): inner = np.asarray(Image.fromarray(inner.astype(np.uint8)).resize((x2 - x1, y2 - y1), Image.Resampling.NEAREST)) > 0
-    page = np.zeros((H, W), bool); page[max(y1, 0):y2, max(x1, 0):x2] = inner[max(-y1, 0):max(-y1, 0) + H - max(y1, 0), max(-x1, 0):max(-x1, 0) + W - max(x1, 0)]
+    if inner.shape != (y2 - y1, x2 - x1):
+        inner = (
+            np.asarray(Image.fromarray(inner.astype(np.uint8)).resize((x2 - x1, y2 - y1), Image.Resampling.NEAREST)) > 0
+        )
+    page = np.zeros((H, W), bool)
+    page[max(y1, 0) : y2, max(x1, 0) : x2] = inner[
+        max(-y1, 0) : max(-y1, 0) + H - max(y1, 0), max(-x1, 0) : max(-x1, 0) + W - max(x1, 0)
+    ]
     return rle_encode(page)
 
 # %% ../../../nbs/11q_data.format.fiftyone.ipynb #387f5d1f
@@ -70,16 +106,24 @@ def read(source:Source,
          fields:str=None, # the label fields to read, by commas; all when not given
         ) -> Reading:
     files = source.find('samples.json', '*/samples.json')
-    if not files: raise BadInput(f'no samples.json in {source.root.name}', 'a folder that FiftyOne exported as FiftyOneDataset', 'name another format')
+    if not files:
+        raise BadInput(
+            f'no samples.json in {source.root.name}',
+            'a folder that FiftyOne exported as FiftyOneDataset',
+            'name another format',
+        )
     items, wanted, q, classes = [], fields.split(',') if fields else None, source.quarantine, []
     for n in files:
         data, home = read_json(source.path(n), nan=True), n.rpartition('/')[0]
-        if not isinstance(data, dict) or not isinstance(data.get('samples'), list): raise BadInput(f'{n} has no list "samples"', 'FiftyOneDataset', 'export it again')
+        if not isinstance(data, dict) or not isinstance(data.get('samples'), list):
+            raise BadInput(f'{n} has no list "samples"', 'FiftyOneDataset', 'export it again')
         meta = f'{home}/metadata.json'.strip('/')
         if meta in source.names: classes += _classes(read_json(source.path(meta)))
         for s in data['samples']:
             if not isinstance(s, dict): q.drop(n, 'sample cannot be read', s); continue
-            if (image := source.locate(str(s.get('filepath')), [home, f'{home}/data'.strip('/')])) is None: q.drop(s.get('filepath'), 'image is missing', n); continue
+            if (image := source.locate(str(s.get('filepath')), [home, f'{home}/data'.strip('/')])) is None:
+                q.drop(s.get('filepath'), 'image is missing', n)
+                continue
             items.append(_sample(s, image, wanted, q))
     unlisted(source, [f.image for f in items])
     return Reading(items, classes or None, total=len(items))
@@ -89,7 +133,10 @@ def _classes(meta) -> list[str]:
     return list(dict.fromkeys(map(str, found))) if isinstance(found, list) else []
 
 def _sample(s:dict, image:str, wanted:list[str]|None, q) -> Found:
-    meta = s['metadata'] if isinstance(s.get('metadata'), dict) else {}; size = tuple(v if isinstance(v := meta.get(k), (int, float)) else 0 for k in ('width', 'height')); f = Found(image, [], {}, size, relative=True); tags = {}
+    meta = s['metadata'] if isinstance(s.get('metadata'), dict) else {}
+    size = tuple(v if isinstance(v := meta.get(k), (int, float)) else 0 for k in ('width', 'height'))
+    f = Found(image, [], {}, size, relative=True)
+    tags = {}
     for t in map(str, s['tags'] if isinstance(s.get('tags'), list) else []):
         if split_of(t) and 'split' not in f.item: f.item['split'] = split_of(t)
         else: tags[t] = 'yes'
@@ -108,33 +155,86 @@ def _sample(s:dict, image:str, wanted:list[str]|None, q) -> Found:
 # %% ../../../nbs/11q_data.format.fiftyone.ipynb #7e804b45
 def _document(a, w:int, h:int) -> dict:
     "An annotation as a FiftyOne label."
-    kind, o = kind_of(a), dict(_cls={'class': 'Classification', 'polygon': 'Polyline'}.get(kind_of(a), 'Detection'), tags=[], label=a.label)
-    o |= {k: v for k, v in dict(confidence=a.score, text=a.text, track_id=a.track_id, annotator=a.annotator).items() if v is not None}
+    kind, o = (
+        kind_of(a),
+        dict(
+            _cls={'class': 'Classification', 'polygon': 'Polyline'}.get(kind_of(a), 'Detection'), tags=[], label=a.label
+        ),
+    )
+    o |= {
+        k: v
+        for k, v in dict(confidence=a.score, text=a.text, track_id=a.track_id, annotator=a.annotator).items()
+        if v is not None
+    }
     if a.track_id and a.track_id.isdecimal(): o['index'] = int(a.track_id)
-    if kind == 'polygon': o |= dict(points=[[[x/w, y/h] for x, y in zip(r[::2], r[1::2])] for r in a.polygon], closed=True, filled=True)
+    if kind == 'polygon':
+        o |= dict(
+            points=[[[x / w, y / h] for x, y in zip(r[::2], r[1::2])] for r in a.polygon], closed=True, filled=True
+        )
     elif kind != 'class':
         box = a.bbox
-        if kind == 'mask': m = rle_decode(a.mask); box = mask_box(m); x1, y1, x2, y2 = map(int, box); o['mask'] = to_packed(m[y1:y2, x1:x2])
+        if kind == 'mask':
+            m = rle_decode(a.mask)
+            box = mask_box(m)
+            x1, y1, x2, y2 = map(int, box)
+            o['mask'] = to_packed(m[y1:y2, x1:x2])
         o['bounding_box'] = [box[0]/w, box[1]/h, (box[2] - box[0])/w, (box[3] - box[1])/h]
     return o | {(f'attr_{k}' if k in _OWN else k): v for k, v in (a.attributes or {}).items()}
 
-_HOMES = dict(Classification=('classifications', 'Classifications'), Detection=('ground_truth', 'Detections'), Polyline=('polylines', 'Polylines'))
+_HOMES = dict(
+    Classification=('classifications', 'Classifications'),
+    Detection=('ground_truth', 'Detections'),
+    Polyline=('polylines', 'Polylines'),
+)
+
 
 def write(target:Target) -> None:
     samples, fields = [], {}
     for r in target.rows():
         name = target.image(r, f'data/{target.name(r)}'); w, h = r['width'], r['height']
-        s = dict(filepath=name, tags=[r['split']] if r['split'] else [], _media_type='image', metadata=dict(_cls='ImageMetadata', width=w, height=h))
-        s |= {c: r[c] for c in COLUMNS if c not in ('split', 'tags') and r[c] and not (c == 'group' and r[c] == r['sha256'])} | {(f'tag_{k}' if k in (*COLUMNS, *s) or k.startswith('caption') else k): v for k, v in r['tags'].items()}
+        s = dict(
+            filepath=name,
+            tags=[r['split']] if r['split'] else [],
+            _media_type='image',
+            metadata=dict(_cls='ImageMetadata', width=w, height=h),
+        )
+        s |= {
+            c: r[c]
+            for c in COLUMNS
+            if c not in ('split', 'tags') and r[c] and not (c == 'group' and r[c] == r['sha256'])
+        } | {(f'tag_{k}' if k in (*COLUMNS, *s) or k.startswith('caption') else k): v for k, v in r['tags'].items()}
         for a in r['annotations']:
-            if (kind := kind_of(a)) == 'caption': s[f'caption_{sum(k.startswith("caption") for k in s)}' if 'caption' in s else 'caption'] = a.caption; continue
+            if (kind := kind_of(a)) == 'caption':
+                s[f'caption_{sum(k.startswith("caption") for k in s)}' if 'caption' in s else 'caption'] = a.caption
+                continue
             if kind == 'line': continue
-            o = _document(a, w, h); field, cls = _HOMES[o['_cls']]; s.setdefault(field, {'_cls': cls, cls.lower(): []})[cls.lower()].append(o)
+            o = _document(a, w, h)
+            field, cls = _HOMES[o['_cls']]
+            s.setdefault(field, {'_cls': cls, cls.lower(): []})[cls.lower()].append(o)
         samples.append(s); fields |= dict.fromkeys(s)
     target.text('samples.json', json.dumps(dict(samples=samples), ensure_ascii=False))
-    target.text('metadata.json', json.dumps(dict(name=target.dataset.name, media_type='image', default_classes=target.dataset.classes, sample_fields=[_field(k, samples) for k in fields if not k.startswith('_')]), ensure_ascii=False))
+    target.text(
+        'metadata.json',
+        json.dumps(
+            dict(
+                name=target.dataset.name,
+                media_type='image',
+                default_classes=target.dataset.classes,
+                sample_fields=[_field(k, samples) for k in fields if not k.startswith('_')],
+            ),
+            ensure_ascii=False,
+        ),
+    )
+
 
 def _field(name:str, samples:list[dict]) -> dict:
-    v = next(s[name] for s in samples if name in s); doc = f'fiftyone.core.{"metadata" if name == "metadata" else "labels"}.{v["_cls"]}' if isinstance(v, dict) else None
-    return dict(name=name, ftype='fiftyone.core.fields.' + ('EmbeddedDocumentField' if doc else 'ListField' if isinstance(v, list) else 'StringField'), embedded_doc_type=doc,
-                subfield='fiftyone.core.fields.StringField' if isinstance(v, list) else None, db_field=name)
+    v = next(s[name] for s in samples if name in s)
+    doc = f'fiftyone.core.{"metadata" if name == "metadata" else "labels"}.{v["_cls"]}' if isinstance(v, dict) else None
+    return dict(
+        name=name,
+        ftype='fiftyone.core.fields.'
+        + ('EmbeddedDocumentField' if doc else 'ListField' if isinstance(v, list) else 'StringField'),
+        embedded_doc_type=doc,
+        subfield='fiftyone.core.fields.StringField' if isinstance(v, list) else None,
+        db_field=name,
+    )

@@ -22,8 +22,11 @@ _META = ('metadata.jsonl', '*/metadata.jsonl', 'metadata.csv', '*/metadata.csv')
 def _tables(source:Source) -> list[str]: return source.find('*.parquet', '*.arrow')
 
 def _schema(source:Source, name:str) -> pa.Schema:
-    try: return pq.read_schema(source.path(name)) if name.lower().endswith('.parquet') else _stream(source, name).schema
-    except (pa.ArrowInvalid, OSError) as e: raise BadInput(f'{name} cannot be read: {e}', 'a Parquet or Arrow file', 'download it again') from None
+    try:
+        return pq.read_schema(source.path(name)) if name.lower().endswith('.parquet') else _stream(source, name).schema
+    except (pa.ArrowInvalid, OSError) as e:
+        raise BadInput(f'{name} cannot be read: {e}', 'a Parquet or Arrow file', 'download it again') from None
+
 
 def _stream(source:Source, name:str):
     f = pa.memory_map(str(source.path(name)))
@@ -42,7 +45,8 @@ def recognise(source:Source) -> tuple[int, str]:
         except BadInput: continue
         if c: return 3, f'{n} has images in the column {c}'
     for n in source.find(*_META):
-        if '"file_name"' in (head := source.text(n, 4096)) or 'file_name' in head.split('\n')[0]: return 3, f'{n} has "file_name"'
+        if '"file_name"' in (head := source.text(n, 4096)) or 'file_name' in head.split('\n')[0]:
+            return 3, f'{n} has "file_name"'
     return 0, ''
 
 # %% ../../../nbs/11p_data.format.huggingface.ipynb #000aad26
@@ -58,7 +62,8 @@ def _named(v, names:list[str]|None) -> str|None:
 
 def _objects(o, features:dict, boxes:str) -> list[dict]: # annotations
     if isinstance(o, list): o = {k: [r.get(k) for r in o] for k in (o[0] if o else {})}
-    key = next((k for k in ('category', 'categories', 'label', 'labels', 'category_id') if k in o), None); names, out = _names(features, 'objects', key or ''), []
+    key = next((k for k in ('category', 'categories', 'label', 'labels', 'category_id') if k in o), None)
+    names, out = _names(features, 'objects', key or ''), []
     for i, b in enumerate(o.get('bbox') or []):
         c = (o[key] or [None]*(i + 1))[i] if key else None
         if b and len(b) == 4 and boxes == 'xywh': b = [b[0], b[1], b[0] + b[2], b[1] + b[3]]
@@ -68,15 +73,47 @@ def _objects(o, features:dict, boxes:str) -> list[dict]: # annotations
 def _said(row:dict, features:dict, boxes:str, text:str) -> tuple[list[dict], dict]: # annotations, columns of the item
     full = row.get('annotations'); full = json.loads(full) if isinstance(full, str) else full
     item = {c: str(row[c]) for c in COLUMNS if c not in ('tags', 'split') and row.get(c) not in (None, '')}
-    tags = json.loads(row['tags']) if isinstance(row.get('tags'), str) and row['tags'].startswith('{') else row.get('tags') if isinstance(row.get('tags'), dict) else {}
-    known = {'annotations', 'tags', 'objects', 'label', 'labels', 'caption', 'text', 'file_name', 'split', 'width', 'height', *COLUMNS}
-    tags |= {k: v for k, v in row.items() if k not in known and isinstance(v, (str, int, float, bool)) and len(str(v)) < 200}
+    tags = (
+        json.loads(row['tags'])
+        if isinstance(row.get('tags'), str) and row['tags'].startswith('{')
+        else row.get('tags')
+        if isinstance(row.get('tags'), dict)
+        else {}
+    )
+    known = {
+        'annotations',
+        'tags',
+        'objects',
+        'label',
+        'labels',
+        'caption',
+        'text',
+        'file_name',
+        'split',
+        'width',
+        'height',
+        *COLUMNS,
+    }
+    tags |= {
+        k: v for k, v in row.items() if k not in known and isinstance(v, (str, int, float, bool)) and len(str(v)) < 200
+    }
     if tags: item['tags'] = {k: str(v) for k, v in tags.items() if v is not None}
-    if isinstance(full, list) and all(isinstance(a, dict) for a in full): return [{k: v for k, v in a.items() if v is not None} for a in full], item
+    if isinstance(full, list) and all(isinstance(a, dict) for a in full):
+        return [{k: v for k, v in a.items() if v is not None} for a in full], item
     anns = []
-    for k in ('label', 'labels'): anns += [dict(label=_named(v, _names(features, k))) for v in (row[k] if isinstance(row.get(k), list) else [row.get(k)]) if _named(v, None)]
+    for k in ('label', 'labels'):
+        anns += [
+            dict(label=_named(v, _names(features, k)))
+            for v in (row[k] if isinstance(row.get(k), list) else [row.get(k)])
+            if _named(v, None)
+        ]
     if row.get('objects'): anns += _objects(row['objects'], features, boxes)
-    for k in ('caption', 'text'): anns += [{'text' if text == 'line' and k == 'text' else 'caption': str(v)} for v in (row[k] if isinstance(row.get(k), list) else [row.get(k)]) if v]
+    for k in ('caption', 'text'):
+        anns += [
+            {'text' if text == 'line' and k == 'text' else 'caption': str(v)}
+            for v in (row[k] if isinstance(row.get(k), list) else [row.get(k)])
+            if v
+        ]
     return anns, item
 
 # %% ../../../nbs/11p_data.format.huggingface.ipynb #4016796e
@@ -90,7 +127,9 @@ def _batches(source:Source, name:str) -> Iterator[dict]:
             for batch in f.iter_batches(batch_size=64): yield from batch.to_pylist()
     else:
         r = _stream(source, name)
-        for batch in r if hasattr(r, 'read_next_batch') else map(r.get_batch, range(r.num_record_batches)): yield from batch.to_pylist()
+        for batch in r if hasattr(r, 'read_next_batch') else map(r.get_batch, range(r.num_record_batches)):
+            yield from batch.to_pylist()
+
 
 def _features(schema:pa.Schema) -> dict:
     try: return json.loads((schema.metadata or {}).get(b'huggingface', b'{}'))['info']['features']
@@ -109,12 +148,20 @@ def _packed(source:Source, boxes:str, text:str) -> Iterator[Found]:
         column, features = image_column(schema), _features(schema)
         if column is None: q.drop(n, 'no column of images', part='file'); continue
         for k, row in enumerate(_rows(source, n, q)):
-            im = row.pop(column); im = im if isinstance(im, dict) else dict(bytes=im, path=None); stem = n.rpartition('.')[0]
-            if not im or not im.get('bytes'): q.drop(f'{n}, row {k}', 'row without the image\'s bytes', (im or {}).get('path') or ''); continue
-            name = (im.get('path') or f'{stem.rpartition("/")[2]}-{k:06}').replace('\\', '/').lstrip('/'); name = name if '.' in name.rpartition('/')[2] else name + _suffix(im['bytes'])
+            im = row.pop(column)
+            im = im if isinstance(im, dict) else dict(bytes=im, path=None)
+            stem = n.rpartition('.')[0]
+            if not im or not im.get('bytes'):
+                q.drop(f'{n}, row {k}', 'row without the image\'s bytes', (im or {}).get('path') or '')
+                continue
+            name = (im.get('path') or f'{stem.rpartition("/")[2]}-{k:06}').replace('\\', '/').lstrip('/')
+            name = name if '.' in name.rpartition('/')[2] else name + _suffix(im['bytes'])
             if name in seen: name = f'{stem}/{k:06}-{name.rpartition("/")[2]}'
-            try: anns, item = _said(row, features, boxes, text)
-            except (ValueError, TypeError, KeyError, IndexError) as e: q.drop(name, 'annotation cannot be read', f'{n}, row {k}: {e}', part='annotation'); anns, item = [], {}
+            try:
+                anns, item = _said(row, features, boxes, text)
+            except (ValueError, TypeError, KeyError, IndexError) as e:
+                q.drop(name, 'annotation cannot be read', f'{n}, row {k}: {e}', part='annotation')
+                anns, item = [], {}
             seen.add(name); yield Found(name, anns, dict(split=split_in(n)) | item, data=im['bytes'])
 
 def _suffix(data:bytes) -> str: from cv_lab.data.files import look; return look(data).suffix or '.bin'
@@ -129,31 +176,58 @@ def read(source:Source,
     if tables := _tables(source):
         return Reading(_packed(source, boxes, text), next((v for n in tables if (v := _classes(source, n))), None))
     files = source.find(*_META)
-    if not files: raise BadInput(f'no Parquet, Arrow or metadata.jsonl in {source.root.name}', 'a Hugging Face dataset on disk', 'name another format')
+    if not files:
+        raise BadInput(
+            f'no Parquet, Arrow or metadata.jsonl in {source.root.name}',
+            'a Hugging Face dataset on disk',
+            'name another format',
+        )
     items = [f for n in files for f in _listed(source, n, boxes, text)]; unlisted(source, [f.image for f in items])
     return Reading(items, total=len(items))
 
 def _listed(source:Source, name:str, boxes:str, text:str) -> Iterator[Found]:
     "The images that a metadata file lists."
     q, body, home = source.quarantine, source.text(name), name.rpartition('/')[0]
-    rows = enumerate(csv.DictReader(io.StringIO(body, newline=''))) if name.endswith('.csv') else enumerate(body.split('\n'))
+    rows = (
+        enumerate(csv.DictReader(io.StringIO(body, newline='')))
+        if name.endswith('.csv')
+        else enumerate(body.split('\n'))
+    )
     for k, row in rows:
         if not row or isinstance(row, str) and not row.strip(): continue
-        try: row = json.loads(row) if isinstance(row, str) else row; anns, item = _said(row, {}, boxes, text)
-        except (ValueError, TypeError, KeyError, AttributeError) as e: q.drop(f'{name}:{k + 1}', 'line cannot be read', str(e), part='row'); continue
-        if (image := source.locate(str(row.get('file_name')), [home])) is None: q.drop(row.get('file_name'), 'image is missing', f'{name}:{k + 1}'); continue
+        try:
+            row = json.loads(row) if isinstance(row, str) else row
+            anns, item = _said(row, {}, boxes, text)
+        except (ValueError, TypeError, KeyError, AttributeError) as e:
+            q.drop(f'{name}:{k + 1}', 'line cannot be read', str(e), part='row')
+            continue
+        if (image := source.locate(str(row.get('file_name')), [home])) is None:
+            q.drop(row.get('file_name'), 'image is missing', f'{name}:{k + 1}')
+            continue
         yield Found(image, anns, dict(split=split_in(home)) | item)
 
 # %% ../../../nbs/11p_data.format.huggingface.ipynb #4fcf2876
 def _usual(r:dict, classes:list[str]) -> dict: # columns that anybody reads
     of = lambda k: [a for a in r['annotations'] if kind_of(a) == k]; boxes = [a for a in r['annotations'] if a.bbox]
     xywh = lambda b: [b[0], b[1], b[2] - b[0], b[3] - b[1]]
-    return dict(label=classes.index(of('class')[0].label) if len(of('class')) == 1 and of('class')[0].label in classes else None,
-                objects=dict(bbox=[xywh(a.bbox) for a in boxes], category=[a.label or 'object' for a in boxes]), caption=of('caption')[0].caption if of('caption') else None)
+    return dict(
+        label=classes.index(of('class')[0].label)
+        if len(of('class')) == 1 and of('class')[0].label in classes
+        else None,
+        objects=dict(bbox=[xywh(a.bbox) for a in boxes], category=[a.label or 'object' for a in boxes]),
+        caption=of('caption')[0].caption if of('caption') else None,
+    )
+
 
 def _whole(r:dict) -> dict:
-    item = {c: r[c] for c in COLUMNS if c not in ('split', 'tags')} | dict(group=None if r['group'] == r['sha256'] else r['group'])
-    return item | dict(tags=json.dumps(r['tags'], ensure_ascii=False) if r['tags'] else None, annotations=json.dumps([a.said() for a in r['annotations']], ensure_ascii=False))
+    item = {c: r[c] for c in COLUMNS if c not in ('split', 'tags')} | dict(
+        group=None if r['group'] == r['sha256'] else r['group']
+    )
+    return item | dict(
+        tags=json.dumps(r['tags'], ensure_ascii=False) if r['tags'] else None,
+        annotations=json.dumps([a.said() for a in r['annotations']], ensure_ascii=False),
+    )
+
 
 def write(target:Target,
           kind:str='parquet', # or folder
@@ -164,21 +238,45 @@ def write(target:Target,
         if kind == 'folder':
             lines = []
             for r in target.rows(s):
-                name = target.name(r); target.image(r, f'{s}/{name}'); usual = _usual(r, classes); usual['label'] = None if usual['label'] is None else classes[usual['label']]
+                name = target.name(r)
+                target.image(r, f'{s}/{name}')
+                usual = _usual(r, classes)
+                usual['label'] = None if usual['label'] is None else classes[usual['label']]
                 lines.append(json.dumps(dict(file_name=name) | usual | _whole(r), ensure_ascii=False))
             target.text(f'{s}/metadata.jsonl', '\n'.join(lines) + '\n'); continue
         schema = _schema_of(classes)
-        with pq.ParquetWriter(target.path(f'data/{s if s != "val" else "validation"}-00000-of-00001.parquet'), schema) as w:
+        with pq.ParquetWriter(
+            target.path(f'data/{s if s != "val" else "validation"}-00000-of-00001.parquet'), schema
+        ) as w:
             rows = []
             for r in target.rows(s):
-                rows.append(dict(image=dict(bytes=target.dataset.read(r['uri']), path=target.name(r))) | _usual(r, classes) | _whole(r))
+                rows.append(
+                    dict(image=dict(bytes=target.dataset.read(r['uri']), path=target.name(r)))
+                    | _usual(r, classes)
+                    | _whole(r)
+                )
                 if len(rows) == 100: w.write_table(pa.Table.from_pylist(rows, schema)); rows = []
             if rows: w.write_table(pa.Table.from_pylist(rows, schema))
 
 def _schema_of(classes:list[str]) -> pa.Schema:
     "Arrow's types, and the features that `datasets` looks for."
-    text = [*(c for c in COLUMNS if c not in ('split', 'tags')), 'tags', 'annotations']; value = lambda d: dict(dtype=d, _type='Value'); many = lambda f: dict(feature=f, _type='Sequence')
-    features = dict(image=dict(_type='Image'), label=dict(names=list(classes), _type='ClassLabel') if classes else value('int64'), objects=dict(bbox=many(many(value('float64'))), category=many(value('string'))),
-                    caption=value('string'), **{k: value('string') for k in text})
-    return pa.schema([('image', pa.struct([('bytes', pa.binary()), ('path', pa.string())])), ('label', pa.int64()), ('objects', pa.struct([('bbox', pa.list_(pa.list_(pa.float64()))), ('category', pa.list_(pa.string()))])),
-                      ('caption', pa.string()), *((k, pa.string()) for k in text)], metadata={'huggingface': json.dumps(dict(info=dict(features=features)))})
+    text = [*(c for c in COLUMNS if c not in ('split', 'tags')), 'tags', 'annotations']
+    value = lambda d: dict(dtype=d, _type='Value')
+    many = lambda f: dict(feature=f, _type='Sequence')
+    features = dict(
+        image=dict(_type='Image'),
+        label=dict(names=list(classes), _type='ClassLabel') if classes else value('int64'),
+        objects=dict(bbox=many(many(value('float64'))), category=many(value('string'))),
+        caption=value('string'),
+        **{k: value('string') for k in text},
+    )
+    return pa.schema(
+        [
+            ('image', pa.struct([('bytes', pa.binary()), ('path', pa.string())])),
+            ('label', pa.int64()),
+            ('objects', pa.struct([('bbox', pa.list_(pa.list_(pa.float64()))), ('category', pa.list_(pa.string()))])),
+            ('caption', pa.string()),
+            *((k, pa.string()) for k in text),
+        ],
+        metadata={'huggingface': json.dumps(dict(info=dict(features=features)))},
+    )

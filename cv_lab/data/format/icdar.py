@@ -22,14 +22,17 @@ def recognise(source:Source) -> tuple[int, str]:
     for n in source.find('*gt_*.txt')[:20]:
         try: _word(source.text(n, 4096).splitlines()[0])
         except (ValueError, IndexError): continue
-        if source.locate(_NAME.search(n)[1], suffix=False) or not source.images: return 3, f'{n} has lines of corners and words'
+        if source.locate(_NAME.search(n)[1], suffix=False) or not source.images:
+            return 3, f'{n} has lines of corners and words'
     return 0, ''
 
 # %% ../../../nbs/11j_data.format.icdar.ipynb #0372e5c7
 def _word(line:str) -> dict: # fields of an annotation
     number = r'\s*(-?\d+(?:\.\d+)?)\s*'
-    if m := re.match(','.join([number]*8) + ',(.*)$', line): v, word = [float(x) for x in m.groups()[:8]], m[9]
-    elif m := re.match(r'[\s,]+'.join([r'(-?\d+(?:\.\d+)?)']*4) + r'[\s,]+(.*)$', line.strip()): v, word = [float(x) for x in m.groups()[:4]], m[5]
+    if m := re.match(','.join([number]*8) + ',(.*)$', line):
+        v, word = [float(x) for x in m.groups()[:8]], m[9]
+    elif m := re.match(r'[\s,]+'.join([r'(-?\d+(?:\.\d+)?)'] * 4) + r'[\s,]+(.*)$', line.strip()):
+        v, word = [float(x) for x in m.groups()[:4]], m[5]
     else: raise ValueError('not four or eight numbers and a word')
     if len(v) == 4 and len(word) > 1 and word[0] == word[-1] == '"': word = word[1:-1]
     a = dict(label='text') | (dict(attributes=dict(ignore='1')) if word == '###' else dict(text=word) if word else {})
@@ -39,11 +42,14 @@ def _word(line:str) -> dict: # fields of an annotation
 
 # %% ../../../nbs/11j_data.format.icdar.ipynb #756d3437
 def read(source:Source) -> Reading:
-    files = [n for n in source.find('*.txt') if n.rpartition('/')[2].lower().startswith('gt_')] or [n for n in source.find('*.txt') if source.locate(_NAME.search(n)[1], suffix=False)]
+    files = [n for n in source.find('*.txt') if n.rpartition('/')[2].lower().startswith('gt_')] or [
+        n for n in source.find('*.txt') if source.locate(_NAME.search(n)[1], suffix=False)
+    ]
     if not files: raise BadInput(f'no gt_*.txt in {source.root.name}', 'a text file per image', 'name another format')
     items, q = [], source.quarantine
     for n in files:
-        stem, home = _NAME.search(n)[1], n.rpartition('/')[0]; near = [home, re.sub(r'gt$', 'images', home), f'images/{split_in(n)}', f'{home}/images'.strip('/')]
+        stem, home = _NAME.search(n)[1], n.rpartition('/')[0]
+        near = [home, re.sub(r'gt$', 'images', home), f'images/{split_in(n)}', f'{home}/images'.strip('/')]
         if (image := source.locate(stem, near, suffix=False)) is None: q.drop(stem, 'image is missing', n); continue
         f = Found(image, [], dict(split=split_in(n))); items.append(f)
         for k, line in enumerate(source.text(n).splitlines(), 1):
@@ -65,6 +71,10 @@ def write(target:Target) -> None:
             if a.polygon and not ring: target.lose('points of polygons', sum(map(len, a.polygon))//2)
             if a.label not in (None, 'text'): target.lose('label')
             x1, y1, x2, y2 = a.bbox; corners = ring or [x1, y1, x2, y1, x2, y2, x1, y2]
-            word = '###' if (a.attributes or {}).get('ignore') == '1' else re.sub(r'[\r\n\x0b\x0c\x1c-\x1e\x85\u2028\u2029]+', ' ', a.text or '')
+            word = (
+                '###'
+                if (a.attributes or {}).get('ignore') == '1'
+                else re.sub(r'[\r\n\x0b\x0c\x1c-\x1e\x85\u2028\u2029]+', ' ', a.text or '')
+            )
             lines.append(','.join(f'{v:.12g}' for v in corners) + f',{word}')
         target.text(f'gt/{split}/gt_{stem}.txt', '\n'.join(lines) + '\n' if lines else '')

@@ -18,7 +18,8 @@ LOSES = 'Second labels of an item; names of classes that a folder cannot have ar
 # %% ../../../nbs/11a_data.format.imagefolder.ipynb #36551650
 def split_folders(names:list[str]) -> dict[str, str|None]: # folder -> split; empty where the top folders are classes
     "The top folders that are splits."
-    top = {n.split('/', 1)[0] for n in names if '/' in n}; deep = {n.split('/', 1)[0] for n in names if n.count('/') > 1}
+    top = {n.split('/', 1)[0] for n in names if '/' in n}
+    deep = {n.split('/', 1)[0] for n in names if n.count('/') > 1}
     meant = {t: split_of(t) for t in top if split_of(t) or t == NO_SPLIT}
     return meant if len(meant) == len(top) or any(split_of(t) == 'train' for t in deep) else {}
 
@@ -28,21 +29,28 @@ _OTHER_IMAGES = re.compile(r'.*\.(tiff?|heic|heif|avif|jp2|jxl|dcm|nef|cr2|arw|d
 def recognise(source:Source) -> tuple[int, str]:
     if source.only or not source.images: return 0, ''
     splits = split_folders(source.images)
-    classes = {n.split('/')[1 if n.split('/')[0] in splits else 0] for n in source.images if n.count('/') > (n.split('/')[0] in splits)}
+    classes = {
+        n.split('/')[1 if n.split('/')[0] in splits else 0]
+        for n in source.images
+        if n.count('/') > (n.split('/')[0] in splits)
+    }
     if not classes: return 0, ''
     return 1, f'images in {len(classes)} folders' + (f', below {", ".join(sorted(splits))}' if splits else '')
 
 def read(source:Source,
          label:str='first', # of nested folders, the `first` or the `last` names the class
         ) -> Reading:
-    if label not in ('first', 'last'): raise BadInput(f'label={label}', 'first or last', 'see nbs/11a_data.format.imagefolder.ipynb')
+    if label not in ('first', 'last'):
+        raise BadInput(f'label={label}', 'first or last', 'see nbs/11a_data.format.imagefolder.ipynb')
     splits = split_folders(source.images); q = source.quarantine
     for n in source.names:
         if _OTHER_IMAGES.match(n): q.drop(n, 'an image format that is not read', 'convert it to PNG or JPEG')
     def items():
         for n in source.images:
             folders = n.split('/')[:-1]
-            if splits and (not folders or folders[0] not in splits): q.drop(n, 'lies beside the split folders'); continue
+            if splits and (not folders or folders[0] not in splits):
+                q.drop(n, 'lies beside the split folders')
+                continue
             split = splits[folders.pop(0)] if splits else None
             yield Found(n, [dict(label=folders[0 if label == 'first' else -1])] if folders else [], dict(split=split))
     return Reading(items(), total=len(source.images))
@@ -56,4 +64,16 @@ def write(target:Target) -> None:
         folder = re.sub(r'[/\\\0]|^\.', '_', labels[0]) if labels else ''
         if labels and folder != labels[0]: target.lose('names of classes')
         suffix = row['uri'].rpartition('.')[2]
-        target.image(row, '/'.join(filter(None, [(row['split'] or NO_SPLIT) if splits != [NO_SPLIT] else '', folder, f'{stems[row["id"]]}.{suffix}'])))
+        target.image(
+            row,
+            '/'.join(
+                filter(
+                    None,
+                    [
+                        (row['split'] or NO_SPLIT) if splits != [NO_SPLIT] else '',
+                        folder,
+                        f'{stems[row["id"]]}.{suffix}',
+                    ],
+                )
+            ),
+        )

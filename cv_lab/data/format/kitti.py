@@ -13,37 +13,70 @@ from ..formats import NO_SPLIT, Found, Reading, Target, split_of
 
 TITLE = 'KITTI'
 KEEPS = ('box', 'score', 'split')
-ATTRIBUTES = dict(truncated='0.5', occluded='1', alpha='-1.57', dimensions='1.57 1.73 4.15', location='1 1.75 13.22', rotation_y='-1.62')
+ATTRIBUTES = dict(
+    truncated='0.5',
+    occluded='1',
+    alpha='-1.57',
+    dimensions='1.57 1.73 4.15',
+    location='1 1.75 13.22',
+    rotation_y='-1.62',
+)
 LOSES = 'Blanks in the names of classes become `_`; other attributes than the line has; a box without a class becomes `object`.'
 
-_DULL = dict(truncated='0', occluded='0', alpha='-10', dimensions='-1 -1 -1', location='-1000 -1000 -1000', rotation_y='-10') # KITTI's own words for "not known"
+_DULL = dict(
+    truncated='0', occluded='0', alpha='-10', dimensions='-1 -1 -1', location='-1000 -1000 -1000', rotation_y='-10'
+)  # KITTI's own words for "not known"
+
 
 def _object(line:str) -> dict: # fields of an annotation
     v = line.split()
     if len(v) not in (15, 16): raise ValueError(f'{len(v)} fields, not 15 or 16')
-    [float(x) for x in v[1:]]                              # refuses what is no number
-    said = dict(truncated=v[1], occluded=v[2], alpha=v[3], dimensions=' '.join(v[8:11]), location=' '.join(v[11:14]), rotation_y=v[14])
+    [float(x) for x in v[1:]]  # refuses what is no number
+    said = dict(
+        truncated=v[1],
+        occluded=v[2],
+        alpha=v[3],
+        dimensions=' '.join(v[8:11]),
+        location=' '.join(v[11:14]),
+        rotation_y=v[14],
+    )
     same = lambda a, b: [float(x) for x in a.split()] == [float(x) for x in b.split()]
     more = {k: x for k, x in said.items() if not same(x, _DULL[k])}
-    return dict(label=v[0], bbox=[float(x) for x in v[4:8]]) | (dict(score=float(v[15])) if len(v) == 16 else {}) | (dict(attributes=more) if more else {})
+    return (
+        dict(label=v[0], bbox=[float(x) for x in v[4:8]])
+        | (dict(score=float(v[15])) if len(v) == 16 else {})
+        | (dict(attributes=more) if more else {})
+    )
+
 
 def recognise(source:Source) -> tuple[int, str]:
     for n in source.find('*label_2/*.txt', '*labels/*.txt')[:20]:
         try: _object(source.text(n, 4096).splitlines()[0])
         except (ValueError, IndexError): continue
         return 3, f'{n} has KITTI lines'
-    return (3, 'label_2 beside image_2') if source.find('*label_2/*.txt') and any('image_2/' in n for n in source.images) else (0, '')
+    return (
+        (3, 'label_2 beside image_2')
+        if source.find('*label_2/*.txt') and any('image_2/' in n for n in source.images)
+        else (0, '')
+    )
 
 # %% ../../../nbs/11m_data.format.kitti.ipynb #4e1f7701
 def _lists(source:Source) -> dict[str, str|None]: # stem -> split
     out = {}
     for n in source.find('*imagesets/*.txt'):
-        if (s := split_of(word := n.rpartition('/')[2][:-4])) or word == NO_SPLIT: out |= dict.fromkeys(filter(None, map(str.strip, source.text(n).splitlines())), s)
+        if (s := split_of(word := n.rpartition('/')[2][:-4])) or word == NO_SPLIT:
+            out |= dict.fromkeys(filter(None, map(str.strip, source.text(n).splitlines())), s)
     return out
 
 def read(source:Source) -> Reading:
-    files, q = {n.rpartition('/')[2][:-4]: n for n in source.find('*label_2/*.txt') or source.find('*labels/*.txt')}, source.quarantine
-    if not files: raise BadInput(f'no label_2 in {source.root.name}', 'training/image_2 and training/label_2', 'name another format')
+    files, q = (
+        {n.rpartition('/')[2][:-4]: n for n in source.find('*label_2/*.txt') or source.find('*labels/*.txt')},
+        source.quarantine,
+    )
+    if not files:
+        raise BadInput(
+            f'no label_2 in {source.root.name}', 'training/image_2 and training/label_2', 'name another format'
+        )
     lists, used, items = _lists(source), set(), []
     for image in source.images:
         stem, folder = image.rpartition('/')[2].rpartition('.')[0], image.rpartition('/')[0]; n = files.get(stem)
@@ -60,12 +93,32 @@ def read(source:Source) -> Reading:
 def write(target:Target) -> None:
     stems, lists = target.stems(), {s: [] for s in target.splits()}
     for r in target.rows():
-        stem, lines = stems[r['id']], []; home = 'testing' if r['split'] == 'test' else 'training'; lists[r['split'] or NO_SPLIT].append(stem)
+        stem, lines = stems[r['id']], []
+        home = 'testing' if r['split'] == 'test' else 'training'
+        lists[r['split'] or NO_SPLIT].append(stem)
         for a in r['annotations']:
             if a.bbox is None: continue
-            label = re.sub(r'\s+', '_', a.label or 'object'); m = _DULL | {k: v for k, v in (a.attributes or {}).items() if k in ATTRIBUTES and re.fullmatch(r'(-?[\d.e-]+ ?)+', v)}
+            label = re.sub(r'\s+', '_', a.label or 'object')
+            m = _DULL | {
+                k: v for k, v in (a.attributes or {}).items() if k in ATTRIBUTES and re.fullmatch(r'(-?[\d.e-]+ ?)+', v)
+            }
             if a.label and label != a.label: target.lose('blanks in names of classes')
             for k in ('dimensions', 'location'): m[k] = m[k] if len(m[k].split()) == 3 else _DULL[k]
-            lines.append(' '.join([label, m['truncated'], m['occluded'], m['alpha'], *(f'{v:.12g}' for v in a.bbox), m['dimensions'], m['location'], m['rotation_y'], *([f'{a.score:.12g}'] if a.score is not None else [])]))
-        target.image(r, f'{home}/image_2/{stem}.{r["uri"].rpartition(".")[2]}'); target.text(f'{home}/label_2/{stem}.txt', '\n'.join(lines) + '\n' if lines else '')
+            lines.append(
+                ' '.join(
+                    [
+                        label,
+                        m['truncated'],
+                        m['occluded'],
+                        m['alpha'],
+                        *(f'{v:.12g}' for v in a.bbox),
+                        m['dimensions'],
+                        m['location'],
+                        m['rotation_y'],
+                        *([f'{a.score:.12g}'] if a.score is not None else []),
+                    ]
+                )
+            )
+        target.image(r, f'{home}/image_2/{stem}.{r["uri"].rpartition(".")[2]}')
+        target.text(f'{home}/label_2/{stem}.txt', '\n'.join(lines) + '\n' if lines else '')
     for s, names in lists.items(): target.text(f'ImageSets/{s}.txt', '\n'.join(names) + '\n')

@@ -21,8 +21,14 @@ TITLE = 'Label Studio'
 KEEPS = (*KINDS, *FIELDS, *COLUMNS)
 LOSES = 'Outlines of several rings become several; ellipses, keypoints, relations and video are not read; a score makes it a prediction, read with `predictions=keep`.'
 
+
 def _is_tasks(text:str) -> bool:
-    return bool(re.match(r'\s*[\[{]', text) and re.search(r'"data"\s*:\s*\{', text) and re.search(r'"(annotations|predictions|completions)"\s*:\s*\[', text))
+    return bool(
+        re.match(r'\s*[\[{]', text)
+        and re.search(r'"data"\s*:\s*\{', text)
+        and re.search(r'"(annotations|predictions|completions)"\s*:\s*\[', text)
+    )
+
 
 def recognise(source:Source) -> tuple[int, str]:
     found = [n for n in source.find('*.json')[:20] if _is_tasks(source.text(n, 1 << 20))]
@@ -38,8 +44,11 @@ def _geometry(r:dict) -> dict: # part of an annotation; bbox and polygon in frac
     x, y, bw, bh = (float(v[k])/100 for k in ('x', 'y', 'width', 'height'))
     if not v.get('rotation'): return dict(bbox=[x, y, x + bw, y + bh])
     # turned about its upper left corner, in pixels
-    t = math.radians(float(v['rotation'])); dx, dy = bw*w/2, bh*h/2; cx, cy = x*w + dx*math.cos(t) - dy*math.sin(t), y*h + dx*math.sin(t) + dy*math.cos(t)
-    a = rotated_box(cx, cy, bw*w, bh*h, float(v['rotation'])); a['polygon'] = [[p/(h if i % 2 else w) for i, p in enumerate(a['polygon'][0])]]
+    t = math.radians(float(v['rotation']))
+    dx, dy = bw * w / 2, bh * h / 2
+    cx, cy = x * w + dx * math.cos(t) - dy * math.sin(t), y * h + dx * math.sin(t) + dy * math.cos(t)
+    a = rotated_box(cx, cy, bw * w, bh * h, float(v['rotation']))
+    a['polygon'] = [[p / (h if i % 2 else w) for i, p in enumerate(a['polygon'][0])]]
     return a
 
 _UNREAD = ('relation', 'keypointlabels', 'ellipselabels', 'keypoint', 'ellipse', 'videorectangle', 'rating', 'number')
@@ -50,20 +59,39 @@ def _results(result:list[dict], image:str, q) -> list[dict]: # annotations
     regions, whole = defaultdict(dict), []
     for r in result:
         v, kind = r['value'] if isinstance(r.get('value'), dict) else {}, str(r.get('type', ''))
-        if not v or kind in _UNREAD: q.drop(image, 'a kind of region that is not read', kind, part='annotation'); continue
+        if not v or kind in _UNREAD:
+            q.drop(image, 'a kind of region that is not read', kind, part='annotation')
+            continue
         a = regions[r.get('id') or id(r)]
-        try: where = _geometry(r)
-        except (*MALFORMED, ZeroDivisionError) as e: q.drop(image, 'region cannot be read', f'{kind}: {getattr(e, "what", e)}', part='annotation'); regions.pop(r.get('id'), None); continue
+        try:
+            where = _geometry(r)
+        except (*MALFORMED, ZeroDivisionError) as e:
+            q.drop(image, 'region cannot be read', f'{kind}: {getattr(e, "what", e)}', part='annotation')
+            regions.pop(r.get('id'), None)
+            continue
         names = next((v[k] for k in v if k.endswith('labels') and isinstance(v[k], list)), [])
-        meta = r.get('meta') if isinstance(r.get('meta'), dict) else {}; said = {k: meta[k] for k in ('annotator', 'track_id') if k in meta}
-        more = where.pop('attributes', {}) | (meta['attributes'] if isinstance(meta.get('attributes'), dict) else {}) | ({'labels': ', '.join(names[1:])} if len(names) > 1 else {})
+        meta = r.get('meta') if isinstance(r.get('meta'), dict) else {}
+        said = {k: meta[k] for k in ('annotator', 'track_id') if k in meta}
+        more = (
+            where.pop('attributes', {})
+            | (meta['attributes'] if isinstance(meta.get('attributes'), dict) else {})
+            | ({'labels': ', '.join(names[1:])} if len(names) > 1 else {})
+        )
         if 'score' in r: said['score'] = r['score']
         a |= where
-        if kind.endswith('labels') or kind in ('rectangle', 'polygon', 'brush'): a |= said | (dict(label=names[0]) if names else {})
-        elif kind == 'choices' and not _on_region(r): whole += [dict(label=c) | said | (dict(attributes=more) if more else {}) for c in v.get('choices', [])]
+        if kind.endswith('labels') or kind in ('rectangle', 'polygon', 'brush'):
+            a |= said | (dict(label=names[0]) if names else {})
+        elif kind == 'choices' and not _on_region(r):
+            whole += [dict(label=c) | said | (dict(attributes=more) if more else {}) for c in v.get('choices', [])]
         elif kind == 'choices': more[r.get('from_name', 'choice')] = ', '.join(v.get('choices', []))
         elif kind == 'textarea' and _on_region(r): a['text'] = _one_text(v)
-        elif kind == 'textarea': whole.append({'text' if r.get('from_name') in _LINE else 'caption': _one_text(v)} | said | (dict(attributes=more) if more else {})); continue
+        elif kind == 'textarea':
+            whole.append(
+                {'text' if r.get('from_name') in _LINE else 'caption': _one_text(v)}
+                | said
+                | (dict(attributes=more) if more else {})
+            )
+            continue
         if more: a['attributes'] = a.get('attributes', {}) | more
     return whole + [a for a in regions.values() if set(a) & {'bbox', 'polygon', 'mask'}]
 
@@ -74,27 +102,63 @@ def _one_text(v:dict) -> str: t = v.get('text'); return t if isinstance(t, str) 
 def _image_of(data:dict) -> str|None:
     texts = [v for v in data.values() if isinstance(v, str)]
     named = data.get('image') if isinstance(data.get('image'), str) else None
-    return named or next((v for v in texts if v.startswith('data:image/') or urlsplit(v).path.lower().endswith(SUFFIXES) or v.lower().endswith(SUFFIXES)), None)
+    return named or next(
+        (
+            v
+            for v in texts
+            if v.startswith('data:image/')
+            or urlsplit(v).path.lower().endswith(SUFFIXES)
+            or v.lower().endswith(SUFFIXES)
+        ),
+        None,
+    )
+
 
 def _locate(source:Source, name:str, near:list[str]) -> str|None:
     path = name.split('?d=', 1)[1] if '?d=' in name else urlsplit(name).path if re.match(r'\w{2,}://|/', name) else name
     for p in (unquote(path), path):
-        tries = [p, re.sub(r'(^|/)[0-9a-f]{8}-(?=[^/]+$)', r'\1', p), re.sub(r'(^|/)[0-9a-f]{8}-(?=[^/]+$)', r'\1', p).replace('_', ' ')]
+        tries = [
+            p,
+            re.sub(r'(^|/)[0-9a-f]{8}-(?=[^/]+$)', r'\1', p),
+            re.sub(r'(^|/)[0-9a-f]{8}-(?=[^/]+$)', r'\1', p).replace('_', ' '),
+        ]
         if hit := next((i for t in tries if (i := source.locate(t, near))), None): return hit
 
-def read(source:Source,
-         predictions:str='apart', # a model's: apart (predictions.parquet), keep (among the annotations, with scores), drop
-         undone:str='keep',       # tasks that nobody has submitted: keep (as items without labels), drop
-        ) -> Reading:
-    if predictions not in ('apart', 'keep', 'drop'): raise BadInput(f'predictions={predictions}', 'apart, keep or drop', 'leave it out')
+def read(
+    source: Source,
+    predictions: str = 'apart',  # a model's: apart (predictions.parquet), keep (among the annotations, with scores), drop
+    undone: str = 'keep',  # tasks that nobody has submitted: keep (as items without labels), drop
+) -> Reading:
+    if predictions not in ('apart', 'keep', 'drop'):
+        raise BadInput(f'predictions={predictions}', 'apart, keep or drop', 'leave it out')
     if undone not in ('keep', 'drop'): raise BadInput(f'undone={undone}', 'keep or drop', 'leave it out')
-    items, known, q, files = [], [], source.quarantine, [n for n in source.find('*.json') if source.only or _is_tasks(source.text(n, 1 << 20))]
-    if not files: raise BadInput(f'no Label Studio tasks in {source.root.name}', 'JSON as exported by Label Studio (not JSON-MIN)', 'name the file')
+    items, known, q, files = (
+        [],
+        [],
+        source.quarantine,
+        [n for n in source.find('*.json') if source.only or _is_tasks(source.text(n, 1 << 20))],
+    )
+    if not files:
+        raise BadInput(
+            f'no Label Studio tasks in {source.root.name}',
+            'JSON as exported by Label Studio (not JSON-MIN)',
+            'name the file',
+        )
     for n in files:
-        tasks = read_json(source.path(n), nan=True); tasks = tasks if isinstance(tasks, list) else [tasks]; home = n.rpartition('/')[0]
+        tasks = read_json(source.path(n), nan=True)
+        tasks = tasks if isinstance(tasks, list) else [tasks]
+        home = n.rpartition('/')[0]
         for k, t in enumerate(tasks):
-            if not isinstance(t, dict) or not isinstance(t.get('data'), dict) or (name := _image_of(t['data'])) is None: q.drop(f'{n}, task {k}', 'task without an image'); continue
-            f = _packed(name) if name.startswith('data:image/') else Found(i) if (i := _locate(source, name, [home, f'{home}/images'.strip('/')])) else None
+            if not isinstance(t, dict) or not isinstance(t.get('data'), dict) or (name := _image_of(t['data'])) is None:
+                q.drop(f'{n}, task {k}', 'task without an image')
+                continue
+            f = (
+                _packed(name)
+                if name.startswith('data:image/')
+                else Found(i)
+                if (i := _locate(source, name, [home, f'{home}/images'.strip('/')]))
+                else None
+            )
             if f is None: q.drop(name[:200], 'image is missing', f'{n}, task {t.get("id", k)}'); continue
             known.append(f.image)
             if undone == 'drop' and not _submitted(t): q.drop(f.image, 'nobody has done it yet'); continue
@@ -111,7 +175,9 @@ def _packed(url:str) -> Found|None:
 def _dicts(v) -> list[dict]: # a server's plain export gives only the numbers of predictions
     return [x for x in v if isinstance(x, dict)] if isinstance(v, list) else []
 
-def _submitted(task:dict) -> list[dict]: return [a for a in _dicts(task.get('annotations') or task.get('completions')) if not a.get('was_cancelled')]
+def _submitted(task: dict) -> list[dict]:
+    return [a for a in _dicts(task.get('annotations') or task.get('completions')) if not a.get('was_cancelled')]
+
 
 def _person(by) -> str|None:
     if isinstance(by, dict): by = by.get('email') or by.get('username') or by.get('id')
@@ -120,16 +186,32 @@ def _person(by) -> str|None:
 def _fill(f:Found, task:dict, predictions:str, q) -> None:
     "What a task says about its image."
     f.relative, data = True, task['data']
-    f.item = {c: str(data[c]) for c in COLUMNS if c not in ('tags', 'split') and data.get(c) is not None} | dict(split=split_of(str(data.get('split', ''))), tags=data.get('tags') if isinstance(data.get('tags'), dict) else None)
+    f.item = {c: str(data[c]) for c in COLUMNS if c not in ('tags', 'split') and data.get(c) is not None} | dict(
+        split=split_of(str(data.get('split', ''))),
+        tags=data.get('tags') if isinstance(data.get('tags'), dict) else None,
+    )
     said = _submitted(task)
     for a in said:
         who = _person(a.get('completed_by'))
-        f.annotations += [(dict(annotator=who) if who else {}) | {k: v for k, v in r.items() if k != 'score'} for r in _results(_dicts(a.get('result')), f.image, q)]
+        f.annotations += [
+            (dict(annotator=who) if who else {}) | {k: v for k, v in r.items() if k != 'score'}
+            for r in _results(_dicts(a.get('result')), f.image, q)
+        ]
     models = _dicts(task.get('predictions'))
     for p in models if predictions != 'drop' else []:
-        found = [dict(annotator=p['model_version']) | r if p.get('model_version') not in (None, '', 'undefined') else r for r in _results(_dicts(p.get('result')), f.image, q)]
-        (f.annotations if predictions == 'keep' else f.predictions).extend(r | dict(score=s) if (s := r.get('score', p.get('score'))) is not None else r for r in found)
-    sizes = {(r.get('original_width'), r.get('original_height')) for a in (*said, *models) for r in _dicts(a.get('result')) if isinstance(r.get('original_width'), (int, float)) and isinstance(r.get('original_height'), (int, float))}
+        found = [
+            dict(annotator=p['model_version']) | r if p.get('model_version') not in (None, '', 'undefined') else r
+            for r in _results(_dicts(p.get('result')), f.image, q)
+        ]
+        (f.annotations if predictions == 'keep' else f.predictions).extend(
+            r | dict(score=s) if (s := r.get('score', p.get('score'))) is not None else r for r in found
+        )
+    sizes = {
+        (r.get('original_width'), r.get('original_height'))
+        for a in (*said, *models)
+        for r in _dicts(a.get('result'))
+        if isinstance(r.get('original_width'), (int, float)) and isinstance(r.get('original_height'), (int, float))
+    }
     if len(sizes) == 1: f.size = sizes.pop()
 
 # %% ../../../nbs/11g_data.format.labelstudio.ipynb #7974587d
@@ -140,21 +222,59 @@ def _value(a, w:int, h:int) -> tuple[str, dict]: # which tag, the value in perce
     if kind == 'mask': return kind, dict(format='rle', rle=to_brush(rle_decode(a.mask)))
     deg = (a.attributes or {}).get('rotation', '')
     if kind == 'polygon' and re.fullmatch(r'-?\d+(\.\d+)?', deg) and (box := unrotated_box(a.polygon, float(deg))):
-        x, y = a.polygon[0][:2]; return 'box', dict(x=pc(x, w), y=pc(y, h), width=pc(box[2], w), height=pc(box[3], h), rotation=float(deg))
-    if kind == 'polygon': return kind, dict(points=[[pc(x, w), pc(y, h)] for x, y in zip(a.polygon[0][::2], a.polygon[0][1::2])], closed=True)
-    x1, y1, x2, y2 = a.bbox; return kind, dict(x=pc(x1, w), y=pc(y1, h), width=pc(x2 - x1, w), height=pc(y2 - y1, h), rotation=0)
+        x, y = a.polygon[0][:2]
+        return 'box', dict(x=pc(x, w), y=pc(y, h), width=pc(box[2], w), height=pc(box[3], h), rotation=float(deg))
+    if kind == 'polygon':
+        return kind, dict(
+            points=[[pc(x, w), pc(y, h)] for x, y in zip(a.polygon[0][::2], a.polygon[0][1::2])], closed=True
+        )
+    x1, y1, x2, y2 = a.bbox
+    return kind, dict(x=pc(x1, w), y=pc(y1, h), width=pc(x2 - x1, w), height=pc(y2 - y1, h), rotation=0)
+
 
 def _entries(a, id:str, w:int, h:int) -> list[dict]:
     "An annotation as entries of a result."
-    meta = {k: v for k, v in dict(annotator=a.annotator if a.score is None else None, track_id=a.track_id, attributes=a.attributes).items() if v}
-    base = dict(id=id, to_name='image', original_width=w, original_height=h, image_rotation=0) | (dict(meta=meta) if meta else {}) | (dict(score=a.score) if a.score is not None else {})
+    meta = {
+        k: v
+        for k, v in dict(
+            annotator=a.annotator if a.score is None else None, track_id=a.track_id, attributes=a.attributes
+        ).items()
+        if v
+    }
+    base = (
+        dict(id=id, to_name='image', original_width=w, original_height=h, image_rotation=0)
+        | (dict(meta=meta) if meta else {})
+        | (dict(score=a.score) if a.score is not None else {})
+    )
     kind = kind_of(a)
     if kind in ('class', 'line', 'caption'):
         if kind == 'class': return [base | dict(type='choices', from_name='class', value=dict(choices=[a.label]))]
-        return [base | dict(type='textarea', from_name='caption' if kind == 'caption' else 'transcription', value=dict(text=[a.caption if kind == 'caption' else a.text]))]
+        return [
+            base
+            | dict(
+                type='textarea',
+                from_name='caption' if kind == 'caption' else 'transcription',
+                value=dict(text=[a.caption if kind == 'caption' else a.text]),
+            )
+        ]
     tag, v = _value(a, w, h); type_, name = _TAGS[tag]
-    out = [base | dict(type=type_, from_name=name, value=v | {type_: [a.label]})] if a.label is not None else [base | dict(type=type_.removesuffix('labels'), from_name=name, value=v)]
-    return out + ([base | dict(type='textarea', from_name='text', value={k: x for k, x in v.items() if k not in ('closed', 'format')} | dict(text=[a.text]))] if a.text is not None else [])
+    out = (
+        [base | dict(type=type_, from_name=name, value=v | {type_: [a.label]})]
+        if a.label is not None
+        else [base | dict(type=type_.removesuffix('labels'), from_name=name, value=v)]
+    )
+    return out + (
+        [
+            base
+            | dict(
+                type='textarea',
+                from_name='text',
+                value={k: x for k, x in v.items() if k not in ('closed', 'format')} | dict(text=[a.text]),
+            )
+        ]
+        if a.text is not None
+        else []
+    )
 
 # %% ../../../nbs/11g_data.format.labelstudio.ipynb #426d9a0f
 def write(target:Target,
@@ -169,17 +289,42 @@ def write(target:Target,
             for j, ring in enumerate(a.polygon or [None]):
                 part = replace(a, polygon=[ring]) if ring else a
                 seen.add(kind_of(part)); seen.add('text') if a.text and kind_of(a) != 'line' else None
-                said[a.score is not None, a.annotator].extend(_entries(part, f'{r["id"]}-{k}-{j}'[-60:], r['width'], r['height']))
-        data = dict(image=url + quote(name)) | {c: r[c] for c in COLUMNS if r[c] and not (c == 'group' and r[c] == r['sha256'])}
-        tasks.append(dict(id=n, data=data, annotations=[dict(result=v) for (p, _), v in said.items() if not p],
-                          predictions=[dict(model_version=who or '', result=v, score=min(e['score'] for e in v)) for (p, who), v in said.items() if p]))
-    target.text('tasks.json', json.dumps(tasks, ensure_ascii=False)); target.text('config.xml', labelling_config(target.dataset.classes, seen))
+                said[a.score is not None, a.annotator].extend(
+                    _entries(part, f'{r["id"]}-{k}-{j}'[-60:], r['width'], r['height'])
+                )
+        data = dict(image=url + quote(name)) | {
+            c: r[c] for c in COLUMNS if r[c] and not (c == 'group' and r[c] == r['sha256'])
+        }
+        tasks.append(
+            dict(
+                id=n,
+                data=data,
+                annotations=[dict(result=v) for (p, _), v in said.items() if not p],
+                predictions=[
+                    dict(model_version=who or '', result=v, score=min(e['score'] for e in v))
+                    for (p, who), v in said.items()
+                    if p
+                ],
+            )
+        )
+    target.text('tasks.json', json.dumps(tasks, ensure_ascii=False))
+    target.text('config.xml', labelling_config(target.dataset.classes, seen))
+
 
 def labelling_config(classes:list[str], kinds:set[str]) -> str: # XML
     "The labelling interface for some kinds of annotation."
     labels = lambda tag: ''.join(f'    <{tag} value={quoteattr(c)}/>\n' for c in classes)
-    parts = dict(box=f'  <RectangleLabels name="box" toName="image" canRotate="true">\n{labels("Label")}  </RectangleLabels>\n',
-                 polygon=f'  <PolygonLabels name="polygon" toName="image">\n{labels("Label")}  </PolygonLabels>\n', mask=f'  <BrushLabels name="brush" toName="image">\n{labels("Label")}  </BrushLabels>\n',
-                 text='  <TextArea name="text" toName="image" perRegion="true"/>\n', caption='  <TextArea name="caption" toName="image"/>\n', line='  <TextArea name="transcription" toName="image"/>\n')
+    parts = dict(
+        box=f'  <RectangleLabels name="box" toName="image" canRotate="true">\n{labels("Label")}  </RectangleLabels>\n',
+        polygon=f'  <PolygonLabels name="polygon" toName="image">\n{labels("Label")}  </PolygonLabels>\n',
+        mask=f'  <BrushLabels name="brush" toName="image">\n{labels("Label")}  </BrushLabels>\n',
+        text='  <TextArea name="text" toName="image" perRegion="true"/>\n',
+        caption='  <TextArea name="caption" toName="image"/>\n',
+        line='  <TextArea name="transcription" toName="image"/>\n',
+    )
     parts['class'] = f'  <Choices name="class" toName="image" choice="multiple">\n{labels("Choice")}  </Choices>\n'
-    return '<View>\n  <Image name="image" value="$image"/>\n' + ''.join(v for k, v in parts.items() if k in kinds) + '</View>\n'
+    return (
+        '<View>\n  <Image name="image" value="$image"/>\n'
+        + ''.join(v for k, v in parts.items() if k in kinds)
+        + '</View>\n'
+    )

@@ -44,25 +44,44 @@ def voc_palette() -> list[int]: # 768 numbers
     return [sum(bit(i, 3*j + c) << (7 - j) for j in range(8)) for i in range(256) for c in range(3)]
 
 # %% ../../../nbs/11h_data.format.masks.ipynb #4b4ba813
-_MASKS = re.compile(r'(segmentationclass\w*|masks?|labels?|gt|ground_?truth|segmentations?|annotations?|(\w*?)[_-]?(annot|labels?|masks?))$', re.I)
+_MASKS = re.compile(
+    r'(segmentationclass\w*|masks?|labels?|gt|ground_?truth|segmentations?|annotations?|(\w*?)[_-]?(annot|labels?|masks?))$',
+    re.I,
+)
+
 
 def _is_mask_name(n:str) -> bool:
-    return n.lower().endswith(('.png', '.bmp', '.gif')) and not re.search(r'segmentationobject', n, re.I) and any(_MASKS.match(p) for p in n.split('/')[:-1])
+    return (
+        n.lower().endswith(('.png', '.bmp', '.gif'))
+        and not re.search(r'segmentationobject', n, re.I)
+        and any(_MASKS.match(p) for p in n.split('/')[:-1])
+    )
+
 
 def pairs_of(images:list[str]) -> dict[str, str]: # mask -> image
     "Masks and the images that they belong to."
     masks = [n for n in images if _is_mask_name(n)]; seen = set(masks); stems = {}
     for n in images:
-        if n not in seen and not re.search(r'segmentationobject', n, re.I): stems.setdefault(n.rpartition('/')[2].rpartition('.')[0].casefold(), []).append(n)
+        if n not in seen and not re.search(r'segmentationobject', n, re.I):
+            stems.setdefault(n.rpartition('/')[2].rpartition('.')[0].casefold(), []).append(n)
     out = {}
     for m in masks:
-        stem = m.rpartition('/')[2].rpartition('.')[0].casefold(); found = stems.get(stem) or stems.get(re.sub(r'_(mask|l|labels?|gt|segmentation)$', '', stem)) or []
+        stem = m.rpartition('/')[2].rpartition('.')[0].casefold()
+        found = stems.get(stem) or stems.get(re.sub(r'_(mask|l|labels?|gt|segmentation)$', '', stem)) or []
         wanted = _split_part(m); near = [n for n in found if _split_part(n) == wanted] or found
         if len(near) == 1: out[m] = near[0]
     return out
 
 def _split_part(n:str) -> str|None:
-    return next((s for p in n.split('/')[:-1] if (s := split_of(p) or split_of(m[2] if (m := _MASKS.match(p)) and m[2] else ''))), None)
+    return next(
+        (
+            s
+            for p in n.split('/')[:-1]
+            if (s := split_of(p) or split_of(m[2] if (m := _MASKS.match(p)) and m[2] else ''))
+        ),
+        None,
+    )
+
 
 def recognise(source:Source) -> tuple[int, str]:
     if source.only: return 0, ''
@@ -72,8 +91,9 @@ def recognise(source:Source) -> tuple[int, str]:
     return 2 if strong else 1, f'{m} is a mask of {i}' + (f', {lists[0]} names the classes' if lists else '')
 
 # %% ../../../nbs/11h_data.format.masks.ipynb #3d27667f
-def _codes(im:Image.Image, colours:dict) -> np.ndarray: # (H, W); a number, or a colour as r<<16 | g<<8 | b
-    if im.mode in ('P', 'L', '1') and not (colours and im.mode == 'L'): return np.asarray(im.convert('L') if im.mode == '1' else im).astype(np.int64)
+def _codes(im:Image.Image, colours:dict) -> np.ndarray:  # (H, W); a number, or a colour as r<<16 | g<<8 | b
+    if im.mode in ('P', 'L', '1') and not (colours and im.mode == 'L'):
+        return np.asarray(im.convert('L') if im.mode == '1' else im).astype(np.int64)
     if im.mode.startswith('I'): return np.asarray(im).astype(np.int64)
     rgb = np.asarray(im.convert('RGB')).astype(np.int64); return rgb[..., 0] << 16 | rgb[..., 1] << 8 | rgb[..., 2]
 
@@ -82,12 +102,16 @@ def _name_of(code:int, im:Image.Image, names:list[str], colours:dict) -> str|Non
     if im.mode == 'P' and colours:
         p = im.getpalette() or []; rgb = tuple(p[3*code:3*code + 3])
         if rgb in colours: name = colours[rgb]; return None if name.casefold() in NOTHING else name
-    if as_colour: rgb = (code >> 16, code >> 8 & 255, code & 255); name = colours.get(rgb, None if rgb in ((0, 0, 0), (255, 255, 255), (224, 224, 192)) else '')
+    if as_colour:
+        rgb = (code >> 16, code >> 8 & 255, code & 255)
+        name = colours.get(rgb, None if rgb in ((0, 0, 0), (255, 255, 255), (224, 224, 192)) else '')
     elif names: name = names[code] if code < len(names) else None if code == 255 else ''
     else: name = None if code in (0, 255) else str(code)
     return None if name is None or name.casefold() in NOTHING else name
 
-def _annotations(source:Source, mask:str, image:str, objects:str|None, names:list[str], colours:dict, q) -> list[dict]|None:
+def _annotations(
+    source: Source, mask: str, image: str, objects: str | None, names: list[str], colours: dict, q
+) -> list[dict] | None:
     "A mask image as annotations: one an object where objects are told apart, else one a class."
     look = next(look_all([source.path(mask)], 1))
     if look.fault: return q.drop(image, 'mask ' + look.fault, mask)
@@ -96,10 +120,18 @@ def _annotations(source:Source, mask:str, image:str, objects:str|None, names:lis
         if objects:                                        # 0 there: a class without objects, such as sky
             try: whose = np.asarray(Image.open(source.path(objects))).astype(np.int64)
             except Exception as e: q.mend(image, 'objects cannot be read: not told apart', f'{objects}: {e}')
-            if whose is not None and whose.shape != codes.shape: q.mend(image, 'objects have another size than classes: not told apart', objects); whose = None
+            if whose is not None and whose.shape != codes.shape:
+                q.mend(image, 'objects have another size than classes: not told apart', objects)
+                whose = None
         for code in np.unique(codes).tolist():
             name = _name_of(code, im, names, colours)
-            if name == '': q.drop(image, 'colour that is no class', f'{mask}: {code if code < 256 else (code >> 16, code >> 8 & 255, code & 255)}', part='annotation')
+            if name == '':
+                q.drop(
+                    image,
+                    'colour that is no class',
+                    f'{mask}: {code if code < 256 else (code >> 16, code >> 8 & 255, code & 255)}',
+                    part='annotation',
+                )
             if not name: continue
             here = codes == code
             for k in np.unique(whose[here]).tolist() if whose is not None else [None]:
@@ -110,24 +142,48 @@ def _annotations(source:Source, mask:str, image:str, objects:str|None, names:lis
 def read(source:Source,
          names:str=None, # the file that lists the classes, when it is not one of LISTS
         ) -> Reading:
-    q, lists = source.quarantine, [names] if names else [n for want in LISTS for n in source.names if n.rpartition('/')[2].lower() == want]
-    if not (pairs := pairs_of(source.images)): raise BadInput(f'no masks in {source.root.name}', 'a folder of images and one of masks with the same names', 'call them images/ and masks/')
+    q, lists = (
+        source.quarantine,
+        [names] if names else [n for want in LISTS for n in source.names if n.rpartition('/')[2].lower() == want],
+    )
+    if not (pairs := pairs_of(source.images)):
+        raise BadInput(
+            f'no masks in {source.root.name}',
+            'a folder of images and one of masks with the same names',
+            'call them images/ and masks/',
+        )
     classes, colours = parse_classes(lists[0].lower(), source.text(lists[0])) if lists else ([], {})
     objects = {n.rpartition('/')[2]: n for n in source.images if re.search('segmentationobject', n, re.I)}; splits = {}
     for n in source.find('*imagesets/segmentation/*.txt', 'imagesets/segmentation/*.txt'):
-        if s := split_of(n.rpartition('/')[2][:-4]): splits |= dict.fromkeys(filter(None, map(str.strip, source.text(n).splitlines())), s)
+        if s := split_of(n.rpartition('/')[2][:-4]):
+            splits |= dict.fromkeys(filter(None, map(str.strip, source.text(n).splitlines())), s)
     masks = {n for n in source.images if _is_mask_name(n)}
     for m in sorted(masks - set(pairs)): q.drop(m, 'mask of an image that is not there')
     unlisted(source, pairs.values(), also=masks | set(objects.values()))
     def items():
         for m, i in sorted(pairs.items(), key=lambda p: p[1]):
             anns = _annotations(source, m, i, objects.get(m.rpartition('/')[2]), classes, colours, q)
-            if anns is not None: yield Found(i, anns, dict(split=splits.get(i.rpartition('/')[2].rpartition('.')[0]) or (split_in(i) if not splits else None)))
+            if anns is not None:
+                yield Found(
+                    i,
+                    anns,
+                    dict(
+                        split=splits.get(i.rpartition('/')[2].rpartition('.')[0])
+                        or (split_in(i) if not splits else None)
+                    ),
+                )
+
     return Reading(items(), [c for c in classes if c.casefold() not in NOTHING] or None, total=len(pairs))
 
 # %% ../../../nbs/11h_data.format.masks.ipynb #745acfe9
-def _paint(row:dict, classes:dict[str, int], target:Target) -> tuple[np.ndarray, np.ndarray]: # (H, W) class numbers, (H, W) object numbers
-    kind, whose, n = np.zeros((row['height'], row['width']), np.uint8), np.zeros((row['height'], row['width']), np.uint16), 0
+def _paint(
+    row: dict, classes: dict[str, int], target: Target
+) -> tuple[np.ndarray, np.ndarray]:  # (H, W) class numbers, (H, W) object numbers
+    kind, whose, n = (
+        np.zeros((row['height'], row['width']), np.uint8),
+        np.zeros((row['height'], row['width']), np.uint16),
+        0,
+    )
     for a in row['annotations']:
         if kind_of(a) not in ('mask', 'polygon'): continue
         m = rle_decode(a.mask) if a.mask else polygon_mask(a.polygon, row['height'], row['width']); n += 1
@@ -136,16 +192,38 @@ def _paint(row:dict, classes:dict[str, int], target:Target) -> tuple[np.ndarray,
     return kind, whose
 
 def write(target:Target) -> None:
-    names = list(dict.fromkeys([*target.dataset.classes, *(a.label or 'object' for r in target.rows() for a in r['annotations'] if kind_of(a) in ('mask', 'polygon'))]))
+    names = list(
+        dict.fromkeys(
+            [
+                *target.dataset.classes,
+                *(
+                    a.label or 'object'
+                    for r in target.rows()
+                    for a in r['annotations']
+                    if kind_of(a) in ('mask', 'polygon')
+                ),
+            ]
+        )
+    )
     if len(names) > 254: raise BadInput(f'{len(names)} classes', 'at most 254 in a palette image', 'export as coco')
-    stems, lists, palette = target.stems(), {s: [] for s in target.splits()}, voc_palette(); number = {c: i for i, c in enumerate(names, 1)}
+    stems, lists, palette = target.stems(), {s: [] for s in target.splits()}, voc_palette()
+    number = {c: i for i, c in enumerate(names, 1)}
     for r in target.rows():
-        stem = stems[r['id']]; target.image(r, f'JPEGImages/{stem}.{r["uri"].rpartition(".")[2]}'); lists[r['split'] or NO_SPLIT].append(stem)
+        stem = stems[r['id']]
+        target.image(r, f'JPEGImages/{stem}.{r["uri"].rpartition(".")[2]}')
+        lists[r['split'] or NO_SPLIT].append(stem)
         kind, whose = _paint(r, number, target)
-        for folder, a in dict(SegmentationClass=kind, SegmentationObject=whose if whose.max() > 254 else whose.astype(np.uint8)).items():
+        for folder, a in dict(
+            SegmentationClass=kind, SegmentationObject=whose if whose.max() > 254 else whose.astype(np.uint8)
+        ).items():
             im = Image.frombytes('P', a.shape[::-1], a.tobytes()) if a.dtype == np.uint8 else Image.fromarray(a)
             if im.mode == 'P': im.putpalette(palette)
             im.save(target.path(f'{folder}/{stem}.png'))
-    target.text('labelmap.txt', ''.join(f'{c}:{",".join(map(str, palette[3*i:3*i + 3]))}::\n' for c, i in dict(background=0, **number).items()))
+    target.text(
+        'labelmap.txt',
+        ''.join(
+            f'{c}:{",".join(map(str, palette[3 * i : 3 * i + 3]))}::\n' for c, i in dict(background=0, **number).items()
+        ),
+    )
     for s, stems_ in lists.items():
         if split_of(s): target.text(f'ImageSets/Segmentation/{s}.txt', '\n'.join(stems_) + '\n')

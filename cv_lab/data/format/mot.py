@@ -16,12 +16,28 @@ KEEPS = ('box', 'track_id', 'split', 'group')
 ATTRIBUTES = dict(visibility='0.5', ignored='1')
 LOSES = 'Other attributes than visibility and ignored; tracks are renumbered unless they are numbers; a box without a class becomes `object`; detections (det.txt) are not read.'
 
-CLASSES = ('pedestrian', 'person on vehicle', 'car', 'bicycle', 'motorbike', 'non motorized vehicle', 'static person', 'distractor',
-           'occluder', 'occluder on the ground', 'occluder full', 'reflection') # of MOT16 and later, from 1
+CLASSES = (
+    'pedestrian',
+    'person on vehicle',
+    'car',
+    'bicycle',
+    'motorbike',
+    'non motorized vehicle',
+    'static person',
+    'distractor',
+    'occluder',
+    'occluder on the ground',
+    'occluder full',
+    'reflection',
+) # of MOT16 and later, from 1
 
 def recognise(source:Source) -> tuple[int, str]:
     found = source.find('gt/gt.txt', '*/gt/gt.txt')
-    return (3 if source.find('*seqinfo.ini') else 2, f'{found[0]} beside img1') if found and any('/img1/' in f'/{n}' for n in source.images) else (0, '')
+    return (
+        (3 if source.find('*seqinfo.ini') else 2, f'{found[0]} beside img1')
+        if found and any('/img1/' in f'/{n}' for n in source.images)
+        else (0, '')
+    )
 
 # %% ../../../nbs/11i_data.format.mot.ipynb #3d40efd0
 def _line(line:str, names:list[str]) -> tuple[int, dict]: # frame, fields of an annotation
@@ -29,19 +45,32 @@ def _line(line:str, names:list[str]) -> tuple[int, dict]: # frame, fields of an 
     if len(v) < 6: raise ValueError(f'{len(v)} numbers')
     x, y, w, h = map(float, v[2:6]); k = int(float(v[7])) if len(v) > 7 else 1; seen = float(v[8]) if len(v) > 8 else 1.
     if k > len(names) or k == 0: raise ValueError(f'no class {k}')
-    more = ({'ignored': '1'} if len(v) > 6 and float(v[6]) == 0 else {}) | ({'visibility': f'{seen:.10g}'} if seen not in (1., -1.) else {})
-    return int(float(v[0])), dict(label=names[k - 1] if k > 0 else None, bbox=[x, y, round(x + w, 6), round(y + h, 6)]) | ({'track_id': v[1]} if v[1] != '-1' else {}) | ({'attributes': more} if more else {})
+    more = ({'ignored': '1'} if len(v) > 6 and float(v[6]) == 0 else {}) | (
+        {'visibility': f'{seen:.10g}'} if seen not in (1.0, -1.0) else {}
+    )
+    return int(float(v[0])), dict(
+        label=names[k - 1] if k > 0 else None, bbox=[x, y, round(x + w, 6), round(y + h, 6)]
+    ) | ({'track_id': v[1]} if v[1] != '-1' else {}) | ({'attributes': more} if more else {})
+
 
 def _film(source:Source, gt:str) -> tuple[list[Found], set[str]]:
     "The frames of one film, and what is in them."
     q, home = source.quarantine, gt.removesuffix('gt/gt.txt'); ini = configparser.ConfigParser(interpolation=None)
     if home + 'seqinfo.ini' in source.names:
-        try: ini.read_string(source.text(home + 'seqinfo.ini'))
-        except configparser.Error as e: q.mend(home + 'seqinfo.ini', 'file cannot be read: done without', str(e), part='file')
-    info = dict(ini['Sequence']) if ini.has_section('Sequence') else {}; below = [n for n in source.images if n.startswith(f'{home}{info.get("imdir", "img1")}/')]
+        try:
+            ini.read_string(source.text(home + 'seqinfo.ini'))
+        except configparser.Error as e:
+            q.mend(home + 'seqinfo.ini', 'file cannot be read: done without', str(e), part='file')
+    info = dict(ini['Sequence']) if ini.has_section('Sequence') else {}
+    below = [n for n in source.images if n.startswith(f'{home}{info.get("imdir", "img1")}/')]
     frames = {int(m[1]): n for n in below if (m := re.search(r'(\d+)\.\w+$', n))}
-    size = tuple(int(info[k]) if info.get(k, '').isdecimal() else 0 for k in ('imwidth', 'imheight')); name = info.get('name') or home.strip('/').rpartition('/')[2]
-    names = [l.strip() for l in source.text(home + 'gt/labels.txt').splitlines() if l.strip()] if home + 'gt/labels.txt' in source.names else list(CLASSES)
+    size = tuple(int(info[k]) if info.get(k, '').isdecimal() else 0 for k in ('imwidth', 'imheight'))
+    name = info.get('name') or home.strip('/').rpartition('/')[2]
+    names = (
+        [l.strip() for l in source.text(home + 'gt/labels.txt').splitlines() if l.strip()]
+        if home + 'gt/labels.txt' in source.names
+        else list(CLASSES)
+    )
     found = {k: Found(n, [], dict(group=name or None, split=split_in(home)), size) for k, n in sorted(frames.items())}
     for j, line in enumerate(source.text(gt).splitlines(), 1):
         if not line.strip(): continue
@@ -53,7 +82,8 @@ def _film(source:Source, gt:str) -> tuple[list[Found], set[str]]:
 
 def read(source:Source) -> Reading:
     films = source.find('gt/gt.txt', '*/gt/gt.txt')
-    if not films: raise BadInput(f'no gt/gt.txt in {source.root.name}', 'FILM/gt/gt.txt and FILM/img1/', 'name another format')
+    if not films:
+        raise BadInput(f'no gt/gt.txt in {source.root.name}', 'FILM/gt/gt.txt and FILM/img1/', 'name another format')
     items = [f for gt in films for f in _film(source, gt)[0]]; unlisted(source, [f.image for f in items])
     return Reading(items, clip=False, total=len(items))
 
@@ -67,17 +97,30 @@ def write(target:Target) -> None:
     for n, ((split, group), rows) in enumerate(films.items()):
         rows.sort(key=lambda r: natural(r['uri'])); lines, ids = [], {}
         home = _home(n, split, group)
-        given = {a.track_id for r in rows for a in r['annotations'] if a.track_id and a.track_id.isdecimal()}; free = (k for k in range(1, 10**9) if str(k) not in given)
+        given = {a.track_id for r in rows for a in r['annotations'] if a.track_id and a.track_id.isdecimal()}
+        free = (k for k in range(1, 10**9) if str(k) not in given)
         for k, r in enumerate(rows, 1):
             target.image(r, f'{home}/img1/{k:06}.{r["uri"].rpartition(".")[2]}')
             for a in r['annotations']:
                 if kind_of(a) not in ('box', 'polygon', 'mask') or a.bbox is None: continue
                 label = a.label or 'object'; names += [label]*(label not in names); more = a.attributes or {}
                 if a.track_id and not a.track_id.isdecimal() and a.track_id not in ids: target.lose('names of tracks')
-                track = -1 if a.track_id is None else a.track_id if a.track_id in given else ids.setdefault(a.track_id, next(free) if a.track_id not in ids else 0)
+                track = (
+                    -1
+                    if a.track_id is None
+                    else a.track_id
+                    if a.track_id in given
+                    else ids.setdefault(a.track_id, next(free) if a.track_id not in ids else 0)
+                )
                 x1, y1, x2, y2 = a.bbox
-                lines.append(f'{k},{track},{x1:.12g},{y1:.12g},{x2 - x1:.12g},{y2 - y1:.12g},{int(more.get("ignored") != "1")},{names.index(label) + 1},{more.get("visibility", 1)}')
+                lines.append(
+                    f'{k},{track},{x1:.12g},{y1:.12g},{x2 - x1:.12g},{y2 - y1:.12g},{int(more.get("ignored") != "1")},{names.index(label) + 1},{more.get("visibility", 1)}'
+                )
         sizes = {(r['width'], r['height']) for r in rows}; w, h = sizes.pop() if len(sizes) == 1 else (0, 0)
         target.text(f'{home}/gt/gt.txt', '\n'.join(lines) + '\n')
-        target.text(f'{home}/seqinfo.ini', f'[Sequence]\nname={group or ""}\nimDir=img1\nframeRate=30\nseqLength={len(rows)}\nimWidth={w}\nimHeight={h}\nimExt=.{rows[0]["uri"].rpartition(".")[2]}\n')
-    for n, (split, group) in enumerate(films): target.text(f'{_home(n, split, group)}/gt/labels.txt', '\n'.join(names) + '\n')
+        target.text(
+            f'{home}/seqinfo.ini',
+            f'[Sequence]\nname={group or ""}\nimDir=img1\nframeRate=30\nseqLength={len(rows)}\nimWidth={w}\nimHeight={h}\nimExt=.{rows[0]["uri"].rpartition(".")[2]}\n',
+        )
+    for n, (split, group) in enumerate(films):
+        target.text(f'{_home(n, split, group)}/gt/labels.txt', '\n'.join(names) + '\n')

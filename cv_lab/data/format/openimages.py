@@ -14,9 +14,14 @@ from ..formats import MALFORMED, NO_SPLIT, Found, Reading, Target, kind_of, spli
 TITLE = 'Open Images CSV'
 KEEPS = ('class', 'box', 'score', 'split')
 ATTRIBUTES = dict(iscrowd='1', occluded='1', truncated='1', depiction='1', inside='1')
-LOSES = 'Segmentation masks and relationships are not read; other attributes than its five flags; tags, but for `absent`.'
+LOSES = (
+    'Segmentation masks and relationships are not read; other attributes than its five flags; tags, but for `absent`.'
+)
 
-_FLAGS = dict(IsOccluded='occluded', IsTruncated='truncated', IsGroupOf='iscrowd', IsDepiction='depiction', IsInside='inside')
+_FLAGS = dict(
+    IsOccluded='occluded', IsTruncated='truncated', IsGroupOf='iscrowd', IsDepiction='depiction', IsInside='inside'
+)
+
 
 def _header(source:Source, n:str) -> list[str]: return next(csv.reader(io.StringIO(source.text(n, 4096))), [])
 
@@ -38,9 +43,13 @@ def read(source:Source) -> Reading:
     for n in source.find('*.csv') + ([m for m in source.names if m.lower().endswith('.csv')] if source.only else []):
         head = _header(source, n)
         if {'ImageID', 'LabelName'} <= set(head): tables.append(n)
-        elif 'ImageID' in head: tables.append(n)           # a list of images
-        elif len(head) == 2 and head[0].startswith('/'): names |= {r[0]: r[1] for r in csv.reader(io.StringIO(source.text(n))) if len(r) == 2}
-    if not tables: raise BadInput(f'no CSV with ImageID in {source.root.name}', 'files as Open Images has them', 'name another format')
+        elif 'ImageID' in head: tables.append(n)  # a list of images
+        elif len(head) == 2 and head[0].startswith('/'):
+            names |= {r[0]: r[1] for r in csv.reader(io.StringIO(source.text(n))) if len(r) == 2}
+    if not tables:
+        raise BadInput(
+            f'no CSV with ImageID in {source.root.name}', 'files as Open Images has them', 'name another format'
+        )
     for n in dict.fromkeys(tables): _read_table(source, n, names, items)
     unlisted(source, [f.image for f in items.values()])
     return Reading(items.values(), list(dict.fromkeys(names.values())) or None, total=len(items))
@@ -50,14 +59,34 @@ def _read_table(source:Source, name:str, names:dict, items:dict[str, Found|None]
     for k, r in enumerate(csv.DictReader(io.StringIO(source.text(name), newline='')), 2):
         i = r.get('ImageID') or ''
         if i not in items:
-            image = source.locate(i, [split or NO_SPLIT, f'images/{split or NO_SPLIT}', 'images'], suffix=False) if i else None
-            items[i] = Found(image, [], dict(split=split or split_in(r.get('Subset') or ''), license=r.get('License') or None), relative=True) if image else None
+            image = (
+                source.locate(i, [split or NO_SPLIT, f'images/{split or NO_SPLIT}', 'images'], suffix=False)
+                if i
+                else None
+            )
+            items[i] = (
+                Found(
+                    image,
+                    [],
+                    dict(split=split or split_in(r.get('Subset') or ''), license=r.get('License') or None),
+                    relative=True,
+                )
+                if image
+                else None
+            )
             if not image: q.drop(i or f'{name}:{k}', 'image is missing', name)
         if (f := items[i]) is None or not r.get('LabelName'): continue
-        if f.item['split'] != split and split: q.drop(f.image, 'image is in two splits', f'{f.item["split"]} and {split}', part='listing'); continue
-        try: a = _row(r, names)
-        except MALFORMED as e: q.drop(f.image, 'annotation cannot be read', f'{name}:{k}: {e}', part='annotation'); continue
-        if 'bbox' not in a and r.get('Confidence') in ('0', '0.0'): t = f.item.setdefault('tags', {}); t['absent'] = '|'.join(filter(None, [t.get('absent'), a['label']]))
+        if f.item['split'] != split and split:
+            q.drop(f.image, 'image is in two splits', f'{f.item["split"]} and {split}', part='listing')
+            continue
+        try:
+            a = _row(r, names)
+        except MALFORMED as e:
+            q.drop(f.image, 'annotation cannot be read', f'{name}:{k}: {e}', part='annotation')
+            continue
+        if 'bbox' not in a and r.get('Confidence') in ('0', '0.0'):
+            t = f.item.setdefault('tags', {})
+            t['absent'] = '|'.join(filter(None, [t.get('absent'), a['label']]))
         else: f.annotations.append(a)
     for i in [i for i, f in items.items() if f is None]: del items[i]
 
@@ -72,12 +101,32 @@ def write(target:Target) -> None:
             i = stems[r['id']]; target.image(r, f'{s}/{i}.{r["uri"].rpartition(".")[2]}'); images.append([i])
             for a in r['annotations']:
                 if (kind := kind_of(a)) in ('line', 'caption'): continue
-                label = a.label or 'object'; names += [label]*(label not in names); src = 'machine' if a.score is not None else 'verification'
+                label = a.label or 'object'
+                names += [label] * (label not in names)
+                src = 'machine' if a.score is not None else 'verification'
                 row = [i, src, f'/c/{names.index(label) + 1}', f'{a.score:.12g}' if a.score is not None else 1]
-                if kind == 'class': labels.append(row)
-                elif a.bbox: x1, y1, x2, y2 = a.bbox; w, h = r['width'], r['height']; boxes.append(row + [f'{v:.15g}' for v in (x1/w, x2/w, y1/h, y2/h)] + [int((a.attributes or {}).get(k) == '1') for k in _FLAGS.values()])
-            for c in filter(None, r['tags'].get('absent', '').split('|')): names += [c]*(c not in names); labels.append([i, 'verification', f'/c/{names.index(c) + 1}', 0])
-        for what, head, rows in (('annotations-bbox', _BOX, boxes), ('annotations-human-imagelabels', _BOX[:4], labels), ('images', ['ImageID'], images)): target.text(f'{s}-{what}.csv', _csv([head, *rows]))
+                if kind == 'class':
+                    labels.append(row)
+                elif a.bbox:
+                    x1, y1, x2, y2 = a.bbox
+                    w, h = r['width'], r['height']
+                    boxes.append(
+                        row
+                        + [f'{v:.15g}' for v in (x1 / w, x2 / w, y1 / h, y2 / h)]
+                        + [int((a.attributes or {}).get(k) == '1') for k in _FLAGS.values()]
+                    )
+            for c in filter(None, r['tags'].get('absent', '').split('|')):
+                names += [c] * (c not in names)
+                labels.append([i, 'verification', f'/c/{names.index(c) + 1}', 0])
+        for what, head, rows in (
+            ('annotations-bbox', _BOX, boxes),
+            ('annotations-human-imagelabels', _BOX[:4], labels),
+            ('images', ['ImageID'], images),
+        ):
+            target.text(f'{s}-{what}.csv', _csv([head, *rows]))
     target.text('class-descriptions.csv', _csv([[f'/c/{k}', c] for k, c in enumerate(names, 1)]))
 
-def _csv(rows:list[list]) -> str: out = io.StringIO(newline=''); csv.writer(out, lineterminator='\n').writerows(rows); return out.getvalue()
+def _csv(rows: list[list]) -> str:
+    out = io.StringIO(newline='')
+    csv.writer(out, lineterminator='\n').writerows(rows)
+    return out.getvalue()

@@ -29,7 +29,8 @@ def recognise(source:Source) -> tuple[int, str]:
         lines = [l for l in source.text(n, 4096).splitlines() if l.strip()][:3]
         try: names = [_entry(l)[0] for l in lines]
         except ValueError: continue
-        if names and (source.locate(names[0], _near(n)) or not source.images): return 3, f'{n} gives a text for {names[0]}'
+        if names and (source.locate(names[0], _near(n)) or not source.images):
+            return 3, f'{n} gives a text for {names[0]}'
     return 0, ''
 
 def _near(name:str) -> list[str]: home = name.rpartition('/')[0]; return [home, f'{home}/images'.strip('/')]
@@ -38,7 +39,10 @@ def _near(name:str) -> list[str]: home = name.rpartition('/')[0]; return [home, 
 def read(source:Source) -> Reading:
     files = list(dict.fromkeys(n for p in _LISTS for n in source.find(p))) or ([source.only] if source.only else [])
     items, q = {}, source.quarantine
-    if not files: raise BadInput(f'no list of texts in {source.root.name}', 'labels.txt: a name and a text per line', 'name the file')
+    if not files:
+        raise BadInput(
+            f'no list of texts in {source.root.name}', 'labels.txt: a name and a text per line', 'name the file'
+        )
     for n in files:
         for k, line in enumerate(re.split(r'\r?\n', source.text(n)), 1):
             if not line.strip(): continue

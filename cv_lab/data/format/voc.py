@@ -23,7 +23,8 @@ _FROM_ZERO = re.compile(r'<[xy]min>\s*(?:0*(?:\.0*)?|[^<]*\.0*[1-9][^<]*)\s*</|<
 
 def recognise(source:Source) -> tuple[int, str]:
     for n in source.find('*.xml')[:20]:
-        if re.match(r'(<\?xml[^>]*>\s*)?<annotation[\s>]', source.text(n, 4096).lstrip()): return 3, f'{n} is a VOC <annotation>'
+        if re.match(r'(<\?xml[^>]*>\s*)?<annotation[\s>]', source.text(n, 4096).lstrip()):
+            return 3, f'{n} is a VOC <annotation>'
     return 0, ''
 
 def origin_of(texts) -> int: # 0 or 1
@@ -35,9 +36,17 @@ _DULL = dict(pose='unspecified', truncated='0', difficult='0', occluded='0') # w
 
 def _object(o:ET.Element, origin:int) -> dict: # fields of an annotation
     word = lambda tag: (o.findtext(tag) or '').strip()
-    a = dict(label=word('name') or None, bbox=[float(word(f'bndbox/{k}')) - (origin if k.endswith('min') else 0) for k in ('xmin', 'ymin', 'xmax', 'ymax')])
+    a = dict(
+        label=word('name') or None,
+        bbox=[
+            float(word(f'bndbox/{k}')) - (origin if k.endswith('min') else 0) for k in ('xmin', 'ymin', 'xmax', 'ymax')
+        ],
+    )
     more = {k: word(k) for k, dull in _DULL.items() if word(k) and word(k).casefold() != dull}
-    more |= {(e.findtext('name') or '').strip(): (e.findtext('value') or '').strip() for e in o.iterfind('attributes/attribute')}
+    more |= {
+        (e.findtext('name') or '').strip(): (e.findtext('value') or '').strip()
+        for e in o.iterfind('attributes/attribute')
+    }
     return a | (dict(attributes=more) if more else {})
 
 def _splits(source:Source) -> dict[str, str]: # name of an image, without suffix -> split
@@ -48,24 +57,47 @@ def _splits(source:Source) -> dict[str, str]: # name of an image, without suffix
         for n in lists:
             if n.rpartition('/')[2].casefold() != f'{order}.txt': continue
             for name in filter(None, map(str.strip, source.text(n).splitlines())):
-                if said.get(name) not in (None, 'trainval') and said[name] != order: source.quarantine.mend(name, 'image is in two split lists', f'{said[name]} and {order}, taken as {order}', part='listing')
+                if said.get(name) not in (None, 'trainval') and said[name] != order:
+                    source.quarantine.mend(
+                        name,
+                        'image is in two split lists',
+                        f'{said[name]} and {order}, taken as {order}',
+                        part='listing',
+                    )
                 said[name] = order
     return {k: 'train' if v == 'trainval' else v for k, v in said.items()}
 
 def read(source:Source, origin:int=None, # what the first pixel is called, 0 or 1; found out when not given
         ) -> Reading:
     files = source.find('*.xml'); splits, q = _splits(source), source.quarantine
-    if not files: raise BadInput(f'no .xml file in {source.root.name}', 'a VOC folder: Annotations, JPEGImages', 'name another format')
+    if not files:
+        raise BadInput(
+            f'no .xml file in {source.root.name}', 'a VOC folder: Annotations, JPEGImages', 'name another format'
+        )
     if origin not in (None, 0, 1): raise BadInput(f'origin={origin}', '0 or 1', 'leave it out to have it found')
     if origin is None: origin = origin_of(source.text(n) for n in files)
     def items():
         listed = set()
         for n in files:
             stem = n.rpartition('/')[2][:-4]; found = _read_xml(source, n, origin)
-            if found is None: listed.add(source.locate(stem, _NEAR, suffix=False)); continue # not unlisted, but not to be had either
-            found.item['split'] = next((splits[k] for k in (stem, found.image.rpartition('/')[2].rpartition('.')[0], found.image) if k in splits), None)
+            if found is None:
+                listed.add(source.locate(stem, _NEAR, suffix=False))
+                continue  # not unlisted, but not to be had either
+            found.item['split'] = next(
+                (
+                    splits[k]
+                    for k in (stem, found.image.rpartition('/')[2].rpartition('.')[0], found.image)
+                    if k in splits
+                ),
+                None,
+            )
             listed.add(found.image); yield found
-        for name in sorted(set(splits) - {m.rpartition('/')[2].rpartition('.')[0] for m in listed if m} - {n.rpartition('/')[2][:-4] for n in files}): q.drop(name, 'in a split list, but not annotated')
+        for name in sorted(
+            set(splits)
+            - {m.rpartition('/')[2].rpartition('.')[0] for m in listed if m}
+            - {n.rpartition('/')[2][:-4] for n in files}
+        ):
+            q.drop(name, 'in a split list, but not annotated')
         unlisted(source, listed)
     return Reading(items(), about=dict(origin=origin), total=len(files))
 
@@ -73,8 +105,10 @@ _NEAR = ('JPEGImages', 'images', '')
 
 def _read_xml(source:Source, name:str, origin:int) -> Found|None:
     q, stem = source.quarantine, name.rpartition('/')[2][:-4]
-    try: root = fromstring(source.path(name).read_bytes())
-    except (ET.ParseError, DefusedXmlException, ValueError) as e: return q.drop(name, 'annotation file cannot be read', str(e), part='file')
+    try:
+        root = fromstring(source.path(name).read_bytes())
+    except (ET.ParseError, DefusedXmlException, ValueError) as e:
+        return q.drop(name, 'annotation file cannot be read', str(e), part='file')
     if root.tag != 'annotation': return q.drop(name, 'not a VOC annotation', f'<{root.tag}>', part='file')
     said = (root.findtext('filename') or '').strip(); near = (*_NEAR, name.rpartition('/')[0])
     image = (said and source.locate(said, near)) or source.locate(stem, near, suffix=False)
@@ -91,8 +125,14 @@ def _read_xml(source:Source, name:str, origin:int) -> Found|None:
 # %% ../../../nbs/11d_data.format.voc.ipynb #4c6c15ff
 def _xml(row:dict, image:str, origin:int) -> str:
     root = ET.Element('annotation'); add = lambda parent, tag, text=None: _with_text(ET.SubElement(parent, tag), text)
-    add(root, 'folder', 'JPEGImages'); add(root, 'filename', image); add(add(root, 'source'), 'database', row['source'] or 'Unknown')
-    size = add(root, 'size'); add(size, 'width', row['width']); add(size, 'height', row['height']); add(size, 'depth', 3); add(root, 'segmented', 0)
+    add(root, 'folder', 'JPEGImages')
+    add(root, 'filename', image)
+    add(add(root, 'source'), 'database', row['source'] or 'Unknown')
+    size = add(root, 'size')
+    add(size, 'width', row['width'])
+    add(size, 'height', row['height'])
+    add(size, 'depth', 3)
+    add(root, 'segmented', 0)
     for a in row['annotations']:
         if kind_of(a) not in ('box', 'polygon', 'mask') or a.bbox is None: continue
         o, more = add(root, 'object'), dict(a.attributes or {})
@@ -100,7 +140,8 @@ def _xml(row:dict, image:str, origin:int) -> str:
         for k, dull in _DULL.items():
             if k != 'occluded' or k in more: add(o, k, more.pop(k, 'Unspecified' if k == 'pose' else dull))
         b = add(o, 'bndbox')
-        for k, v in zip(('xmin', 'ymin', 'xmax', 'ymax'), a.bbox): add(b, k, f'{v + (origin if k.endswith("min") else 0):.12g}')
+        for k, v in zip(('xmin', 'ymin', 'xmax', 'ymax'), a.bbox):
+            add(b, k, f'{v + (origin if k.endswith("min") else 0):.12g}')
         if more:
             attributes = add(o, 'attributes')
             for k, v in more.items(): e = add(attributes, 'attribute'); add(e, 'name', k); add(e, 'value', v)
@@ -115,6 +156,8 @@ def write(target:Target) -> None:
     origin = 0 if any(v % 1 for r in target.rows() for a in r['annotations'] if a.bbox for v in a.bbox) else 1
     for r in target.rows():
         stem = stems[r['id']]; image = f'{stem}.{r["uri"].rpartition(".")[2]}'
-        target.image(r, f'JPEGImages/{image}'); target.text(f'Annotations/{stem}.xml', _xml(r, image, origin)); lists[r['split'] or NO_SPLIT].append(stem)
+        target.image(r, f'JPEGImages/{image}')
+        target.text(f'Annotations/{stem}.xml', _xml(r, image, origin))
+        lists[r['split'] or NO_SPLIT].append(stem)
     for s, names in lists.items():
         if split_of(s): target.text(f'ImageSets/Main/{s}.txt', '\n'.join(names) + '\n')

@@ -37,13 +37,20 @@ def _image_part(parts:dict[str, bytes]) -> str|None:
 
 def _said(parts:dict[str, bytes], classes:list[str]) -> tuple[list[dict], dict]: # annotations, columns of the item
     "What the parts beside the image say."
-    text = lambda k: parts[k].decode('utf8', 'replace').strip(); more = json.loads(text('json')) if 'json' in parts else {}
+    text = lambda k: parts[k].decode('utf8', 'replace').strip()
+    more = json.loads(text('json')) if 'json' in parts else {}
     if not isinstance(more, dict): more = {}
-    item = {c: str(more[c]) for c in COLUMNS if c not in ('tags', 'split') and isinstance(more.get(c), (str, int, float)) and more.get(c) != ''}
+    item = {
+        c: str(more[c])
+        for c in COLUMNS
+        if c not in ('tags', 'split') and isinstance(more.get(c), (str, int, float)) and more.get(c) != ''
+    }
     if isinstance(more.get('tags'), dict): item['tags'] = more['tags']
     if isinstance(more.get('annotations'), list): return [dict(a) for a in more['annotations']], item
     anns = []
-    if 'cls' in parts: k = text('cls'); anns.append(dict(label=classes[int(k)] if k.isdecimal() and int(k) < len(classes) else k))
+    if 'cls' in parts:
+        k = text('cls')
+        anns.append(dict(label=classes[int(k)] if k.isdecimal() and int(k) < len(classes) else k))
     if caption := text('txt') if 'txt' in parts else more.get('caption'): anns.append(dict(caption=str(caption)))
     return anns, item
 
@@ -65,7 +72,9 @@ def read(source:Source) -> Reading:
         for n in shards:
             try:
                 with tarfile.open(source.path(n)) as t: yield from _shard(t, n, classes, seen, q)
-            except (tarfile.TarError, OSError, EOFError) as e: q.drop(n, 'shard cannot be read to its end', str(e), part='file')
+            except (tarfile.TarError, OSError, EOFError) as e:
+                q.drop(n, 'shard cannot be read to its end', str(e), part='file')
+
     return Reading(items(), classes or None)
 
 def _shard(tar:tarfile.TarFile, name:str, classes:list[str], seen:set, q) -> Iterator[Found]:
@@ -73,8 +82,11 @@ def _shard(tar:tarfile.TarFile, name:str, classes:list[str], seen:set, q) -> Ite
         if (s := _image_part(parts)) is None: q.drop(f'{name}: {key}', 'sample without an image'); continue
         image = f'{key}.{s.rpartition(".")[2]}'
         if image in seen: image = f'{name.removesuffix(".tar")}/{image}'
-        try: anns, item = _said(parts, classes)
-        except ValueError as e: q.drop(image, 'annotation cannot be read', str(e), part='annotation'); anns, item = [], {}
+        try:
+            anns, item = _said(parts, classes)
+        except ValueError as e:
+            q.drop(image, 'annotation cannot be read', str(e), part='annotation')
+            anns, item = [], {}
         seen.add(image); yield Found(image, anns, dict(split=split_in(name)) | item, data=parts[s])
 
 # %% ../../../nbs/11o_data.format.webdataset.ipynb #16973a5b
@@ -88,10 +100,21 @@ def write(target:Target,
             if k % per_shard == 0:
                 if tar: tar.close()
                 shard += 1; tar = tarfile.open(target.path(f'{s if s != NO_SPLIT else NO_SPLIT}-{shard:06}.tar'), 'w')
-            key = re.sub(r'[./]', '_', stems[r['id']]); labels = [a.label for a in r['annotations'] if kind_of(a) == 'class']; captions = [a.caption for a in r['annotations'] if a.caption]
-            more = {c: r[c] for c in COLUMNS if c != 'split' and r[c] and not (c == 'group' and r[c] == r['sha256'])} | dict(annotations=[a.said() for a in r['annotations']])
-            parts = {r['uri'].rpartition('.')[2].lower(): target.dataset.read(r['uri'])} | ({'cls': str(number[labels[0]]).encode()} if len(labels) == 1 and labels[0] in number else {}) \
-                | ({'txt': captions[0].encode()} if captions else {}) | dict(json=json.dumps(more, ensure_ascii=False).encode())
-            for suffix, data in parts.items(): info = tarfile.TarInfo(f'{key}.{suffix}'); info.size = len(data); tar.addfile(info, io.BytesIO(data))
+            key = re.sub(r'[./]', '_', stems[r['id']])
+            labels = [a.label for a in r['annotations'] if kind_of(a) == 'class']
+            captions = [a.caption for a in r['annotations'] if a.caption]
+            more = {
+                c: r[c] for c in COLUMNS if c != 'split' and r[c] and not (c == 'group' and r[c] == r['sha256'])
+            } | dict(annotations=[a.said() for a in r['annotations']])
+            parts = (
+                {r['uri'].rpartition('.')[2].lower(): target.dataset.read(r['uri'])}
+                | ({'cls': str(number[labels[0]]).encode()} if len(labels) == 1 and labels[0] in number else {})
+                | ({'txt': captions[0].encode()} if captions else {})
+                | dict(json=json.dumps(more, ensure_ascii=False).encode())
+            )
+            for suffix, data in parts.items():
+                info = tarfile.TarInfo(f'{key}.{suffix}')
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
         if tar: tar.close()
     target.text('classes.txt', '\n'.join(classes) + '\n')

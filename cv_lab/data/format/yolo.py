@@ -33,22 +33,50 @@ def annotation_of(line:str, names:list[str]) -> dict: # fields of an annotation,
 def line_of(label:int, bbox=None, ring=None, score=None, # pixels
             width:int=1, height:int=1) -> str:
     "The line that says it."
-    v = [x/(height if i % 2 else width) for i, x in enumerate(ring)] if ring else \
-        [(bbox[0] + bbox[2])/2/width, (bbox[1] + bbox[3])/2/height, (bbox[2] - bbox[0])/width, (bbox[3] - bbox[1])/height]
+    v = (
+        [x / (height if i % 2 else width) for i, x in enumerate(ring)]
+        if ring
+        else [
+            (bbox[0] + bbox[2]) / 2 / width,
+            (bbox[1] + bbox[3]) / 2 / height,
+            (bbox[2] - bbox[0]) / width,
+            (bbox[3] - bbox[1]) / height,
+        ]
+    )
     return ' '.join([str(label), *(f'{x:.15g}' for x in v), *([f'{score:.15g}'] if score is not None else [])])
 
 # %% ../../../nbs/11e_data.format.yolo.ipynb #778909e8
-def _settings(source:Source) -> tuple[list[str], dict[str, list[str]], str]: # class names, split -> what the yaml says, the file
+def _settings(
+    source: Source,
+) -> tuple[list[str], dict[str, list[str]], str]:  # class names, split -> what the yaml says, the file
     for n in sorted(source.find('*.yaml', '*.yml'), key=lambda n: n.count('/')):
         try: y = yaml.safe_load(source.text(n))
         except yaml.YAMLError as e: raise BadInput(f'{n} is not YAML: {e}', 'names and splits', 'correct it') from None
         if not isinstance(y, dict) or 'names' not in y: continue
         names = y['names']
-        if isinstance(names, dict) and any(not str(k).isdecimal() or int(k) > 99_999 for k in names) or not isinstance(names, (dict, list)): raise BadInput(f'`names` in {n} is not a list of classes', 'a list, or numbers and names', 'correct it')
-        names = [str(names.get(i, i)) for i in range(max(map(int, names), default=-1) + 1)] if isinstance(names, dict) else [str(v) for v in names]
+        if (
+            isinstance(names, dict)
+            and any(not str(k).isdecimal() or int(k) > 99_999 for k in names)
+            or not isinstance(names, (dict, list))
+        ):
+            raise BadInput(f'`names` in {n} is not a list of classes', 'a list, or numbers and names', 'correct it')
+        names = (
+            [str(names.get(i, i)) for i in range(max(map(int, names), default=-1) + 1)]
+            if isinstance(names, dict)
+            else [str(v) for v in names]
+        )
         listed = lambda v: [str(p) for p in v] if isinstance(v, list) else [str(v)] if v else []
-        return names, {s: v for k in ('train', 'val', 'valid', 'validation', 'test') if (s := split_of(k)) and (v := listed(y.get(k)))}, n
-    for n in source.find('*classes.txt', '*.names'): return [l.strip() for l in source.text(n).splitlines() if l.strip()], {}, n
+        return (
+            names,
+            {
+                s: v
+                for k in ('train', 'val', 'valid', 'validation', 'test')
+                if (s := split_of(k)) and (v := listed(y.get(k)))
+            },
+            n,
+        )
+    for n in source.find('*classes.txt', '*.names'):
+        return [l.strip() for l in source.text(n).splitlines() if l.strip()], {}, n
     return [], {}, ''
 
 def recognise(source:Source) -> tuple[int, str]:
@@ -57,7 +85,11 @@ def recognise(source:Source) -> tuple[int, str]:
     if n and splits: return 3, f'{n} names {len(names)} classes and the splits {", ".join(splits)}'
     labels = [t for t in source.find('*.txt') if re.search(r'(^|/)labels/', t)]
     if n and labels: return 2, f'{n} names {len(names)} classes, and there is {labels[0]}'
-    return (2, f'{labels[0]} is a label file') if labels and re.match(r'\d+( [-\d.e]+){4,}\s*$', source.text(labels[0], 4096).split('\n')[0]) else (0, '')
+    return (
+        (2, f'{labels[0]} is a label file')
+        if labels and re.match(r'\d+( [-\d.e]+){4,}\s*$', source.text(labels[0], 4096).split('\n')[0])
+        else (0, '')
+    )
 
 # %% ../../../nbs/11e_data.format.yolo.ipynb #8788524a
 def _parts(path:str) -> list[str]: return [p for p in path.replace('\\', '/').split('/') if p not in ('', '.', '..')]
@@ -76,7 +108,8 @@ def _split_finder(source:Source, splits:dict[str, list[str]]):
     def find(image):
         if NO_SPLIT in image.split('/'): return None
         if image in listed: return listed[image]
-        here = image.split('/')[:-1]; run = lambda f: any(here[i:i + len(f)] == f for i in range(len(here))) if f else False
+        here = image.split('/')[:-1]
+        run = lambda f: any(here[i : i + len(f)] == f for i in range(len(here))) if f else False
         said, able = split_in('/'.join(here)), [s for f, s in folders for k in range(len(f)) if run(f[k:])]
         return said if said in able or not folders else able[0] if able else None
     return find
@@ -87,10 +120,22 @@ def _label_file(image:str, there:set[str]) -> str|None:
     return next((n for n in (*tries, f'labels/{stem}.txt', f'{stem}.txt') if n in there), None)
 
 def read(source:Source) -> Reading:
-    names, splits, n = _settings(source); there = set(source.names); q = source.quarantine; find = _split_finder(source, splits)
-    labels = {t for t in there if t.lower().endswith('.txt') and (re.search(r'(^|/)labels/', t) or t[:-4] in {i.rpartition('.')[0] for i in source.images})}
-    if not labels: return get_format('imagefolder').read(source) # classification: a folder per class
-    if not n: raise BadInput(f'no names of classes in {source.root.name}', 'data.yaml with `names`, or classes.txt', 'add one')
+    names, splits, n = _settings(source)
+    there = set(source.names)
+    q = source.quarantine
+    find = _split_finder(source, splits)
+    labels = {
+        t
+        for t in there
+        if t.lower().endswith('.txt')
+        and (re.search(r'(^|/)labels/', t) or t[:-4] in {i.rpartition('.')[0] for i in source.images})
+    }
+    if not labels: return get_format('imagefolder').read(source)  # classification: a folder per class
+    if not n:
+        raise BadInput(
+            f'no names of classes in {source.root.name}', 'data.yaml with `names`, or classes.txt', 'add one'
+        )
+
     def items():
         used = set()
         for i in source.images:
@@ -103,21 +148,32 @@ def _annotations(source:Source, image:str, file:str, names:list[str]) -> list[di
     out = []
     for k, line in enumerate(source.text(file).splitlines(), 1):
         if not line.strip(): continue
-        try: a = annotation_of(line, names)
-        except ValueError as e: source.quarantine.drop(image, 'annotation cannot be read', f'{file}:{k}: {e}', part='annotation'); continue
+        try:
+            a = annotation_of(line, names)
+        except ValueError as e:
+            source.quarantine.drop(image, 'annotation cannot be read', f'{file}:{k}: {e}', part='annotation')
+            continue
         out.append(a)
     return out
 
 # %% ../../../nbs/11e_data.format.yolo.ipynb #8d0bbb5e
-def write(target:Target,
-          confidence:bool=False, # write scores as a last number, as predictions have it; ultralytics does not train on such lines
-         ) -> None:
+def write(
+    target: Target,
+    confidence: bool = False,  # write scores as a last number, as predictions have it; ultralytics does not train on such lines
+) -> None:
     d = target.dataset; has = {kind_of(a) for r in target.rows() for a in r['annotations']}
     if has == {'class'}: return get_format('imagefolder').write(target)
     if 'class' in has: target.lose('class', sum(kind_of(a) == 'class' for r in target.rows() for a in r['annotations']))
     names, splits, stems = list(d.classes), target.splits(), target.stems()
-    corners = has >= {'box', 'polygon'} or has >= {'mask', 'polygon'} # ultralytics refuses a file with lines of both kinds
-    if corners: target.lose('box: written as an outline of four points', sum(kind_of(a) in ('box', 'mask') for r in target.rows() for a in r['annotations']))
+    corners = has >= {'box', 'polygon'} or has >= {
+        'mask',
+        'polygon',
+    }  # ultralytics refuses a file with lines of both kinds
+    if corners:
+        target.lose(
+            'box: written as an outline of four points',
+            sum(kind_of(a) in ('box', 'mask') for r in target.rows() for a in r['annotations']),
+        )
     for s in splits:
         for r in target.rows(s):
             stem, lines = stems[r['id']], []; target.image(r, f'images/{s}/{stem}.{r["uri"].rpartition(".")[2]}')
@@ -126,10 +182,22 @@ def write(target:Target,
                 label = a.label or 'object'; names += [label]*(label not in names)
                 if a.polygon and len(a.polygon) > 1: target.lose('rings that belong together', len(a.polygon) - 1)
                 x1, y1, x2, y2 = a.bbox
-                for ring in a.polygon or [[x1, y1, x2, y1, x2, y2, x1, y2] if corners else None]: lines.append(line_of(names.index(label), a.bbox, ring, a.score if confidence else None, r['width'], r['height']))
+                for ring in a.polygon or [[x1, y1, x2, y1, x2, y2, x1, y2] if corners else None]:
+                    lines.append(
+                        line_of(
+                            names.index(label), a.bbox, ring, a.score if confidence else None, r['width'], r['height']
+                        )
+                    )
             target.text(f'labels/{s}/{stem}.txt', '\n'.join(lines) + '\n' if lines else '')
     first = f'images/{splits[0]}'; where = {s: f'images/{s}' for s in splits if s != NO_SPLIT}
-    target.text('data.yaml', yaml.safe_dump(dict(dict(train=first, val=where.get('train', first)) | where, names=dict(enumerate(names))), sort_keys=False, allow_unicode=True))
+    target.text(
+        'data.yaml',
+        yaml.safe_dump(
+            dict(dict(train=first, val=where.get('train', first)) | where, names=dict(enumerate(names))),
+            sort_keys=False,
+            allow_unicode=True,
+        ),
+    )
 
 # %% ../../../nbs/11e_data.format.yolo.ipynb #ef2457ac
 def _said(line:str, names:list[str]) -> dict:
@@ -140,7 +208,9 @@ def _said(line:str, names:list[str]) -> dict:
         a = annotation_of(line, names); return a if 'score' in a else dict(fault='a box without a confidence')
     except ValueError as e: return dict(fault=f'a line that cannot be read: {e}')
 
-def predictions(source:Source, d:Dataset, find:Callable) -> Iterator[Found]: # `image` is the item's id, or the file where none is known
+def predictions(
+    source: Source, d: Dataset, find: Callable
+) -> Iterator[Found]:  # `image` is the item's id, or the file where none is known
     "What a model says, from a folder of text files."
     names, _, named = _settings(source); names = names or list(d.classes)
     for n in source.find('*.txt'):
