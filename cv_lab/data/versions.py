@@ -57,63 +57,15 @@ def _by_time(of:np.ndarray, when:list, shares:dict) -> np.ndarray: # (U,) index 
 
 def _by_site(of:np.ndarray, names:np.ndarray, shares:dict, seed:int) -> np.ndarray: # (U,) index of the share
     "The largest units first, each to where most is missing."
-    size = np.bincount(of); want = np.array(list(shares.values()))*size.sum(); out = np.empty(len(size), int)
+    size = np.bincount(of)
+    want = np.array(list(shares.values()))*size.sum()
+    out = np.empty(len(size), int)
     for u in np.lexsort(([hashlib.sha256(f'{seed}/{n}'.encode()).hexdigest() for n in names], -size)):
         out[u] = k = int(np.argmax(want / np.maximum(size.sum(), 1)))
         want[k] -= size[u]
     return out
 
-def split_dataset(
-    d: Dataset,
-    shares: dict[str, float] = dict(train=0.65, val=0.15, test=0.2),  # sum to 1
-    by: Literal['class', 'time', 'site'] = 'class',
-    site: str = 'site',  # the tag that names a site; `device` and `source` will do too
-    clusters: Sequence[int] | None = None,  # (N,) of near-duplicates, such as `check(d).seen['cluster']`
-    held: Sequence[str] = (),  # content hashes that were ever held out, from `ever_held`
-    redo: bool = False,
-    seed: int = 0,  # give all items a new split, not only those without one
-) -> tuple[Dataset, dict]: # the split dataset, and its proof
-    "Split a dataset so that nothing that belongs together is parted."
-    if set(shares) - set(SPLITS) or abs(sum(shares.values()) - 1) > 1e-6 or min(shares.values()) < 0:
-        raise BadInput(
-            f'shares {shares}',
-            f'shares of {", ".join(SPLITS)} that sum to 1',
-            'for example train=.7, val=.15, test=.15',
-        )
-    t = d.table
-    keys = [t['group'].to_pandas().to_numpy(), t['sha256'].to_pandas().to_numpy()] + (
-        [np.asarray(clusters)] if clusters is not None else []
-    )
-    if by == 'site': keys.append(_said(tags_of(t).get(site), t, f'the tag {site!r}'))
-    of = units(keys)
-    name = (
-        pd.Series(pc.coalesce(t['group'], t['sha256']).to_pylist(), dtype=object).groupby(of).min().to_numpy()
-        if len(t)
-        else np.zeros(0, object)
-    )
-    before = np.array([None]*len(t), object) if redo else np.array(t['split'].to_pylist(), object)
-    before[pc.is_in(t['sha256'], pa.array(list(held), pa.string())).to_numpy(zero_copy_only=False)] = 'test'
-    if by != 'class':
-        if by not in ('time', 'site'): raise BadInput(f'a split by {by!r}', 'class, time or site', 'choose one')
-        drawn = (
-            _by_time(of, _said(t['captured_at'].to_pylist(), t, 'captured_at'), shares)
-            if by == 'time'
-            else _by_site(of, name, shares, seed)
-        )
-        rank = pd.Series(before).map({s: i for i, s in enumerate(SPLITS)}).fillna(-1).groupby(of).max().to_numpy(int)
-        before = np.where(rank >= 0, np.array(SPLITS, object)[rank], np.array(list(shares), object)[drawn])[of]
-    at = lambda c: SCHEMA.get_field_index(c)
-    s = t.set_column(at('split'), SCHEMA.field('split'), pa.array(before, pa.string())).set_column(
-        at('group'), SCHEMA.field('group'), pa.array(name[of], pa.string())
-    )
-    done = t.set_column(at('split'), SCHEMA.field('split'), assign_splits(s, shares, seed)['split'])
-    proof = (
-        dict(by=by if by != 'site' else f'site: {site}', seed=seed, wanted=shares)
-        | prove_split(done, clusters)
-        | dict(held=len(set(held)))
-    )
-    return Dataset(done, d.name, d.root, d.classes, d.about | dict(split=proof)), proof
-
+# %% ../../nbs/10b_data.versions.ipynb #956f21bb
 def _said(values, t:pa.Table, what:str) -> list:
     bad = list(range(len(t))) if values is None else [i for i, v in enumerate(values) if v is None]
     if bad:
@@ -123,6 +75,52 @@ def _said(values, t:pa.Table, what:str) -> list:
             'add it, or split by class',
         )
     return values
+
+def _decided(t:pa.Table, of:np.ndarray, names:np.ndarray, # (N,) unit of an item, (U,) name of a unit
+             before:np.ndarray, by:str, shares:dict, seed:int) -> np.ndarray: # (N,) split, or None: still free
+    "What is decided before the classes are balanced."
+    if by == 'class': return before
+    if by not in ('time', 'site'): raise BadInput(f'a split by {by!r}', 'class, time or site', 'choose one')
+    if by == 'time': drawn = _by_time(of, _said(t['captured_at'].to_pylist(), t, 'captured_at'), shares)
+    else: drawn = _by_site(of, names, shares, seed)
+    rank = pd.Series(before).map({s: i for i, s in enumerate(SPLITS)}).fillna(-1).groupby(of).max().to_numpy(int)
+    return np.where(rank >= 0, np.array(SPLITS, object)[rank], np.array(list(shares), object)[drawn])[of]
+
+# %% ../../nbs/10b_data.versions.ipynb #66ab38df
+def split_dataset(
+    d: Dataset,
+    shares: dict[str, float] = dict(train=0.65, val=0.15, test=0.2),  # sum to 1
+    by: Literal['class', 'time', 'site'] = 'class',
+    site: str = 'site',  # the tag that names a site; `device` and `source` will do too
+    clusters: Sequence[int] | None = None,  # (N,) of near-duplicates, such as `check(d).seen['cluster']`
+    held: Sequence[str] = (),  # content hashes that were ever held out, from `ever_held`
+    redo: bool = False,  # give all items a new split, not only those without one
+    seed: int = 0,
+) -> tuple[Dataset, dict]: # the split dataset, and its proof
+    "Split a dataset so that nothing that belongs together is parted."
+    if set(shares) - set(SPLITS) or abs(sum(shares.values()) - 1) > 1e-6 or min(shares.values()) < 0:
+        raise BadInput(
+            f'shares {shares}',
+            f'shares of {", ".join(SPLITS)} that sum to 1',
+            'for example train=.7, val=.15, test=.15',
+        )
+    t = d.table
+    keys = [t['group'].to_pandas().to_numpy(), t['sha256'].to_pandas().to_numpy()]
+    if clusters is not None: keys.append(np.asarray(clusters))
+    if by == 'site': keys.append(_said(tags_of(t).get(site), t, f'the tag {site!r}'))
+    of, names = units(keys), np.zeros(0, object)
+    if len(t):
+        own = pd.Series(pc.coalesce(t['group'], t['sha256']).to_pylist(), dtype=object)
+        names = own.groupby(of).min().to_numpy()
+    before = np.array([None]*len(t), object) if redo else np.array(t['split'].to_pylist(), object)
+    before[pc.is_in(t['sha256'], pa.array(list(held), pa.string())).to_numpy(zero_copy_only=False)] = 'test'
+    before = _decided(t, of, names, before, by, shares, seed)
+    put = lambda t, c, v: t.set_column(SCHEMA.get_field_index(c), SCHEMA.field(c), v)
+    s = put(put(t, 'split', pa.array(before, pa.string())), 'group', pa.array(names[of], pa.string()))
+    done = put(t, 'split', assign_splits(s, shares, seed)['split'])
+    proof = dict(by=by if by != 'site' else f'site: {site}', seed=seed, wanted=shares) | prove_split(done, clusters)
+    proof['held'] = len(set(held))
+    return Dataset(done, d.name, d.root, d.classes, d.about | dict(split=proof)), proof
 
 # %% ../../nbs/10b_data.versions.ipynb #45145fe7
 def prove_split(
@@ -202,6 +200,22 @@ def ever_held(folder:str|Path) -> list[str]: # content hashes, sorted
     return sorted(out | set(read_json(folder/'golden.json')['items'] if (folder/'golden.json').exists() else ()))
 
 # %% ../../nbs/10b_data.versions.ipynb #6a3c3618
+def _said_of(t:pa.Table, shas) -> dict[str, str]: # content hash -> hash of the rows that carry it
+    t = t.filter(pc.is_in(t['sha256'], pa.array(list(shas), pa.string()))); out = {}
+    for s, r in sorted(zip(t['sha256'].to_pylist(), row_digests(t))): out[s] = digest(out.get(s, '') + r.hex())
+    return out
+
+def _write_log(folder: Path, log: list[dict]) -> None:
+    write_atomic(folder / 'versions.jsonl', ''.join(json.dumps(x, ensure_ascii=False) + '\n' for x in log))
+
+def _freeze(folder:Path, d:Dataset, shas, by:str|None, why:str='golden set') -> dict:
+    items = _said_of(d.table, shas)
+    write_json(folder/'golden.json', dict(version=d.version, items=items))
+    log = versions(folder); now = datetime.now(UTC).isoformat(timespec='seconds')
+    _write_log(folder, [*log, log[-1] | dict(at=now, by=by, why=why, golden=digest(items))])
+    return items
+
+# %% ../../nbs/10b_data.versions.ipynb #8040434f
 def freeze_golden(folder:str|Path, each:int=5, # test items of each class
                   ids:Sequence[str]|None=None, # these instead
                   by:str|None=None) -> dict: # {content hash: hash of what is said}
@@ -231,27 +245,7 @@ def freeze_golden(folder:str|Path, each:int=5, # test items of each class
         raise BadInput('no test items to choose from', 'a test split', 'split the dataset first: cvlab data split')
     return _freeze(folder, d, shas, by)
 
-def _said_of(t:pa.Table, shas) -> dict[str, str]: # content hash -> hash of the rows that carry it
-    t = t.filter(pc.is_in(t['sha256'], pa.array(list(shas), pa.string()))); out = {}
-    for s, r in sorted(zip(t['sha256'].to_pylist(), row_digests(t))): out[s] = digest(out.get(s, '') + r.hex())
-    return out
-
-def _write_log(folder: Path, log: list[dict]) -> None:
-    write_atomic(folder / 'versions.jsonl', ''.join(json.dumps(x, ensure_ascii=False) + '\n' for x in log))
-
-
-def _freeze(folder:Path, d:Dataset, shas, by:str|None, why:str='golden set') -> dict:
-    items = _said_of(d.table, shas); write_json(folder/'golden.json', dict(version=d.version, items=items))
-    _write_log(
-        folder,
-        [
-            *versions(folder),
-            versions(folder)[-1]
-            | dict(at=datetime.now(UTC).isoformat(timespec='seconds'), by=by, why=why, golden=digest(items)),
-        ],
-    )
-    return items
-
+# %% ../../nbs/10b_data.versions.ipynb #2e8150dd
 def golden_changes(folder:str|Path, d:Dataset,
                    but:Sequence[str]=(), # content hashes that are not asked about
                   ) -> list[str]: # what happened to which item; empty: untouched
@@ -275,6 +269,21 @@ def golden_changes(folder:str|Path, d:Dataset,
         f'{name[s]} changed' for s in want if s in now and now[s] != want[s]
     ]
 
+# %% ../../nbs/10b_data.versions.ipynb #2803d14c
+def _line(d:Dataset, old:Dataset|None, why:str, by:str|None) -> dict:
+    "A line of the log: what the version came from, and how many items changed."
+    changed = dict(added=len(d))
+    if old is not None: changed = {k: len(v) for k, v in diff_versions(old.table, d.table).items()}
+    return dict(
+        version=d.version,
+        parent=old.version if old is not None else None,
+        at=datetime.now(UTC).isoformat(timespec='seconds'),
+        by=by,
+        why=why,
+        items=len(d),
+        **changed,
+    )
+
 # %% ../../nbs/10b_data.versions.ipynb #d6733999
 def commit(
     folder: str | Path,
@@ -282,11 +291,11 @@ def commit(
     why: str,
     by: str | None = None,
     golden: str | None = None,  # a reason to let the golden set change
-    renamed: dict[str, str]
-    | None = None,  # old content hash -> new: the files were rewritten, the golden set goes along
+    renamed: dict[str, str] | None = None,  # old content hash -> new, of rewritten files; the golden set goes along
 ) -> dict: # the line of the log
     "Save a version with its parent; a change of the golden set is refused without a reason."
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder/'.versions.lock'):
         log = versions(folder) if (folder/'dataset.json').exists() else []
         old = load_dataset(folder) if log else None
@@ -300,20 +309,9 @@ def commit(
                 'the golden set as it was frozen',
                 'leave them alone, or give a reason: --golden "why"',
             )
-        changed = (
-            {k: len(v) for k, v in diff_versions(old.table, d.table).items()} if old is not None else dict(added=len(d))
-        )
-        line = dict(
-            version=d.version,
-            parent=old.version if old is not None else None,
-            at=datetime.now(UTC).isoformat(timespec='seconds'),
-            by=by,
-            why=why,
-            items=len(d),
-            **changed,
-        )
-        if touched: line |= dict(golden_changed=touched, golden_why=golden)
+        line = _line(d, old, why, by)
         if touched:
+            line |= dict(golden_changed=touched, golden_why=golden)
             record(
                 log_of(folder),
                 'override',
@@ -327,13 +325,8 @@ def commit(
         save_dataset(d, folder); _write_log(folder, [*log, line])
         frozen = read_json(folder/'golden.json')['items'] if (folder/'golden.json').exists() else {}
         if touched or set(frozen) & set(renamed or ()):
-            _freeze(
-                folder,
-                d,
-                [(renamed or {}).get(s, s) for s in frozen],
-                by,
-                'golden set' if touched else 'golden set, rewritten',
-            )
+            now = [(renamed or {}).get(s, s) for s in frozen]
+            _freeze(folder, d, now, by, 'golden set' if touched else 'golden set, rewritten')
         return line
 
 def version_log(folder:str|Path) -> pd.DataFrame:
