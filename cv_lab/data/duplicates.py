@@ -67,6 +67,7 @@ def _embed(prints:np.ndarray, # (R, N, D) from `fingerprints`
 
     return np.stack([embed(p) for p in prints]).astype(np.float32)
 
+# %% ../../nbs/11b_data.duplicates.ipynb #a0924677
 def _cells(whole:np.ndarray, # (N, D)
            ) -> tuple[np.ndarray, list[np.ndarray]]: # centres; the items of each cell
     "An inverted file: every item in the four cells nearest to it."
@@ -84,12 +85,15 @@ def _cells(whole:np.ndarray, # (N, D)
     order = np.argsort(near.ravel(), kind='stable'); bounds = np.searchsorted(near.ravel()[order], np.arange(k + 1))
     return km.cluster_centers_, [order[a:b]//4 for a, b in zip(bounds, bounds[1:])]
 
+# %% ../../nbs/11b_data.duplicates.ipynb #bc886754
 def candidates(thumbs:np.ndarray, # (N, THUMB, THUMB) uint8
                least:float=.7,    # cosine of fingerprints
                each:int=4,        # candidates kept per item, on either side
               ) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # a, b, r: the whole of a looks like region r of b
     "Pairs of items that may be the same picture."
-    e = _embed(fingerprints(thumbs)); centres, cells = _cells(e[0]); half = (centres**2).sum(1)/2
+    e = _embed(fingerprints(thumbs))
+    centres, cells = _cells(e[0])
+    half = (centres**2).sum(1)/2
     def ask(r):  # all items' region r, cell by cell
         cell = np.concatenate(
             [np.argmax(part @ centres.T - half, 1) for part in np.array_split(e[r], max(1, len(e[r]) // 4096))]
@@ -139,6 +143,7 @@ def _sample(
     dx, dx_lower = q - p, t - s; upper = p + dx*fx; dy = s + dx_lower*fx - upper
     return upper + dy*fy, (dx + (dx_lower - dx)*fy)*side, dy*side, u
 
+# %% ../../nbs/11b_data.duplicates.ipynb #fbedf16e
 def align(fine:np.ndarray, coarse:np.ndarray, # (N, 2n, 2n) to take boxes from, (N, n, n) to compare with
           a:np.ndarray, b:np.ndarray, box:np.ndarray, # (M,), (M,), (M, 4)
           steps:int) -> tuple[np.ndarray, np.ndarray]: # (M, 4) better boxes of b, (M,) correlation with the whole of a
@@ -181,13 +186,14 @@ def agreement(thumbs:np.ndarray, a:np.ndarray, b:np.ndarray, r:np.ndarray, # fro
     half, quarter, eighth = (_pooled(thumbs, k) for k in (2, 4, 8))
     def judge(s:slice) -> pd.DataFrame:
         i, j = a[s], b[s]
-        box, _ = align(
-            quarter, eighth, i, j, REGIONS[r[s]], 3
-        )  # coarsely first: fine detail pulls the wrong way from afar
+        box, _ = align(quarter, eighth, i, j, REGIONS[r[s]], 3)  # coarsely first: from afar, detail pulls the wrong way
         for steps, least in ((4, .6), (8, .75)):
-            box, c = align(half, quarter, i, j, box, steps); ok = c > least; i, j, box = i[ok], j[ok], box[ok]
+            box, c = align(half, quarter, i, j, box, steps)
+            ok = c > least
+            i, j, box = i[ok], j[ok], box[ok]
             if not len(i): return pd.DataFrame(columns=['a', 'b', 'score', 'box'])
-        box, c = align(thumbs, half, i, j, box, 2); there = _sample(thumbs.reshape(-1), THUMB, j, box, THUMB//2)[0]
+        box, c = align(thumbs, half, i, j, box, 2)
+        there = _sample(thumbs.reshape(-1), THUMB, j, box, THUMB//2)[0]
         return pd.DataFrame(
             dict(a=i, b=j, score=np.minimum(c, (_detail(half[i]) * _detail(there)).sum(1)), box=box.round(3).tolist())
         )
@@ -197,9 +203,8 @@ def agreement(thumbs:np.ndarray, a:np.ndarray, b:np.ndarray, r:np.ndarray, # fro
     if not found: return pd.DataFrame(dict(a=[], b=[], score=[], box=[])).astype(dict(a=int, b=int, score=float))
     t = pd.concat(found, ignore_index=True).sort_values('score', ascending=False, kind='stable')
     low, high = np.minimum(t['a'], t['b']), np.maximum(t['a'], t['b'])
-    return t[~pd.DataFrame(dict(low=low, high=high)).duplicated()].reset_index(
-        drop=True
-    )  # the better of the two directions
+    twice = pd.DataFrame(dict(low=low, high=high)).duplicated()        # the better of the two directions stays
+    return t[~twice].reset_index(drop=True)
 
 # %% ../../nbs/11b_data.duplicates.ipynb #a258f9c4
 def line_between(best:np.ndarray, # (N,) each item's best agreement, -1 where it has none

@@ -43,47 +43,23 @@ CONTRACT = dict(
 # and, where it has a place for some attributes only: ATTRIBUTES, their names, each with a value for example;
 # where models answer in it: predictions(source, dataset, find, ...) -> Iterator[Found], see nbs/11r_data.predictions.ipynb
 
-KINDS = (
-    'class',
-    'box',
-    'polygon',
-    'mask',
-    'line',
-    'caption',
-)  # what an annotation is; line: the image is one line of text
+KINDS = ('class', 'box', 'polygon', 'mask', 'line', 'caption') # what an annotation is; line: a line of text, whole
 FIELDS = ('text', 'track_id', 'annotator', 'score', 'attributes')         # what it may say besides its label
-COLUMNS = (
-    'split',
-    'group',
-    'source',
-    'license',
-    'consent',
-    'expires',
-    'captured_at',
-    'device',
-    'tags',
-)  # what an item may say
+COLUMNS = ('split', 'group', 'source', 'license', 'consent', 'expires', 'captured_at', 'device', 'tags')
 
-
+# %% ../../nbs/11_data.formats.ipynb #2abaa026
 def kind_of(a:dict|Annotation) -> str: # one of KINDS
     "What an annotation is."
     said = a.said() if isinstance(a, Annotation) else {k: v for k, v in a.items() if v is not None}
-    return next(
-        (
-            kind
-            for part, kind in dict(
-                mask='mask', polygon='polygon', bbox='box', caption='caption', label='class', text='line'
-            ).items()
-            if part in said
-        ),
-        'class',
-    )
+    parts = dict(mask='mask', polygon='polygon', bbox='box', caption='caption', label='class', text='line')
+    return next((kind for part, kind in parts.items() if part in said), 'class')
 
 
 def attributes_kept(module:ModuleType, names:Iterable[str]) -> list[str]:
     "Those of some attributes that a format keeps."
     return [n for n in names if 'attributes' in module.KEEPS or n in getattr(module, 'ATTRIBUTES', ())]
 
+# %% ../../nbs/11_data.formats.ipynb #7beb21a7
 def formats() -> dict[str, ModuleType]: # name -> module, sorted
     "Every format there is: the modules of `cv_lab.data.format`."
     import cv_lab.data.format as home
@@ -291,6 +267,7 @@ def _in_pixels(a:dict, w:int, h:int) -> dict: # rounded to a millionth of a pixe
         pass                   # the check that follows says so
     return a
 
+# %% ../../nbs/11_data.formats.ipynb #287eeed5
 def _once(items:Iterable[Found], q:Quarantine) -> Iterator[Found]:
     seen = set()
     for f in items:
@@ -332,6 +309,7 @@ class Quarantined(BadInput):
     "Something was not as it should be, and `strict` was asked for."
     code = 'quarantined'
 
+# %% ../../nbs/11_data.formats.ipynb #dcce6a9c
 def tally_of(t:pa.Table, q:Quarantine) -> dict: # counts
     "How much of what."
     anns = t['annotations'].combine_chunks() if len(t) else pa.array([], SCHEMA.field('annotations').type)
@@ -363,6 +341,7 @@ def _any(masks:list):
     for m in masks[1:]: out = pc.or_(out, m)
     return out
 
+# %% ../../nbs/11_data.formats.ipynb #40b0804e
 def write_tally(tally:dict) -> str: # a few lines
     "The tally in words."
     said = lambda d: ', '.join(f'{k} {n:,}' for k, n in d.items())
@@ -404,6 +383,7 @@ def recognise(source:Source) -> tuple[str, str]: # the format's name, and why
         )
     return next(iter(top.items()))
 
+# %% ../../nbs/11_data.formats.ipynb #52b27260
 def get_format(name:str) -> ModuleType:
     "The format of that name, its contract checked."
     if name not in (found := formats()):
@@ -428,7 +408,7 @@ def _check_options(what:str, f, options:dict) -> None:
             'see: cvlab data formats',
         )
 
-
+# %% ../../nbs/11_data.formats.ipynb #7a1d04a7
 def open_source(src:str|Path, unpacked:str|Path) -> Source:
     "A folder, a file, or an archive, which is unpacked first."
     src = Path(src)
@@ -441,6 +421,27 @@ def open_source(src:str|Path, unpacked:str|Path) -> Source:
 def _is_shard(src:Path) -> bool: return bool(re.search(r'\d{3,}\.tar$', src.name.lower())) # WebDataset: read as it is
 
 # %% ../../nbs/11_data.formats.ipynb #7d3242fb
+#| export
+
+# %% ../../nbs/11_data.formats.ipynb #ba8baaaa
+def _read_all(module:ModuleType, source:Source, options:dict, out:Path, copy:bool, workers:int|None,
+             ) -> tuple[Reading, list[pa.Table], Path|None]: # also: where the images were copied to
+    "What a reader yields, looked at and checked, a few thousand rows to a table."
+    reading = module.read(source, **options)
+    items = iter(reading.items)
+    first = next(items, None)
+    packed = first is not None and first.data is not None
+    reading.items = () if first is None else _chain(first, items)
+    images = out/'images' if copy or packed else None
+    rows, tables = _settled(reading, source.root, images, workers, source.quarantine), []
+    while part := list(islice(rows, 4096)): tables.append(make_table(part))
+    return reading, tables, images
+
+def _chain(first, rest):
+    yield first
+    yield from rest
+
+# %% ../../nbs/11_data.formats.ipynb #586190c2
 def import_dataset(src:str|Path,        # a folder, a file, or a zip or tar of one
                    format:str='auto',   # a name of `formats()`
                    out:str|Path='.',    # where the manifest goes
@@ -451,16 +452,14 @@ def import_dataset(src:str|Path,        # a folder, a file, or a zip or tar of o
                    splits:Literal['assign', 'keep']='assign', # items without a split get one, or stay without
                    **options) -> ImportResult: # options of the format's `read`
     "Make a dataset of somebody's files: keep what is good, set the rest aside with reasons."
-    out = Path(out).resolve(); source = open_source(src, out); q = source.quarantine
+    out = Path(out).resolve()
+    source = open_source(src, out)
+    q = source.quarantine
     fmt, why = recognise(source) if format == 'auto' else (format, 'named')
-    module = get_format(fmt); _check_options(f'import of {fmt}', module.read, options)
+    module = get_format(fmt)
+    _check_options(f'import of {fmt}', module.read, options)
     try:
-        reading = module.read(source, **options); items = iter(reading.items); first = next(items, None)
-        packed = first is not None and first.data is not None
-        reading.items = () if first is None else _chain(first, items)
-        images = out/'images' if copy or packed else None
-        rows = _settled(reading, source.root, images, workers, q); tables = []
-        while part := list(islice(rows, 4096)): tables.append(make_table(part))
+        reading, tables, images = _read_all(module, source, options, out, copy, workers)
     except Refusal:
         raise
     except Exception as e:  # damage that no reader foresaw is still no traceback
@@ -485,7 +484,8 @@ def import_dataset(src:str|Path,        # a folder, a file, or a zip or tar of o
             'nothing left out or mended under --strict',
             f'see {out / "quarantine.csv"}',
         )
-    classes = list(reading.classes or []); classes += sorted(set(labels_in(table)) - set(classes), key=natural)
+    classes = list(reading.classes or [])
+    classes += sorted(set(labels_in(table)) - set(classes), key=natural)
     about = dict(
         format=fmt, why=why, imported_from=str(Path(src).resolve()), left_out=tally['left_out'], mended=tally['mended']
     ) | ({fmt: reading.about} if reading.about else {})
@@ -495,17 +495,8 @@ def import_dataset(src:str|Path,        # a folder, a file, or a zip or tar of o
         sink = pa.BufferOutputStream()
         pq.write_table(said, sink)
         write_atomic(out/'predictions.parquet', sink.getvalue().to_pybytes())
-    return ImportResult(
-        save_dataset(Dataset(table, name or out.name, images or source.root, classes, about), out),
-        tally,
-        q.table(),
-        said,
-    )
-
-
-def _chain(first, rest):
-    yield first
-    yield from rest
+    d = save_dataset(Dataset(table, name or out.name, images or source.root, classes, about), out)
+    return ImportResult(d, tally, q.table(), said)
 
 # %% ../../nbs/11_data.formats.ipynb #ab07f0fd
 @dataclass
@@ -565,6 +556,7 @@ class Target:
             ) from None
         return name
 
+# %% ../../nbs/11_data.formats.ipynb #33cb8872
 def _stems(uris:list[str], ids:list[str]) -> dict[str, str]:
     taken, out = set(), {}
     for i, u in zip(ids, uris):
@@ -609,7 +601,7 @@ def with_predictions(t:pa.Table, predictions:pa.Table) -> pa.Table:
         pa.array(anns, SCHEMA.field('annotations').type),
     )
 
-
+# %% ../../nbs/11_data.formats.ipynb #a0cb4803
 def export_dataset(
     dataset: Dataset | str | Path,  # or its folder
     format: str,  # a name of `formats()`
@@ -617,9 +609,8 @@ def export_dataset(
     images: Literal['copy', 'link', 'none'] = 'copy',
     split: str | None = None,  # only this one
     predictions: pa.Table | None = None,  # a model's, to be written beside: pre-annotations for a labelling tool
-    log: Log | None = None,
-    by: str
-    | None = None,  # where it is said who took what; that of the workspace it is written into, or comes from, when None
+    log: Log | None = None,  # where it is said who took what; None: that of the workspace it comes from, or goes into
+    by: str | None = None,
     **options,
 ) -> ExportResult: # options of the format's `write`
     "Write a dataset as another tool reads it."
@@ -627,13 +618,17 @@ def export_dataset(
     dst, version = Path(dst).resolve(), d.version
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise BadInput(f'{dst} is not empty', 'a folder that is not there yet', 'name another, or remove it')
-    module = get_format(format); _check_options(f'export as {format}', module.write, options)
+    module = get_format(format)
+    _check_options(f'export as {format}', module.write, options)
     if split: d = Dataset(d.split(split), d.name, d.root, d.classes, d.about)
     if not len(d):
+        there = 'see its table'
+        if not isinstance(dataset, Dataset):
+            there = ', '.join(map(str, pc.unique(load_dataset(dataset).table['split']).to_pylist()))
         raise BadInput(
             f'there is nothing to export{f" in split {split}" if split else ""}',
             'a dataset with items',
-            f'splits: {", ".join(map(str, pc.unique(load_dataset(dataset).table["split"]).to_pylist())) if not isinstance(dataset, Dataset) else "see its table"}',
+            f'splits: {there}',
         )
     if predictions is not None: d = Dataset(with_predictions(d.table, predictions), d.name, d.root, d.classes, d.about)
     target = Target(d, dst.with_name(f'.{dst.name}.{secrets.token_hex(4)}'), images, losses(d.table, module))
@@ -655,75 +650,56 @@ def export_dataset(
         module.write(target, **options)
         if dst.exists(): dst.rmdir()
         target.root.rename(dst)
-    except BaseException: shutil.rmtree(target.root, ignore_errors=True); raise
+    except BaseException:
+        shutil.rmtree(target.root, ignore_errors=True)
+        raise
     return ExportResult(dst, target.files, target.lost)
 
-# %% ../../nbs/11_data.formats.ipynb #ecb1b1f5
-def little_dataset(folder:str|Path, module:ModuleType) -> Dataset:
-    "Three small images that say everything a format keeps; the last is unlabelled."
-    from PIL import Image
-    keeps, folder = set(module.KEEPS), Path(folder); rows = []
-    square = lambda: np.pad(np.ones((8, 6), bool), ((4, 18), (20, 14)))
-    kinds = dict(
-        box=lambda: dict(label='cat', bbox=[2, 3, 18.5, 20]),
-        polygon=lambda: dict(label='red dog', polygon=[[20, 4, 36, 6, 30.5, 24, 22, 20]]),
-        mask=lambda: dict(label='cat', mask=_rle(square())),
-        line=lambda: dict(text='Grün 10 €'),
-        caption=lambda: dict(caption='A cat, and a dog.'),
-    )
-    kinds['class'] = lambda: dict(label='cat')
-    if 'class' in keeps and keeps & {'box', 'polygon', 'mask'}: kinds['class'] = lambda: dict(label='indoors')
-    extra = dict(
-        text='EXIT',
-        track_id='7',
-        annotator='Ada',
-        score=0.75,
-        attributes=dict(getattr(module, 'ATTRIBUTES', dict(occluded='1'))),
-    )
-    item = dict(
-        split='train',
-        group='film-1',
-        source='shop',
-        license='CC0',
-        consent='form-3',
-        expires='2031-12-31',
-        captured_at='2024-05-01',
-        device='cam-2',
-        tags=dict(light='day'),
-    )
-    for i in range(3):
-        anns = [kinds[k]() for k in KINDS if k in keeps] if i < 2 else []
-        if i == 0:
-            for a in anns:
-                a |= {
-                    f: v
-                    for f, v in extra.items()
-                    if (f in keeps or f == 'attributes' and hasattr(module, 'ATTRIBUTES'))
-                    and ('bbox' in a or 'polygon' in a)
-                }
-        path = folder/f'photo {i + 1}.png'; folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.random.default_rng(i).integers(0, 255, (30, 40, 3), np.uint8)).save(path)
-        look = next(look_all([path])); q = Quarantine()
-        rows.append(
-            _row(
-                Found(
-                    path.name,
-                    anns,
-                    {k: v for k, v in item.items() if k in keeps}
-                    | (dict(split='val') if i and 'split' in keeps else {}),
-                ),
-                look,
-                True,
-                q,
-            )
-        )
-        assert not q.rows, q.rows
-    t = make_table(rows); return Dataset(t, 'little', folder, sorted(labels_in(t), key=natural))
+# %% ../../nbs/11_data.formats.ipynb #2f652046
+_ITEM = dict(split='train', group='film-1', source='shop', license='CC0', consent='form-3', expires='2031-12-31',
+             captured_at='2024-05-01', device='cam-2', tags=dict(light='day'))
 
 def _rle(mask:np.ndarray) -> dict:
     from cv_lab.geometry import rle_encode
     return rle_encode(mask)
 
+def _one_of_each(module:ModuleType, full:bool) -> list[dict]: # fields of annotations
+    "An annotation of each kind that a format keeps; `full`: with all that it may say besides."
+    keeps, places = set(module.KEEPS), {'box', 'polygon', 'mask'}
+    square = np.pad(np.ones((8, 6), bool), ((4, 18), (20, 14)))
+    said = dict(
+        box=dict(label='cat', bbox=[2, 3, 18.5, 20]),
+        polygon=dict(label='red dog', polygon=[[20, 4, 36, 6, 30.5, 24, 22, 20]]),
+        mask=dict(label='cat', mask=_rle(square)),
+        line=dict(text='Grün 10 €'),
+        caption=dict(caption='A cat, and a dog.'),
+    )
+    said['class'] = dict(label='indoors' if 'class' in keeps and keeps & places else 'cat')
+    some = getattr(module, 'ATTRIBUTES', None)
+    more = dict(text='EXIT', track_id='7', annotator='Ada', score=.75, attributes=dict(some or dict(occluded='1')))
+    more = {k: v for k, v in more.items() if k in keeps or k == 'attributes' and some is not None}
+    anns = [said[k] for k in KINDS if k in keeps]
+    return [a | more if full and ('bbox' in a or 'polygon' in a) else a for a in anns]
+
+# %% ../../nbs/11_data.formats.ipynb #9c71915c
+def little_dataset(folder:str|Path, module:ModuleType) -> Dataset:
+    "Three small images that say everything a format keeps; the last is unlabelled."
+    from PIL import Image
+    keeps, folder, rows = set(module.KEEPS), Path(folder), []
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(3):
+        path = folder/f'photo {i + 1}.png'
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (30, 40, 3), np.uint8)).save(path)
+        item = {k: v for k, v in _ITEM.items() if k in keeps}
+        if i and 'split' in keeps: item['split'] = 'val'
+        found = Found(path.name, _one_of_each(module, i == 0) if i < 2 else [], item)
+        q = Quarantine()
+        rows.append(_row(found, next(look_all([path])), True, q))
+        assert not q.rows, q.rows
+    t = make_table(rows)
+    return Dataset(t, 'little', folder, sorted(labels_in(t), key=natural))
+
+# %% ../../nbs/11_data.formats.ipynb #ecb1b1f5
 def content(t:pa.Table, module:ModuleType) -> list: # sorted; two tables say the same to a format when these are equal
     "What a table says of what a format keeps, without names and order."
     def one(a):

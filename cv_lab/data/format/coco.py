@@ -18,17 +18,8 @@ from ..outlines import mask_of
 from ...geometry import mask_box, rle_decode, rle_encode
 
 TITLE = 'COCO'
-KEEPS = (
-    'box',
-    'polygon',
-    'mask',
-    'caption',
-    'text',
-    'track_id',
-    'score',
-    'attributes',
-    *('split', 'group', 'license', 'captured_at', 'device', 'source', 'tags'),
-)
+KEEPS = ('box', 'polygon', 'mask', 'caption', 'text', 'track_id', 'score', 'attributes',
+         'split', 'group', 'license', 'captured_at', 'device', 'source', 'tags')
 LOSES = (
     'Annotators; objects without a class become `object`; panoptic PNGs are not read; keypoints travel as attributes.'
 )
@@ -57,21 +48,8 @@ def default_ids(names:list[str]) -> list[int]: # one per image
 def _only_a_count(ids:list) -> bool: return ids in (list(range(len(ids))), list(range(1, len(ids) + 1)))
 
 # %% ../../../nbs/11c_data.format.coco.ipynb #811932d9
-_KNOWN = {
-    'id',
-    'image_id',
-    'category_id',
-    'bbox',
-    'segmentation',
-    'area',
-    'iscrowd',
-    'caption',
-    'score',
-    'track_id',
-    'text',
-    'attributes',
-    'segmented_mask',
-}
+_KNOWN = {'id', 'image_id', 'category_id', 'bbox', 'segmentation', 'area', 'iscrowd', 'caption', 'score',
+          'track_id', 'text', 'attributes', 'segmented_mask'}
 
 
 def _text(v) -> str: return v if isinstance(v, str) else json.dumps(v, ensure_ascii=False, sort_keys=True)
@@ -124,6 +102,7 @@ def read(source:Source,
     if list(classes.values()) != list(range(1, len(classes) + 1)): about['category_ids'] = dict(classes)
     return Reading(items.values(), list(classes) or None, {k: v for k, v in about.items() if v}, total=len(items))
 
+# %% ../../../nbs/11c_data.format.coco.ipynb #2489f83b
 def _list(data:dict, key:str, name:str) -> list[dict]:
     if not isinstance(v := data.get(key) or [], list) or not all(isinstance(r, dict) for r in v):
         raise BadInput(f'"{key}" of {name} is not a list of objects', 'COCO JSON', 'export it again')
@@ -166,11 +145,8 @@ def _read_images(
 ) -> dict:  # id -> Found
     "The images that a file lists."
     here, listed, q, home = {}, set(), source.quarantine, name.rpartition('/')[0]
-    near = (
-        [folder]
-        if folder
-        else [home, f'{home}/images'.strip('/'), 'images', *(f'images/{s}' for s in ([split] if split else []))]
-    )
+    near = [home, f'{home}/images'.strip('/'), 'images', *([f'images/{split}'] if split else [])]
+    if folder: near = [folder]
     for r, default in zip(records, default_ids([str(r.get('file_name')) for r in records])):
         if (image := source.locate(str(r.get('file_name')), near)) is None:
             q.drop(r.get('file_name'), 'image is missing', name)
@@ -182,19 +158,12 @@ def _read_images(
         if f.item.get('split', split) != split:
             q.drop(image, 'image is in two splits', f'{f.item["split"]} and {split}', part='listing')
             continue
-        listed.add(image); here[r.get('id')] = f
-        f.item |= {
-            k: v
-            for k, v in dict(
-                split=split,
-                license=(licenses.get(r['license'] if isinstance(r.get('license'), (int, str)) else None) or {}).get(
-                    'name'
-                ),
-                captured_at=r.get('date_captured') or None,
-                **{k: r.get(k) for k in ('group', 'device', 'source')},
-            ).items()
-            if v is not None
-        }
+        listed.add(image)
+        here[r.get('id')] = f
+        of = licenses.get(r['license'] if isinstance(r.get('license'), (int, str)) else None) or {}
+        said = dict(split=split, license=of.get('name'), captured_at=r.get('date_captured') or None)
+        said |= {k: r.get(k) for k in ('group', 'device', 'source')}
+        f.item |= {k: v for k, v in said.items() if v is not None}
         tags = dict(r.get('tags') or {}) if isinstance(r.get('tags'), dict) else {}
         if r.get('id') != default: tags['coco_id'] = r.get('id')
         if tags: f.item['tags'] = tags
@@ -202,6 +171,7 @@ def _read_images(
         for f in here.values(): f.item.get('tags', {}).pop('coco_id', None)
     return here
 
+# %% ../../../nbs/11c_data.format.coco.ipynb #ee30bdbb
 def _read_annotations(records:list[dict], names:dict, here:dict[int, Found], q) -> None:
     keep, seen = not _only_a_count([a.get('id') for a in records]), set()
     for a in records:
@@ -253,7 +223,7 @@ def _to_coco(a, id:int, image_id:int, category_id:int) -> dict:
         | ({'attributes': more} if more else {})
     )
 
-
+# %% ../../../nbs/11c_data.format.coco.ipynb #c2c7ac9a
 def write(target:Target) -> None:
     d = target.dataset; mine = d.about.get('coco', {}); ids = mine.get('category_ids', {})
     loose = any(
@@ -271,6 +241,22 @@ def write(target:Target) -> None:
             _write_file(target, f'annotations/instances_{s}.json', list(target.rows(s)), categories, mine, False)
         if 'caption' in has: _write_file(target, f'annotations/captions_{s}.json', list(target.rows(s)), {}, mine, True)
 
+# %% ../../../nbs/11c_data.format.coco.ipynb #a12f5e50
+def _image(row:dict, id:int, name:str, license:int|None) -> dict:
+    out = dict(
+        id=id,
+        file_name=name,
+        width=row['width'],
+        height=row['height'],
+        license=license,
+        date_captured=row['captured_at'],
+        tags=row['tags'] or None,
+        device=row['device'],
+        source=row['source'],
+        group=row['group'] if row['group'] != row['sha256'] else None,
+    )
+    return {k: v for k, v in out.items() if v is not None}
+
 def _write_file(target:Target, path:str, rows:list[dict], categories:dict[str, int], mine:dict, captions:bool) -> None:
     "One JSON file, of the objects or of the captions of a split."
     names = [target.name(r) for r in rows]
@@ -278,52 +264,20 @@ def _write_file(target:Target, path:str, rows:list[dict], categories:dict[str, i
     ids = [int(i) if (i := r['tags'].pop('coco_id', '')).isdecimal() else k for r, k in zip(rows, count)]
     if len(set(ids)) < len(ids): ids = count               # of two sources that counted alike
     licenses = {l: i for i, l in enumerate(sorted({r['license'] for r in rows if r['license']}), 1)}
-    images = [
-        {
-            k: v
-            for k, v in dict(
-                id=i,
-                file_name=n,
-                width=r['width'],
-                height=r['height'],
-                license=licenses.get(r['license']),
-                date_captured=r['captured_at'],
-                tags=r['tags'] or None,
-                device=r['device'],
-                source=r['source'],
-                group=r['group'] if r['group'] != r['sha256'] else None,
-            ).items()
-            if v is not None
-        }
-        for i, r, n in zip(ids, rows, names)
-    ]
-    said = [
-        (a, i)
-        for i, r in zip(ids, rows)
-        for a in r['annotations']
-        if (kind_of(a) == 'caption') == captions and kind_of(a) in KEEPS
-    ]
+    images = [_image(r, i, n, licenses.get(r['license'])) for i, r, n in zip(ids, rows, names)]
+    belongs = lambda a: (kind_of(a) == 'caption') == captions and kind_of(a) in KEEPS
+    said = [(a, i) for i, r in zip(ids, rows) for a in r['annotations'] if belongs(a)]
     anns = [_to_coco(a, k, i, categories.get(a.label or 'object')) for k, (a, i) in enumerate(said, 1)]
-    supers = mine.get('supercategories', {})
-    target.text(
-        path,
-        json.dumps(
-            dict(
-                info=mine.get('info', {}),
-                licenses=[dict(id=i, name=l, url=mine.get('license_urls', {}).get(l, '')) for l, i in licenses.items()],
-                images=images,
-                annotations=anns,
-                **(
-                    {}
-                    if captions
-                    else dict(
-                        categories=[dict(id=i, name=c, supercategory=supers.get(c, '')) for c, i in categories.items()]
-                    )
-                ),
-            ),
-            ensure_ascii=False,
-        ),
+    supers, urls = mine.get('supercategories', {}), mine.get('license_urls', {})
+    out = dict(
+        info=mine.get('info', {}),
+        licenses=[dict(id=i, name=l, url=urls.get(l, '')) for l, i in licenses.items()],
+        images=images,
+        annotations=anns,
     )
+    if not captions:
+        out['categories'] = [dict(id=i, name=c, supercategory=supers.get(c, '')) for c, i in categories.items()]
+    target.text(path, json.dumps(out, ensure_ascii=False))
 
 # %% ../../../nbs/11c_data.format.coco.ipynb #b1d25228
 def _ids_in(path:Path) -> tuple[dict, dict]: # image id -> file name, category id -> class

@@ -77,13 +77,8 @@ def _number(v:str): # left as it is when it is none; the check that follows says
     except ValueError: return v
 
 def _annotation(get) -> tuple[dict, tuple|None]:  # fields of an annotation; the image's size, if it is said
-    a, size = (
-        {
-            k: get(k, strip=k not in ('text', 'caption'))
-            for k in ('label', 'text', 'caption', 'track_id', 'annotator', 'score')
-        },
-        None,
-    )
+    names = ('label', 'text', 'caption', 'track_id', 'annotator', 'score')
+    a, size = {k: get(k, strip=k not in ('text', 'caption')) for k in names}, None
     corners, sides = [get(k) for k in ('x1', 'y1', 'x2', 'y2')], [get(k) for k in ('x', 'y', 'w', 'h')]
     if any(corners):
         a['bbox'] = [_number(v or '') for v in corners]
@@ -96,6 +91,7 @@ def _annotation(get) -> tuple[dict, tuple|None]:  # fields of an annotation; the
     if a['score'] is not None: a['score'] = float(a['score'])
     return {k: v for k, v in a.items() if v is not None}, size
 
+# %% ../../../nbs/11b_data.format.csv.ipynb #43916057
 def read(
     source: Source,
     image: str = None,
@@ -104,37 +100,14 @@ def read(
     group: str = None,
     text: str = None,
     caption: str = None,  # columns, by name
-    x1: str = None,
-    y1: str = None,
-    x2: str = None,
-    y2: str = None,
-    x: str = None,
-    y: str = None,
-    w: str = None,
-    h: str = None,
+    x1: str = None, y1: str = None, x2: str = None, y2: str = None,
+    x: str = None, y: str = None, w: str = None, h: str = None,
     relative: bool = False,  # boxes in fractions of the image
     separator: str = None,  # of several labels in one cell
 ) -> Reading:
-    given = {
-        k: v
-        for k, v in dict(
-            image=image,
-            label=label,
-            split=split,
-            group=group,
-            text=text,
-            caption=caption,
-            x1=x1,
-            y1=y1,
-            x2=x2,
-            y2=y2,
-            x=x,
-            y=y,
-            w=w,
-            h=h,
-        ).items()
-        if v
-    }
+    given = dict(image=image, label=label, split=split, group=group, text=text, caption=caption,
+                 x1=x1, y1=y1, x2=x2, y2=y2, x=x, y=y, w=w, h=h)
+    given = {k: v for k, v in given.items() if v}
     files = source.find('*.csv', '*.tsv') or ([source.only] if source.only else [])
     if not files: raise BadInput(f'no .csv or .tsv in {source.root.name}', 'a table with a header', 'name the file')
     items = {}
@@ -181,23 +154,8 @@ def _no_split(v:str, where:str, q) -> None:
 
 # %% ../../../nbs/11b_data.format.csv.ipynb #95a4ee27
 def write(target:Target, tsv:bool=False) -> None:
-    columns = [
-        'image',
-        *(c for c in COLUMNS if c != 'tags'),
-        'label',
-        'x1',
-        'y1',
-        'x2',
-        'y2',
-        'polygon',
-        'mask',
-        'text',
-        'caption',
-        'track_id',
-        'annotator',
-        'score',
-        'attributes',
-    ]
+    columns = ['image', *(c for c in COLUMNS if c != 'tags'), 'label', 'x1', 'y1', 'x2', 'y2', 'polygon', 'mask',
+               'text', 'caption', 'track_id', 'annotator', 'score', 'attributes']
     rows, used, tags = [], {'image', 'split', 'label'}, {}
     for r in target.rows():
         base = (
