@@ -19,7 +19,8 @@ from ...geometry import mask_box, rle_decode, rle_encode
 TITLE = 'CVAT 1.1'
 KEEPS = ('class', 'box', 'polygon', 'mask', 'track_id', 'attributes', 'split')
 LOSES = (
-    'Outlines of several rings become several; polylines, points, ellipses, cuboids and skeletons are not read; of a video, whatever is not tracked; '
+    'Outlines of several rings become several; polylines, points, ellipses, cuboids and skeletons are not read; '
+    'of a video, whatever is not tracked; '
     'scores (a model\'s shapes are marked `source="auto"`).'
 )
 
@@ -30,7 +31,7 @@ def recognise(source:Source) -> tuple[int, str]:
     return 0, ''
 
 # %% ../../../nbs/11f_data.format.cvat.ipynb #ffda0830
-_SILENT = dict(occluded='0', z_order='0', source='manual', group_id='0')
+_SILENT = dict(occluded='0', z_order='0', source='manual', group_id='0') # what says nothing
 
 def _shape(e:ET.Element, width:int, height:int) -> dict: # fields of an annotation
     "A CVAT shape."
@@ -61,28 +62,7 @@ def _placed(inner, x:int, y:int, width:int, height:int) -> dict:
     page = np.zeros((height, width), bool); page[y:y + inner.shape[0], x:x + inner.shape[1]] = inner
     return rle_encode(page)
 
-# %% ../../../nbs/11f_data.format.cvat.ipynb #87adda62
-def read(source:Source) -> Reading:
-    classes, items = {}, []
-    for n in source.find('*.xml'):
-        try:
-            root = fromstring(source.path(n).read_bytes())
-        except (ET.ParseError, DefusedXmlException, ValueError) as e:
-            source.quarantine.drop(n, 'annotation file cannot be read', str(e), part='file')
-            continue
-        if root.tag != 'annotations': source.quarantine.drop(n, 'not CVAT XML', f'<{root.tag}>', part='file'); continue
-        known = [l.findtext('name') for l in root.iterfind('.//meta//labels/label') if l.findtext('parent') is None]
-        classes |= dict.fromkeys(known)
-        items += (
-            _video if root.find('track') is not None or root.findtext('.//meta//mode') == 'interpolation' else _images
-        )(source, n, root, known)
-    if not items and not source.quarantine.rows:
-        raise BadInput(
-            f'no CVAT XML in {source.root.name}', '<annotations> with <image> or <track>', 'name another format'
-        )
-    unlisted(source, [f.image for f in items])
-    return Reading(items, list(classes) or None, total=len(items))
-
+# %% ../../../nbs/11f_data.format.cvat.ipynb #474b10b3
 def _said(e:ET.Element, image:str, w:int, h:int, known:list[str], q) -> dict|None:
     try:
         a = _shape(e, w, h)
@@ -99,23 +79,38 @@ def _said(e:ET.Element, image:str, w:int, h:int, known:list[str], q) -> dict|Non
 def _images(source:Source, name:str, root:ET.Element, known:list[str]) -> list[Found]:
     out, q, home = [], source.quarantine, name.rpartition('/')[0]
     for e in root.iterfind('image'):
-        near = [
-            home,
-            *(f'{home}/images/{s}'.strip('/') for s in ([e.get('subset')] if e.get('subset') else [])),
-            f'{home}/images'.strip('/'),
-        ]
+        subset = e.get('subset')
+        near = [home, *([f'{home}/images/{subset}'.strip('/')] if subset else []), f'{home}/images'.strip('/')]
         if (image := source.locate(e.get('name', ''), near)) is None:
             q.drop(e.get('name'), 'image is missing', name)
             continue
         try: w, h = int(e.get('width') or 0), int(e.get('height') or 0)
         except ValueError: w = h = 0
         anns = [a for s in e if (a := _said(s, image, w, h, known, q)) is not None]
-        out.append(
-            Found(
-                image, anns, dict(split=split_in(e.get('subset') or root.findtext('.//meta/task/subset') or '')), (w, h)
-            )
-        )
+        split = split_in(subset or root.findtext('.//meta/task/subset') or '')
+        out.append(Found(image, anns, dict(split=split), (w, h)))
     return out
+
+# %% ../../../nbs/11f_data.format.cvat.ipynb #87adda62
+def read(source:Source) -> Reading:
+    classes, items = {}, []
+    for n in source.find('*.xml'):
+        try:
+            root = fromstring(source.path(n).read_bytes())
+        except (ET.ParseError, DefusedXmlException, ValueError) as e:
+            source.quarantine.drop(n, 'annotation file cannot be read', str(e), part='file')
+            continue
+        if root.tag != 'annotations': source.quarantine.drop(n, 'not CVAT XML', f'<{root.tag}>', part='file'); continue
+        known = [l.findtext('name') for l in root.iterfind('.//meta//labels/label') if l.findtext('parent') is None]
+        classes |= dict.fromkeys(known)
+        film = root.find('track') is not None or root.findtext('.//meta//mode') == 'interpolation'
+        items += (_video if film else _images)(source, n, root, known)
+    if not items and not source.quarantine.rows:
+        raise BadInput(
+            f'no CVAT XML in {source.root.name}', '<annotations> with <image> or <track>', 'name another format'
+        )
+    unlisted(source, [f.image for f in items])
+    return Reading(items, list(classes) or None, total=len(items))
 
 # %% ../../../nbs/11f_data.format.cvat.ipynb #a78f1e6d
 def _frames(source:Source, name:str) -> dict[int, str]: # number -> image
@@ -150,49 +145,47 @@ def _video(source:Source, name:str, root:ET.Element, known:list[str]) -> list[Fo
                 found[j].annotations.append(_between(a, b, (j - k)/(k2 - k)) if j > k and b else a)
     return list(found.values())
 
+# %% ../../../nbs/11f_data.format.cvat.ipynb #6e92297d
+def _set_place(e:ET.Element, kind:str, a, turned:tuple|None=None) -> None: # turned: centre, width, height
+    "Where a shape is: corners, points, or rows of pixels in its own box."
+    if kind == 'box':
+        box = a.bbox
+        if turned:
+            cx, cy, w, h = turned
+            box = (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2)
+        for k, v in zip(('xtl', 'ytl', 'xbr', 'ybr'), box): e.set(k, _num(v))
+    elif kind == 'polygon':
+        e.set('points', ';'.join(f'{_num(x)},{_num(y)}' for x, y in zip(a.polygon[0][::2], a.polygon[0][1::2])))
+    elif kind == 'mask':
+        m = rle_decode(a.mask)
+        x1, y1, x2, y2 = map(int, mask_box(m) or (0, 0, 1, 1))
+        e.set('rle', ', '.join(map(str, runs_of(m[y1:y2, x1:x2].ravel()))))
+        for k, v in dict(left=x1, top=y1, width=x2 - x1, height=y2 - y1).items(): e.set(k, str(v))
+
 # %% ../../../nbs/11f_data.format.cvat.ipynb #50e17d6f
+_SOUND = dict(occluded='1', source='[a-z-]+', group_id='[1-9]\d*', z_order='-?[1-9]\d*') # what CVAT accepts there
+_num = lambda v: f'{v:.12g}'
+
 def _element(a, width:int, height:int) -> ET.Element|None:
     "An annotation as a CVAT shape."
     kind, more = kind_of(a), dict(a.attributes or {})
-    e = ET.Element(
-        {'class': 'tag', 'box': 'box', 'polygon': 'polygon', 'mask': 'mask'}.get(kind, 'no'), label=a.label or 'object'
-    )
-    if e.tag == 'no': return None
-    num = lambda v: f'{v:.12g}'
-    turned = (
-        unrotated_box(a.polygon, float(more['rotation']))
-        if kind == 'polygon' and re.fullmatch(r'-?\d+(\.\d+)?', more.get('rotation', ''))
-        else None
-    )
+    if kind not in ('class', 'box', 'polygon', 'mask'): return None
+    e = ET.Element('tag' if kind == 'class' else kind, label=a.label or 'object')
+    turned, angle = None, more.get('rotation', '')
+    if kind == 'polygon' and re.fullmatch(r'-?\d+(\.\d+)?', angle): turned = unrotated_box(a.polygon, float(angle))
     for k, dull in _SILENT.items():
-        v = more.get(k, '')
-        ok = (
-            re.fullmatch(
-                {'occluded': '1', 'source': '[a-z-]+', 'group_id': '[1-9]\\d*', 'z_order': '-?[1-9]\\d*'}[k], v
-            )
-            and v != dull
-        )
+        ok = re.fullmatch(_SOUND[k], more.get(k, '')) and more.get(k, '') != dull
         if k != 'group_id' or ok:
             e.set(k, more.pop(k) if ok else ('auto' if k == 'source' and a.score is not None else dull))
-    if kind == 'box' or turned:
-        if turned:
-            cx, cy, w, h = turned
-            e.tag = 'box'
-            box = (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2)
-            e.set('rotation', more.pop('rotation'))
-        else: box = a.bbox
-        for k, v in zip(('xtl', 'ytl', 'xbr', 'ybr'), box): e.set(k, num(v))
-    elif kind == 'polygon':
-        e.set('points', ';'.join(f'{num(x)},{num(y)}' for x, y in zip(a.polygon[0][::2], a.polygon[0][1::2])))
-    elif kind == 'mask':
-        m = rle_decode(a.mask); x1, y1, x2, y2 = map(int, mask_box(m) or (0, 0, 1, 1))
-        for k, v in dict(
-            rle=', '.join(map(str, runs_of(m[y1:y2, x1:x2].ravel()))), left=x1, top=y1, width=x2 - x1, height=y2 - y1
-        ).items():
-            e.set(k, str(v))
+    if turned:
+        e.tag = 'box'
+        _set_place(e, 'box', a, turned)
+        e.set('rotation', more.pop('rotation'))
+    else: _set_place(e, kind, a)
     for k, v in more.items(): ET.SubElement(e, 'attribute', name=k).text = v
     return e
 
+# %% ../../../nbs/11f_data.format.cvat.ipynb #a21a2ef4
 def _root(target:Target, name:str, mode:str, size:int, subset:str='', first:dict|None=None) -> ET.Element:
     root = ET.Element('annotations')
     ET.SubElement(root, 'version').text = '1.1'
@@ -216,7 +209,7 @@ def _loose(target: Target) -> bool:
         a.label is None and kind_of(a) in KEEPS for r in target.rows() for a in r['annotations']
     )
 
-
+# %% ../../../nbs/11f_data.format.cvat.ipynb #a1c84c7e
 def write(target:Target,
           mode:str='auto', # images or video; video where everything is tracked
          ) -> None:
@@ -227,15 +220,9 @@ def write(target:Target,
     root = _root(target, target.dataset.name, 'annotation', len(target.dataset))
     for k, r in enumerate(target.rows()):
         target.image(r, f'images/{target.name(r)}')
-        image = ET.SubElement(
-            root,
-            'image',
-            id=str(k),
-            name=target.name(r),
-            **(dict(subset=r['split']) if r['split'] else {}),
-            width=str(r['width']),
-            height=str(r['height']),
-        )
+        subset = dict(subset=r['split']) if r['split'] else {}
+        size = dict(width=str(r['width']), height=str(r['height']))
+        image = ET.SubElement(root, 'image', id=str(k), name=target.name(r), **subset, **size)
         for a in r['annotations']: _append(target, image, a, r)
     ET.indent(root)
     target.text('annotations.xml', '<?xml version="1.0" encoding="utf-8"?>\n' + ET.tostring(root, 'unicode') + '\n')
@@ -255,16 +242,9 @@ def _write_video(target:Target) -> None:
     for n, (film, rows) in enumerate(films.items()):
         rows.sort(key=lambda r: natural(r['uri'])); folder = re.sub(r'[^\w.-]+', '_', film or '') or f'film_{n}'
         if len(films) > 1 and sum(re.sub(r'[^\w.-]+', '_', f or '') == folder for f in films) > 1: folder += f'_{n}'
-        splits = {r['split'] for r in rows}
-        root = _root(
-            target,
-            film or folder,
-            'interpolation',
-            len(rows),
-            (rows[0]['split'] or '') if len(splits) == 1 else '',
-            rows[0],
-        )
-        tracks = {}
+        splits, tracks = {r['split'] for r in rows}, {}
+        subset = (rows[0]['split'] or '') if len(splits) == 1 else ''
+        root = _root(target, film or folder, 'interpolation', len(rows), subset, rows[0])
         if len(splits) > 1: target.lose('split', len(rows))
         target.lost.pop('group', None)                     # the film's name
         for k, r in enumerate(rows):
@@ -289,5 +269,6 @@ def _append_track(root:ET.Element, tid:str, label:str|None, seen:dict, length:in
             if outside and (frame in seen or frame >= length): continue
             e = _element(a, r['width'], r['height'])
             e.attrib.pop('label')
-            e.attrib.pop('source') if e.get('source') == 'manual' else None
-            e.attrib = dict(frame=str(frame), keyframe='1', outside=str(outside)) | e.attrib; track.append(e)
+            if e.get('source') == 'manual': e.attrib.pop('source')
+            e.attrib = dict(frame=str(frame), keyframe='1', outside=str(outside)) | e.attrib
+            track.append(e)

@@ -36,71 +36,14 @@ _DULL = dict(pose='unspecified', truncated='0', difficult='0', occluded='0') # w
 
 def _object(o:ET.Element, origin:int) -> dict: # fields of an annotation
     word = lambda tag: (o.findtext(tag) or '').strip()
-    a = dict(
-        label=word('name') or None,
-        bbox=[
-            float(word(f'bndbox/{k}')) - (origin if k.endswith('min') else 0) for k in ('xmin', 'ymin', 'xmax', 'ymax')
-        ],
-    )
+    shift = dict(xmin=origin, ymin=origin, xmax=0, ymax=0)
+    a = dict(label=word('name') or None, bbox=[float(word(f'bndbox/{k}')) - v for k, v in shift.items()])
     more = {k: word(k) for k, dull in _DULL.items() if word(k) and word(k).casefold() != dull}
-    more |= {
-        (e.findtext('name') or '').strip(): (e.findtext('value') or '').strip()
-        for e in o.iterfind('attributes/attribute')
-    }
+    for e in o.iterfind('attributes/attribute'):
+        more[(e.findtext('name') or '').strip()] = (e.findtext('value') or '').strip()
     return a | (dict(attributes=more) if more else {})
 
-def _splits(source:Source) -> dict[str, str]: # name of an image, without suffix -> split
-    "What the split lists say. An image in several is held back rather than trained on."
-    said = {}
-    lists = source.find('*imagesets/main/*.txt') or source.find('*imagesets/*.txt')
-    for order in ('trainval', 'train', 'val', 'test'):
-        for n in lists:
-            if n.rpartition('/')[2].casefold() != f'{order}.txt': continue
-            for name in filter(None, map(str.strip, source.text(n).splitlines())):
-                if said.get(name) not in (None, 'trainval') and said[name] != order:
-                    source.quarantine.mend(
-                        name,
-                        'image is in two split lists',
-                        f'{said[name]} and {order}, taken as {order}',
-                        part='listing',
-                    )
-                said[name] = order
-    return {k: 'train' if v == 'trainval' else v for k, v in said.items()}
-
-def read(source:Source, origin:int=None, # what the first pixel is called, 0 or 1; found out when not given
-        ) -> Reading:
-    files = source.find('*.xml'); splits, q = _splits(source), source.quarantine
-    if not files:
-        raise BadInput(
-            f'no .xml file in {source.root.name}', 'a VOC folder: Annotations, JPEGImages', 'name another format'
-        )
-    if origin not in (None, 0, 1): raise BadInput(f'origin={origin}', '0 or 1', 'leave it out to have it found')
-    if origin is None: origin = origin_of(source.text(n) for n in files)
-    def items():
-        listed = set()
-        for n in files:
-            stem = n.rpartition('/')[2][:-4]; found = _read_xml(source, n, origin)
-            if found is None:
-                listed.add(source.locate(stem, _NEAR, suffix=False))
-                continue  # not unlisted, but not to be had either
-            found.item['split'] = next(
-                (
-                    splits[k]
-                    for k in (stem, found.image.rpartition('/')[2].rpartition('.')[0], found.image)
-                    if k in splits
-                ),
-                None,
-            )
-            listed.add(found.image); yield found
-        for name in sorted(
-            set(splits)
-            - {m.rpartition('/')[2].rpartition('.')[0] for m in listed if m}
-            - {n.rpartition('/')[2][:-4] for n in files}
-        ):
-            q.drop(name, 'in a split list, but not annotated')
-        unlisted(source, listed)
-    return Reading(items(), about=dict(origin=origin), total=len(files))
-
+# %% ../../../nbs/11d_data.format.voc.ipynb #96f34222
 _NEAR = ('JPEGImages', 'images', '')
 
 def _read_xml(source:Source, name:str, origin:int) -> Found|None:
@@ -121,6 +64,55 @@ def _read_xml(source:Source, name:str, origin:int) -> Found|None:
     except ValueError: size = None
     db = (root.findtext('source/database') or '').strip()
     return Found(image, anns, dict(source=db if db and db.casefold() != 'unknown' else None), size)
+
+# %% ../../../nbs/11d_data.format.voc.ipynb #bd7c9598
+def _splits(source:Source) -> dict[str, str]: # name of an image, without suffix -> split
+    "What the split lists say. An image in several is held back rather than trained on."
+    said = {}
+    lists = source.find('*imagesets/main/*.txt') or source.find('*imagesets/*.txt')
+    for order in ('trainval', 'train', 'val', 'test'):
+        for n in lists:
+            if n.rpartition('/')[2].casefold() != f'{order}.txt': continue
+            for name in filter(None, map(str.strip, source.text(n).splitlines())):
+                if said.get(name) not in (None, 'trainval') and said[name] != order:
+                    source.quarantine.mend(
+                        name,
+                        'image is in two split lists',
+                        f'{said[name]} and {order}, taken as {order}',
+                        part='listing',
+                    )
+                said[name] = order
+    return {k: 'train' if v == 'trainval' else v for k, v in said.items()}
+
+# %% ../../../nbs/11d_data.format.voc.ipynb #8d5dfae3
+def read(source:Source, origin:int=None, # what the first pixel is called, 0 or 1; found out when not given
+        ) -> Reading:
+    files = source.find('*.xml')
+    splits, q = _splits(source), source.quarantine
+    if not files:
+        raise BadInput(
+            f'no .xml file in {source.root.name}', 'a VOC folder: Annotations, JPEGImages', 'name another format'
+        )
+    if origin not in (None, 0, 1): raise BadInput(f'origin={origin}', '0 or 1', 'leave it out to have it found')
+    if origin is None: origin = origin_of(source.text(n) for n in files)
+    def items():
+        listed = set()
+        for n in files:
+            stem = n.rpartition('/')[2][:-4]
+            found = _read_xml(source, n, origin)
+            if found is None:
+                listed.add(source.locate(stem, _NEAR, suffix=False))  # not unlisted, but not to be had either
+                continue
+            names = (stem, found.image.rpartition('/')[2].rpartition('.')[0], found.image)
+            found.item['split'] = next((splits[k] for k in names if k in splits), None)
+            listed.add(found.image)
+            yield found
+        annotated = {m.rpartition('/')[2].rpartition('.')[0] for m in listed if m}
+        annotated |= {n.rpartition('/')[2][:-4] for n in files}
+        for name in sorted(set(splits) - annotated):
+            q.drop(name, 'in a split list, but not annotated')
+        unlisted(source, listed)
+    return Reading(items(), about=dict(origin=origin), total=len(files))
 
 # %% ../../../nbs/11d_data.format.voc.ipynb #4c6c15ff
 def _xml(row:dict, image:str, origin:int) -> str:
