@@ -179,8 +179,8 @@ def _element(a, width:int, height:int) -> ET.Element|None:
             e.set(k, more.pop(k) if ok else ('auto' if k == 'source' and a.score is not None else dull))
     if turned:
         e.tag = 'box'
-        _set_place(e, 'box', a, turned)
         e.set('rotation', more.pop('rotation'))
+        _set_place(e, 'box', a, turned)
     else: _set_place(e, kind, a)
     for k, v in more.items(): ET.SubElement(e, 'attribute', name=k).text = v
     return e
