@@ -11,6 +11,8 @@ export IPYTHONDIR ?= $(CURDIR)/.cache/ipython
 export JUPYTER_CONFIG_DIR ?= $(CURDIR)/.cache/jupyter
 export JUPYTER_DATA_DIR ?= $(CURDIR)/.cache/jupyter/data
 export JUPYTER_RUNTIME_DIR ?= $(CURDIR)/.cache/jupyter/runtime
+# compiled once at the set-up: where PYTHONDONTWRITEBYTECODE is set, every process compiled torch again, ten seconds each time
+export UV_COMPILE_BYTECODE ?= 1
 # waiting threads sleep instead of spinning: on a busy machine spinning made training over ten times slower
 export OMP_WAIT_POLICY ?= PASSIVE
 export ORT_DISABLE_TELEMETRY ?= 1
