@@ -4,22 +4,23 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'ROOT', 'NATIVE', 'service', 'from_registry', 'from_bento', 'find_source', 'Carried', 'carried', 'pinned',
-           'Host', 'bounded', 'look_often', 'check_models', 'drain_on_signals', 'VisionService', 'Running', 'free_port',
-           'command', 'environment', 'start_service', 'wait_until_ready', 'serve']
+           'Host', 'at_our_door', 'look_often', 'check_models', 'drain_on_signals', 'VisionService', 'Running',
+           'free_port', 'command', 'environment', 'start_service', 'wait_until_ready', 'serve']
 
 # %% ../nbs/70_serve.ipynb #06c603ed
 import asyncio, os, signal, socket, subprocess, sys, tempfile, time
-from contextlib import contextmanager
-from http import HTTPStatus
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from http import HTTPStatus
 from pathlib import Path
 from typing import Iterator
 import bentoml, httpx
 from bentoml.models import BentoModel
 import cv_lab
 from .core import BadInput, NotFound, Refusal, RunFailed, workspace
-from .service.app import Endpoint, Service
-from .service.bodies import read_body
+from .service.app import Service
+from .service.calls import Call, Endpoint
 from .service.faults import ClientGone, Fault, as_fault
 from .service.keys import Guard
 from .service.models import Models, Source, folders
@@ -104,14 +105,10 @@ def carried() -> list[Carried]:
     return [Carried(f'{f.parent.name}:{f.name}') for f in from_registry(home)().values()]
 
 def pinned() -> list[str]:
-    "The service's packages at the versions of the lock file."
-    lock = ROOT/'requirements.lock'
-    pins = (
-        dict(line.split(';')[0].strip().split('==') for line in lock.read_text().splitlines() if '==' in line)
-        if lock.is_file()
-        else {}
-    )
-    return [f'{n}=={pins[n]}' if n in pins else n for n in sorted(PACKAGES)]
+    "The service's packages at the versions of the lock file, with its markers where Python's version decides."
+    lock = ROOT/'requirements.lock'; lines = lock.read_text().splitlines() if lock.is_file() else []
+    pins = {n: [l for l in lines if l.startswith(f'{n}==')] for n in sorted(PACKAGES)}
+    return [p for n, found in pins.items() for p in found or [n]]
 
 # %% ../nbs/70_serve.ipynb #e5af31fc
 NATIVE = ('/predict', '/schema.json', '/docs.json')
@@ -122,21 +119,22 @@ class Host(bentoml.Service):
         theirs = super().to_asgi(is_main)
         async def app(scope, receive, send):
             if scope['type'] == 'http' and scope['path'] not in NATIVE: return await service(scope, receive, send)
-            if scope['type'] == 'http' and scope['method'] == 'POST': receive = await bounded(scope, receive, send)
-            if receive: await theirs(scope, receive, send)
+            if scope['type'] != 'http' or scope['method'] != 'POST': return await theirs(scope, receive, send)
+            await at_our_door(theirs, scope, receive, send)
         return app
 
-async def bounded(scope, receive, send): # ASGI's receive, or None when it was answered already
-    "Read a body under our limits, for an endpoint that has none."
-    length = dict(scope['headers']).get(b'content-length')
-    try: body = await read_body(length and length.decode('latin1'), receive, 100_000_000, 20.)
-    except ClientGone: return None
-    except Fault as e:
-        async def refuse(*_, e=e): raise e
-        return await Endpoint(service, '/predict', refuse)(scope, receive, send)
-    rest = iter([dict(type='http.request', body=body, more_body=False)])
-    async def again(): return next(rest, None) or await receive()
-    return again
+async def at_our_door(theirs, scope, receive, send):
+    "An endpoint of BentoML's, with our keys and our limits, since it has none."
+    async def refuse(_, call, e=None): raise e
+    call = Call(scope, receive); key, at = call.header('authorization'), (scope.get('server') or [None])[0]
+    try:
+        with service.guard.admit(key, at, 'predict') if service.guard else nullcontext(), service.under_way(call):
+            body = await service.read(call, service.models.pick(call.header('x-problem') or None).limits, False, False)
+            rest = iter([dict(type='http.request', body=body, more_body=False)])
+            async def again(): return next(rest, None) or await receive()
+            await theirs(scope, again, send)
+    except ClientGone: pass
+    except Fault as e: await Endpoint(service, '/predict', partial(refuse, e=e))(scope, receive, send)
 
 def _settings() -> dict:
     "Settings of the service from the environment."
@@ -164,7 +162,6 @@ service = Service(_lazily())
 # %% ../nbs/70_serve.ipynb #6ebdbac7
 def look_often(seconds:float=1.):
     "Let BentoML's parent look every second, not every ten, whether its worker still lives."
-    from functools import partial
     from bentoml._internal.utils import circus
 
     if not isinstance(circus.create_standalone_arbiter, partial):
@@ -225,10 +222,10 @@ class VisionService:
     async def close(self): await service.stop()
 
     @bentoml.api(route='/predict')
-    async def predict(self, image:bytes, /) -> dict:
-        "The bytes of an image file: for BentoML's own client."
+    async def predict(self, image:bytes, /, ctx:bentoml.Context) -> dict:
+        "The bytes of an image file: for BentoML's own client; the header X-Problem names one of several models."
         try:
-            return await service.answer(image)
+            return await service.answer(image, ctx.request.headers.get('x-problem'))
         except Refusal as e:
             e = as_fault(e)
             raise bentoml.exceptions.BentoMLException(str(e), error_code=HTTPStatus(e.http_status)) from None

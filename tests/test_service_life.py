@@ -7,7 +7,7 @@ import numpy as np, pytest
 from cv_lab.client import AsyncClient, ServiceFault
 from cv_lab.image import TooLarge, open_image
 from cv_lab.predict import Predictor
-from cv_lab.serve import PACKAGES
+from cv_lab.serve import PACKAGES, at_our_door
 from cv_lab.service.app import Service
 from cv_lab.service.jobs import Job
 from cv_lab.service.keys import Guard, new_key
@@ -173,6 +173,31 @@ def test_from_elsewhere_a_key_is_needed_unless_said_otherwise(toy):
         401,
         401,
     ] and run(go(Guard(open_to_all=True), '10.1.2.3')) == 200
+
+
+def test_bentomls_own_endpoint_stands_behind_the_same_door(toy, tmp_path, monkeypatch):
+    "Whoever comes without a key, or with too much, never reaches it."
+    key, reached = new_key(tmp_path / 'keys.json', 'web'), []
+
+    async def theirs(scope, receive, send):
+        reached.append((await receive())['body']); await send(dict(type='http.response.start', status=200, headers=[]))
+
+    async def go():
+        async with serving(toy, guard=Guard(tmp_path / 'keys.json')) as (service, _):
+            monkeypatch.setattr('cv_lab.serve.service', service)
+            async def ask(body=b'image', **headers):
+                sent = []
+                async def receive(): return dict(type='http.request', body=body, more_body=False)
+                async def send(m): sent.append(m)
+                await at_our_door(theirs, scope('/predict', **headers), receive, send)
+                return sent[0]['status']
+            mine = dict(authorization=f'Bearer {key}')
+            codes = [await ask(), await ask(**mine), await ask(bytes(11_000_000), **mine)]
+            codes += [await ask(x_problem='other', **mine), await ask(x_problem='brightness', **mine)]
+            service.draining = True; service.ready = False
+            return codes + [await ask(**mine)]
+
+    assert run(go()) == [401, 200, 413, 404, 200, 503] and reached == [b'image'] * 2
 
 
 def test_jobs_over_http(toy, tmp_path):
