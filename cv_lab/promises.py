@@ -6,16 +6,17 @@
 __all__ = ['BARE', 'STEPS', 'SHORT', 'row', 'picture', 'local', 'ask', 'crowd', 'mutated', 'mutations', 'large', 'memory', 'bomb',
            'soak', 'overload', 'batching', 'network_model', 'bare_app', 'sockets', 'against', 'bare', 'bare_mobilenet',
            'installed', 'litserve', 'swaps', 'processes', 'hung', 'cannot_load', 'Balancer', 'rolling', 'taken_out',
-           'bad_challengers', 'shadow', 'bento', 'mobilenet', 'measure', 'line', 'measure_all', 'page']
+           'bad_challengers', 'shadow', 'alone_with', 'build_bento', 'fresh_python', 'in_production', 'bento',
+           'mobilenet', 'measure', 'three_digits', 'line']
 
 # %% ../nbs/72_promises.ipynb #5df78946
-import asyncio, base64, inspect, io, json, logging, os, platform, re, signal, subprocess, sys, tempfile, time
+import asyncio, base64, inspect, io, json, logging, os, re, signal, subprocess, sys, tempfile, time
 from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 from statistics import median
 import numpy as np
 from PIL import Image
-from .core import NotFound, RunFailed, write_atomic, write_json
+from .core import NotFound, RunFailed
 from .serve import ROOT, environment, free_port, start_service
 from .service.app import Service
 from .service.models import cores, folders, toy_model
@@ -718,90 +719,81 @@ async def shadow(seconds:float=4., rounds:int=5) -> list[dict]:
     ]
 
 # %% ../nbs/72_promises.ipynb #c9693201
-_ASK = '''
+def _run(*command, **kw) -> str: # what it printed
+    "A command that must succeed."
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=400, **kw)
+    if done.returncode:
+        said = '\n'.join((done.stderr or done.stdout).strip().splitlines()[-8:])
+        raise RunFailed(f'{" ".join(map(str, command))[:200]} ended with {done.returncode}:\n{said}', '0', 'see above')
+    return done.stdout.strip()
+
+
+def alone_with(home:Path) -> dict[str, str]:
+    "An environment that knows nothing of a workspace: BentoML's things lie in `home`."
+    theirs = {k: v for k, v in os.environ.items() if not k.startswith(('CVLAB_', 'BENTOML_', 'PYTHONPATH'))}
+    return theirs | dict(HOME=str(home), BENTOML_HOME=str(home / 'bentoml'), BENTOML_DO_NOT_TRACK='True')
+
+
+def build_bento(root:Path, home:Path) -> tuple[str, Path]: # its tag, its requirements
+    "`bentoml build`, as one types it in a workspace."
+    said = _run(sys.executable, '-m', 'bentoml', 'build', '-o', 'tag', cwd=root, env=alone_with(home))
+    tag = said.splitlines()[-1].removeprefix('__tag__:')
+    return tag, home / 'bentoml/bentos' / tag.replace(':', '/') / 'env/python/requirements.txt'
+
+
+def fresh_python(folder:Path, requirements:Path) -> tuple[Path, int]: # the interpreter, the number of packages
+    "An environment with these requirements and nothing else."
+    uv, python = [sys.executable, '-m', 'uv'], folder / 'bin/python'
+    _run(*uv, 'venv', '-q', '--python', sys.executable, folder)
+    _run(*uv, 'pip', 'install', '-q', '--python', python, '-r', requirements)
+    return python, len(_run(*uv, 'pip', 'freeze', '-q', '--python', python).splitlines())
+
+# %% ../nbs/72_promises.ipynb #b6a8e0a9
+_ASK = """
 import json, sys, httpx, numpy as np, bentoml
 from tritonclient import http
 url, image = sys.argv[1], open(sys.argv[2], 'rb').read(); out = {}
 v2 = http.InferenceServerClient(url.removeprefix('http://'))
-for m in (models := httpx.get(f'{url}/v1/models').json()['models']):
-    name = m['problem']; tensor = http.InferInput('image', [1], 'BYTES'); tensor.set_data_from_numpy(np.array([image], object))
-    got = v2.infer(name, [tensor]); assert v2.is_model_ready(name)
-    out[name] = dict(v1=httpx.post(f'{url}/v1/models/{name}/predict', content=image).json(), v2=json.loads(got.as_numpy('answer')[0]))
-if len(models) == 1:
-    with bentoml.SyncHTTPClient(url) as client: out[name]['bentoml'] = client.predict(image)
+def by_v2(name):
+    tensor = http.InferInput('image', [1], 'BYTES'); tensor.set_data_from_numpy(np.array([image], object))
+    assert v2.is_model_ready(name); return json.loads(v2.infer(name, [tensor]).as_numpy('answer')[0])
+with bentoml.SyncHTTPClient(url) as theirs:
+    for name in (m['problem'] for m in httpx.get(f'{url}/v1/models').json()['models']):
+        theirs.client.headers['X-Problem'] = name
+        out[name] = dict(HTTP=httpx.post(f'{url}/v1/models/{name}/predict', content=image).json(),
+                         KServe=by_v2(name), BentoML=theirs.predict(image))
 print(json.dumps(out))
-'''
+"""
 
-def _run(*command, **kw) -> str:
-    return subprocess.run(
-        [str(c) for c in command], check=True, capture_output=True, text=True, timeout=400, **kw
-    ).stdout
+def in_production(root:Path) -> dict[str, Path]: # problem -> bundle
+    "What a workspace's Bento would carry."
+    from cv_lab.serve import from_registry
+    found = from_registry(root / 'registry')() if (root / 'registry/aliases').is_dir() else {}
+    if not found: raise NotFound('nothing is in production', 'a workspace with a released model', 'make run')
+    return found
 
 
 def bento(root:str|Path=ROOT, image:bytes|None=None) -> list[dict]:
     "The production bundles of a workspace, from `bentoml build` to the answers of a machine that has only the Bento."
     from cv_lab.predict import Predictor
-    from cv_lab.release import Registry
-
-    registry, image = Registry(Path(root) / 'registry'), image or picture(64)
-    here = {
-        p: registry.path(p)
-        for p, alias in {(a['problem'], a['alias']) for a in registry.aliases()}
-        if alias == 'production'
-    }
-    if not here: raise NotFound('nothing is in production', 'a workspace with a released model', 'make run')
+    root, image = Path(root), image or picture(64)
+    want = {p: Predictor(folder, 'cpu').predict([image])[0] for p, folder in in_production(root).items()}
     with tempfile.TemporaryDirectory() as d:
-        d = Path(d)
-        (d / 'empty').mkdir()
-        (d / 'image').write_bytes(image)
-        (d / 'ask.py').write_text(_ASK)
-        uv = [sys.executable, '-m', 'uv']
-        env = {k: v for k, v in os.environ.items() if not k.startswith(('CVLAB_', 'BENTOML_', 'PYTHONPATH'))} | dict(
-            HOME=str(d),
-            BENTOML_HOME=str(d / 'bentoml'),
-            BENTOML_DO_NOT_TRACK='True',
-            UV_CACHE_DIR=os.environ.get('UV_CACHE_DIR', str(Path.home() / '.cache/uv')),
-        )
-        start = time.monotonic()
-        tag = (
-            _run(sys.executable, '-m', 'bentoml', 'build', '-o', 'tag', cwd=root, env=env)
-            .strip()
-            .splitlines()[-1]
-            .removeprefix('__tag__:')
-        )
-        needs = d/'bentoml/bentos'/tag.replace(':', '/')/'env/python/requirements.txt'
-        _run(*uv, 'venv', '-q', '--python', sys.executable, d / 'venv', env=env)
-        _run(*uv, 'pip', 'install', '-q', '--python', d / 'venv/bin/python', '-r', needs, env=env)
-        installed(d/'client', 'tritonclient[http]'); made = time.monotonic() - start
-        with start_service(
-            bento=tag,
-            cwd=d / 'empty',
-            seconds=300,
-            python=d / 'venv/bin/python',
-            env={k: '' for k in os.environ if k.startswith('CVLAB_')} | env | dict(PYTHONPATH=''),
-        ) as s:
-            said = json.loads(
-                _run(
-                    d / 'venv/bin/python',
-                    d / 'ask.py',
-                    s.url,
-                    d / 'image',
-                    env=env | dict(PYTHONPATH=str(d / 'client')),
-                )
-            )
-        packages = len(_run(*uv, 'pip', 'list', '-q', '--python', d/'venv/bin/python', env=env).splitlines()) - 2
-    want = {p: Predictor(folder, 'cpu').predict([image])[0] for p, folder in here.items()}
-    same = lambda got, w: all(got.get(k) == v for k, v in w.items())
-    wrong = [f'{p} by {how}' for p, w in want.items() for how, got in said[p].items() if not same(got, w)]
-    return [
-        row(
-            14,
-            f'wrong answers of a Bento with {", ".join(sorted(want))} in an environment of its own requirements ({packages} packages, made in {made:.0f} s), over HTTP, v2{" and BentoML" * (len(want) == 1)}: {", ".join(wrong) or "none"}',
-            len(wrong),
-            '0',
-            not wrong,
-        )
-    ]
+        d, start = Path(d), time.monotonic(); (d / 'empty').mkdir(); (d / 'image').write_bytes(image)
+        tag, requirements = build_bento(root, d)
+        python, packages = fresh_python(d / 'venv', requirements); made = time.monotonic() - start
+        env, client = alone_with(d), installed(d / 'client', 'tritonclient[http]')
+        nothing = {k: '' for k in os.environ if k.startswith('CVLAB_')} | dict(PYTHONPATH='')
+        with start_service(bento=tag, cwd=d / 'empty', seconds=300, python=python, env=nothing | env) as s:
+            said = _run(python, '-c', _ASK, s.url, d / 'image', env=env | dict(PYTHONPATH=str(client)))
+    said = json.loads(said.splitlines()[-1])
+    agrees = lambda got, w: all(got.get(k) == v for k, v in w.items())
+    wrong = [f'{p} by {how}' for p, w in want.items() for how, got in said[p].items() if not agrees(got, w)]
+    what = (
+        f'wrong answers, by {", ".join(said[next(iter(want))])}, of a Bento with {", ".join(sorted(want))} in an '
+        f'environment of its own requirements ({packages} packages; built and installed in {made:.0f} s)'
+    )
+    return [row(14, what + (': ' + ', '.join(wrong) if wrong else ''), len(wrong), '0', not wrong)]
 
 # %% ../nbs/72_promises.ipynb #82827132
 def mobilenet(folder:Path) -> Path|None:
@@ -820,6 +812,7 @@ def mobilenet(folder:Path) -> Path|None:
     describe_model(folder, 'mobilenet', 'classification', ['dark', 'bright'], cfg)
     return folder
 
+# %% ../nbs/72_promises.ipynb #c69f465c
 STEPS = dict(
     mutations=mutations,
     memory=memory,
@@ -852,51 +845,12 @@ def measure(name:str, short:bool=False) -> list[dict]:
         rows = step(**more); rows = asyncio.run(rows) if inspect.iscoroutine(rows) else rows
     return [r | dict(command=f'cvlab service promise {name}' + ' --short'*bool(short)) for r in rows]
 
+def three_digits(figure:float) -> str:
+    "As much of a figure as can be repeated; whole numbers from a hundred on."
+    return f'{figure:.0f}' if abs(figure) >= 100 else f'{figure:.3g}'
+
+
 def line(r: dict) -> str:
-    return f'{r["promise"]:>3}  {"kept" if r["kept"] else "NOT KEPT":9} {r["figure"]:>10} {r["unit"]:6} {r["what"]}'
-
-
-def measure_all(
-    out: str | Path,
-    command: str = 'make bench',
-    short: tuple[str, ...] = ('soak', 'rolling'),
-    without: tuple[str, ...] = ('litserve', 'bento'),
-) -> list[dict]:
-    "Measure every promise and write the page; what takes a download or minutes is left out or made short."
-    rows, load = [], os.getloadavg()[0]
-    for name in STEPS:
-        if name in without: continue
-        rows += (some := measure(name, name in short)); print(*map(line, some), sep='\n', flush=True)
-    about = dict(
-        command=command,
-        measured=time.strftime('%Y-%m-%d'),
-        hardware=f'{platform.machine()}, {cores()} cores',
-        load_before=round(load, 2),
-        load_after=round(os.getloadavg()[0], 2),
-        python=platform.python_version(),
-    )
-    write_json(Path(out) / 'service.json', dict(about=about, rows=rows))
-    write_atomic(Path(out) / 'service.md', page(about, rows))
-    return rows
-
-def page(about:dict, rows:list[dict]) -> str:
-    "The figures as a page."
-    table = [
-        f'| {r["promise"]} | {r["what"]} | {r["figure"]:g} {r["unit"]} | {r["goal"]} | {"yes" if r["kept"] else "**no**"} | `{r.get("command", "")}` |'
-        for r in sorted(rows, key=lambda r: r['promise'])
-    ]
-    return '\n'.join(
-        [
-            '# The promises of the service',
-            '',
-            f'Measured on {about["measured"]} by `{about["command"]}`: {about["hardware"]}, Python {about["python"]}. The load average was {about["load_before"]} before and {about["load_after"]} after; '
-            'a load well above the number of cores means that others worked on the machine, and figures of time are then pessimistic.',
-            '',
-            '| promise | measured | figure | goal | kept | by |',
-            '|---|---|---|---|---|---|',
-            *table,
-            '',
-            'Kept by tests rather than by a clock: hostile requests, pixels, neighbours, abandoned work, keys, jobs, canary and metrics in `tests/test_serve.py` and `tests/test_service_life.py`; the Bento and the process in `tests/test_bento.py`.',
-            '',
-        ]
-    )
+    "A row for the eye."
+    kept = ('kept' if r['kept'] else 'NOT KEPT') if r['goal'] else ''
+    return f'{r["promise"]:>3}  {kept:9} {three_digits(r["figure"]):>8} {r["unit"]:6} {r["what"]}'
