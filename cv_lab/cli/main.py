@@ -37,19 +37,11 @@ def print_table(rows:list[dict], title:str|None=None) -> None:
     colour = dict(ok='green', fail='red', error='red', warning='yellow') | {'pass': 'green', 'not judged': 'yellow'}
     t = Table(title=title, header_style='bold', title_justify='left')
     for name in rows[0] if rows else []: t.add_column(str(name), overflow='fold')
-    for r in rows:
-        t.add_row(
-            *(
-                f'[{colour[str(v)]}]{v}[/]'
-                if str(v) in colour
-                else f'{v:.4g}'
-                if isinstance(v, float)
-                else ''
-                if v is None
-                else str(v)
-                for v in r.values()
-            )
-        )
+    def cell(v):
+        if str(v) in colour: return f'[{colour[str(v)]}]{v}[/]'
+        if isinstance(v, float): return f'{v:.4g}'
+        return '' if v is None else str(v)
+    for r in rows: t.add_row(*map(cell, r.values()))
     Console(width=None if sys.stdout.isatty() else 140).print(t)
 
 # %% ../../nbs/99_cli.main.ipynb #331c8f24
@@ -195,6 +187,7 @@ def problem_of(run:Path, given:Path|None, ws) -> tuple: # the problem, its text
         )
     return load_problem(path), Path(path).read_text(encoding='utf8')
 
+# %% ../../nbs/99_cli.main.ipynb #3ef38092
 @app.command()
 def compare(
     ours: str,
@@ -206,7 +199,9 @@ def compare(
     import pyarrow.parquet as pq
     from cv_lab.evaluate import compare as paired
     from cv_lab.experiment import find_run
-    ws = workspace(); a, b = (find_run(r, ws=ws) for r in (ours, theirs)); spec, _ = problem_of(a, problem, ws)
+    ws = workspace()
+    a, b = (find_run(r, ws=ws) for r in (ours, theirs))
+    spec, _ = problem_of(a, problem, ws)
     (truth, said), (their_truth, their_said) = (
         [pq.read_table(r / f'evaluation/{n}.parquet') for n in ('truth', 'predictions')] for r in (a, b)
     )
@@ -236,7 +231,8 @@ def release_run(
     "Judge, write the cards, bundle, store, promote."
     from cv_lab.cards import documents
     from cv_lab.release import Registry, make_bundle, write_gate
-    registry = Registry(ws.registry); verdict = write_gate(folder, spec, registry)
+    registry = Registry(ws.registry)
+    verdict = write_gate(folder, spec, registry)
     tag = registry.add(make_bundle(folder, spec, text, documents(folder, spec)))
     if alias and registry.standing(spec.name).get(alias) != tag:
         registry.promote(
@@ -244,6 +240,7 @@ def release_run(
         )
     return tag, verdict
 
+# %% ../../nbs/99_cli.main.ipynb #1bc66876
 @app.command()
 def release(
     run: Annotated[str, typer.Argument(help='A run’s name; see `cvlab runs`.')] = '',
@@ -263,7 +260,9 @@ def release(
     "Make a run the model that answers, if its gate passes."
     from cv_lab.experiment import find_run
     from cv_lab.release import Registry, opponents, verdict_table
-    ws = workspace(); folder = find_run(run, ws=ws); spec, text = problem_of(folder, problem, ws)
+    ws = workspace()
+    folder = find_run(run, ws=ws)
+    spec, text = problem_of(folder, problem, ws)
     if variant:
         from cv_lab.optimize import compare_again, variant_folder
 
@@ -274,7 +273,30 @@ def release(
     print_table(verdict_table(verdict).to_dict('records'), f'{folder.name}: {verdict["verdict"]}')
     print(f'{tag} is stored' + ('' if alias == 'none' else f' and is {alias} now'))
 
-# %% ../../nbs/99_cli.main.ipynb #7d327297
+# %% ../../nbs/99_cli.main.ipynb #e3a3a8a9
+def _tell_forms(found:dict, run:str) -> None:
+    "The forms of a run: what each keeps, loses and costs."
+    names = (
+        'variant',
+        'precision',
+        'parity',
+        'value',
+        'loses',
+        'images_per_second',
+        'times_eager',
+        'latency_ms_p50',
+        'latency_ms_p95',
+        'model_size_mb',
+        'peak_memory_mb',
+    )
+    parity = lambda r: {True: 'pass', False: 'fail'}.get(r.get('parity'))
+    rows = [{k: parity(r) if k == 'parity' else r.get(k) for k in names} for r in found['rows']]
+    print_table(rows, f'{run}: {found["metric"]} on the test split, {found["hardware"]}')
+    for r in found['rows']:
+        if r.get('said'): print(f'{r["variant"]}: {r["said"]}')
+    for n, why in found['skipped'].items(): print(f'{n}: {why}')
+
+# %% ../../nbs/99_cli.main.ipynb #0be5bf3a
 @app.command()
 def optimize(
     run: Annotated[str, typer.Argument(help='A run’s name; the last one otherwise.')] = '',
@@ -289,7 +311,9 @@ def optimize(
     "Make smaller and faster forms of a run, and prove that nothing changed."
     from cv_lab.experiment import find_run, run_experiment
     from cv_lab.optimize import forms_for
-    ws = workspace(); folder = find_run(run, ws=ws); forms_for(target, form or [])
+    ws = workspace()
+    folder = find_run(run, ws=ws)
+    forms_for(target, form or [])     # an unknown form is refused before anything is made
     report = run_experiment(
         'optimize',
         dict(
@@ -306,30 +330,40 @@ def optimize(
     )
     found = report.metrics
     if as_json: return print_json(found | dict(report=str(report.html)))
-    names = (
-        'variant',
-        'precision',
-        'parity',
-        'value',
-        'loses',
-        'images_per_second',
-        'times_eager',
-        'latency_ms_p50',
-        'latency_ms_p95',
-        'model_size_mb',
-        'peak_memory_mb',
-    )
-    print_table(
-        [
-            {k: {True: 'pass', False: 'fail'}.get(r.get(k)) if k == 'parity' else r.get(k) for k in names}
-            for r in found['rows']
-        ],
-        f'{folder.name}: {found["metric"]} on the test split, {found["hardware"]}',
-    )
-    for r in found['rows']: print(f'{r["variant"]}: {r["said"]}') if r.get('said') else None
-    for n, why in found['skipped'].items(): print(f'{n}: {why}')
+    _tell_forms(found, folder.name)
     print(f'report: {os.path.relpath(report.html)}')
 
+# %% ../../nbs/99_cli.main.ipynb #7d327297
+def _promises(ws, only:list[str], as_json:bool) -> None:
+    "Measure promises of the house, each told as soon as it is measured."
+    from cv_lab.benchmarks import measure_steps
+    rows = measure_steps(ws, only, say=(lambda text: None) if as_json else lambda text: print(text, flush=True))
+    if as_json: return print_json(rows)
+    goals = [r for r in rows if r['goal']]
+    page = os.path.relpath(ws.reports / 'benchmarks/README.md')
+    print(f'{page}: {sum(r["kept"] for r in goals)} of {len(goals)} goals were reached')
+
+def _tell_costs(rows:dict[str, dict]) -> None:
+    "What an answer of each model costs."
+    names = (
+        'precision',
+        'latency_ms_p50',
+        'latency_ms_p95',
+        'latency_ms_p99',
+        'per_second',
+        'peak_memory_mb',
+        'startup_seconds',
+        'model_size_mb',
+        'cost_per_1000',
+    )
+    first = next(iter(rows.values()))
+    print_table(
+        [dict(model=n, **{k: r.get(k) for k in names}) for n, r in rows.items()],
+        f'{first["hardware"]}, prices: {first["prices"]}, {first["currency"]}',
+    )
+    print(f'energy: {first["energy_source"]}')
+
+# %% ../../nbs/99_cli.main.ipynb #261eb9c7
 @app.command()
 def bench(
     model: Annotated[
@@ -362,65 +396,24 @@ def bench(
     if every or only: return _promises(ws, only or [], as_json)
     cost, targets = read_prices(prices), bench_targets(model, ws, Registry(ws.registry).path)
     if report:
-        page = run_experiment(
-            'bench',
-            dict(
-                model=model or next(iter(targets.values())).parent.name,
-                device=device,
-                threads=threads,
-                prices=str(prices or ''),
-                seconds=seconds,
-            ),
-            ws=ws,
-            loud=not as_json,
-        )
+        named = model or next(iter(targets.values())).parent.name
+        given = dict(model=named, device=device, threads=threads, prices=str(prices or ''), seconds=seconds)
+        page = run_experiment('bench', given, ws=ws, loud=not as_json)
         rows = page.metrics['models']
     else:
-        rows = {
-            n: measure(
-                f,
-                device,
-                threads,
-                prices=cost,
-                seconds=seconds,
-                say=lambda text, n=n: print(f'{n}: {text}', file=sys.stderr),
-            )
-            for n, f in targets.items()
-        }
+        tell = lambda n: lambda text: print(f'{n}: {text}', file=sys.stderr)
+        how = dict(prices=cost, seconds=seconds)
+        rows = {n: measure(f, device, threads, say=tell(n), **how) for n, f in targets.items()}
     if as_json: return print_json(rows)
-    names = (
-        'precision',
-        'latency_ms_p50',
-        'latency_ms_p95',
-        'latency_ms_p99',
-        'per_second',
-        'peak_memory_mb',
-        'startup_seconds',
-        'model_size_mb',
-        'cost_per_1000',
-    )
-    first = next(iter(rows.values()))
-    print_table(
-        [dict(model=n, **{k: r.get(k) for k in names}) for n, r in rows.items()],
-        f'{first["hardware"]}, prices: {first["prices"]}, {first["currency"]}',
-    )
-    print(f'energy: {first["energy_source"]}'); print(f'report: {os.path.relpath(page.html)}') if report else None
-
-def _promises(ws, only:list[str], as_json:bool) -> None:
-    from cv_lab.benchmarks import measure_steps
-    rows = measure_steps(ws, only, say=(lambda text: None) if as_json else lambda text: print(text, flush=True))
-    if as_json:
-        print_json(rows)
-    else:
-        print(
-            f'{os.path.relpath(ws.reports / "benchmarks/README.md")}: {sum(r["kept"] for r in rows if r["goal"])} of {sum(bool(r["goal"]) for r in rows)} goals were reached'
-        )
+    _tell_costs(rows)
+    if report: print(f'report: {os.path.relpath(page.html)}')
 
 # %% ../../nbs/99_cli.main.ipynb #c8eddab3
 def model_folder(name:str, ws) -> Path:
     "The folder of a model: a run, `problem/alias`, or the one production model when nothing is named."
     from cv_lab.release import Registry
-    registry = Registry(ws.registry); served = [(a['problem'], a['alias']) for a in registry.aliases()]
+    registry = Registry(ws.registry)
+    served = [(a['problem'], a['alias']) for a in registry.aliases()]
     if not name:
         if len(live := [p for p, a in served if a == 'production']) == 1: return registry.path(live[0], 'production')
         raise NotFound(
@@ -432,6 +425,7 @@ def model_folder(name:str, ws) -> Path:
     problem, _, alias = name.partition('/')
     return registry.path(problem, alias or 'production')
 
+# %% ../../nbs/99_cli.main.ipynb #d1fc4d75
 @app.command()
 def predict(
     images: Annotated[list[Path], typer.Argument(help='Image files.')],
@@ -446,18 +440,22 @@ def predict(
         try: answers.append(dict(image=str(path), **predictor.predict([path.read_bytes()])[0]))
         except BadInput as e: raise type(e)(f'{path}: {e.what}', e.expected, e.mend) from None
     if as_json: return print_json(answers)
-    print_table(
-        [
-            {
-                k: v if not isinstance(v, (list, dict)) else len(v) if k == 'annotations' else ', '.join(map(str, v))
-                for k, v in a.items()
-                if k != 'probabilities'
-            }
-            for a in answers
-        ]
-    )
+    print_table([{k: _short(k, v) for k, v in a.items() if k != 'probabilities'} for a in answers])
+
+def _short(name:str, value):
+    "A field of an answer as a cell: annotations by their number, lists in one line."
+    if not isinstance(value, (list, dict)): return value
+    return len(value) if name == 'annotations' else ', '.join(map(str, value))
 
 # %% ../../nbs/99_cli.main.ipynb #d3541e28
+def _input_side(table, task:str) -> int|None: # pixels; None where the task has its own default
+    "For a classifier: as large as the images, in steps of 32, up to 224."
+    import numpy as np
+    if task != 'classification': return None
+    sides = np.minimum(table['width'].to_numpy(), table['height'].to_numpy())
+    return int(np.clip(round(float(np.median(sides)) / 32), 1, 7) * 32)
+
+# %% ../../nbs/99_cli.main.ipynb #1e27a20c
 @app.command()
 def init(
     dataset: Annotated[str, typer.Argument(help='A dataset folder, or the name of an embedded one.')],
@@ -467,38 +465,24 @@ def init(
     force: Annotated[bool, typer.Option(help='Write over a file that is there.')] = False,
 ):
     "Write a commented problem file for a dataset."
-    import numpy as np
     from cv_lab.core import write_atomic
     from cv_lab.data.manifest import tags_of
     from cv_lab.experiment import open_dataset
     from cv_lab.spec import draft_problem
     from cv_lab.task import get_task, guess_task
-    ws = workspace(); data = open_dataset(dataset, ws); task = task or guess_task(data.table)
+    ws = workspace()
+    data = open_dataset(dataset, ws)
+    task = task or guess_task(data.table)
     path = out or ws.problems/f'{name or data.name}.yaml'
     if path.exists() and not force:
         raise BadInput(f'{path} is there already', 'a new file', 'give --out or --name, or --force to write over it')
-    where = (
-        os.path.relpath(data.root if (data.root / 'dataset.json').exists() else dataset, ws.root)
-        if Path(dataset).exists()
-        else dataset
-    )
-    sides = np.minimum(data.table['width'].to_numpy(), data.table['height'].to_numpy())
-    size = (
-        int(np.clip(round(float(np.median(sides)) / 32), 1, 7) * 32) if task == 'classification' else None
-    )  # as large as the images, up to 224
-    write_atomic(
-        path,
-        draft_problem(
-            name or data.name,
-            task,
-            data.classes,
-            where,
-            {k: set(filter(None, v)) for k, v in tags_of(data.table).items() if k not in ('split', 'captured_at')},
-            list(get_task(task).METRICS),
-            size,
-            len(data.split('train')),
-        ),
-    )
+    where = dataset
+    if Path(dataset).exists():
+        where = os.path.relpath(data.root if (data.root / 'dataset.json').exists() else dataset, ws.root)
+    tags = {k: set(filter(None, v)) for k, v in tags_of(data.table).items() if k not in ('split', 'captured_at')}
+    metrics, size = list(get_task(task).METRICS), _input_side(data.table, task)
+    text = draft_problem(name or data.name, task, data.classes, where, tags, metrics, size, len(data.split('train')))
+    write_atomic(path, text)
     shown = os.path.relpath(path)
     print(f'wrote {shown}: read it, correct owner, intended use and rules, then\n  cvlab run train --problem {shown}')
 
@@ -507,11 +491,13 @@ def init(
 def serve(port: Annotated[int, typer.Option(envvar='PORT')] = 3000, host: str = '127.0.0.1'):
     "Serve what the aliases name, until Ctrl-C."
     from cv_lab import serve as room
-    workspace(); print(f'serving on http://{host}:{port}  (Ctrl-C stops it)', flush=True); room.serve(port, host)
+    workspace()
+    print(f'serving on http://{host}:{port}  (Ctrl-C stops it)', flush=True)
+    room.serve(port, host)
 
 def _step(n:int, text:str) -> None: Console(highlight=False).print(f'\n[bold cyan]{n}/8[/] [bold]{text}[/]')
 
-# %% ../../nbs/99_cli.main.ipynb #ec5d1a2b
+# %% ../../nbs/99_cli.main.ipynb #f1be00c7
 def walk_problem(path:Path, ws, force:bool=False) -> dict: # training, errors: reports; data, spec, folder, image, tag
     "The whole way of one problem; a `Refusal` where it ends early."
     from cv_lab.data.quality import check
@@ -522,32 +508,42 @@ def walk_problem(path:Path, ws, force:bool=False) -> dict: # training, errors: r
     path = path if path.is_absolute() else ws.root / path
     spec = load_problem(path)
     name = os.path.relpath(path, ws.root)
-    _step(1, 'The dataset'); data = open_dataset(spec.dataset, ws); print(data)
-    _step(2, 'Its check'); found = check(data, spec); print_table(found.to_json()['rules'])
+    _step(1, 'The dataset')
+    data = open_dataset(spec.dataset, ws)
+    print(data)
+    _step(2, 'Its check')
+    print_table(check(data, spec).to_json()['rules'])
     _step(3, 'Training')
     trained = run_experiment('train', dict(problem=name, force=force), ws=ws)
     folder = ws.runs / trained.metrics['run']
-    _step(4, 'Error analysis'); errors = run_experiment('error_analysis', dict(problem=name, run=folder.name), ws=ws)
-    _step(5, 'The acceptance rules'); print_table(verdict_table(trained.verdict).to_dict('records'))
+    _step(4, 'Error analysis')
+    errors = run_experiment('error_analysis', dict(problem=name, run=folder.name), ws=ws)
+    _step(5, 'The acceptance rules')
+    print_table(verdict_table(trained.verdict).to_dict('records'))
     if trained.verdict['verdict'] != 'pass': raise not_accepted(trained.verdict)
     _step(6, 'The release')
     tag, _ = release_run(folder, spec, path.read_text(encoding='utf8'), ws, reason='the whole way once')
     print(f'{tag} is production')
-    _step(7, 'The service'); image = _ask_service(ws, data, spec)
+    _step(7, 'The service')
+    image = _ask_service(ws, data, spec)
     return dict(trained=trained, errors=errors, data=data, spec=spec, image=image, tag=tag)
 
 @app.command()
 def walk(problem: Annotated[Path, typer.Option(help='The problem file.')] = Path('problems/digits.yaml'),
          force: Annotated[bool, typer.Option(help='Train again what has not changed.')] = False):
     "The whole way once: data, check, training, error analysis, gate, bundle, service, report."
-    ws = workspace(); way = walk_problem(problem, ws, force)
-    _step(8, 'What to look at'); _paths(ws, way['trained'], way['errors'], way['spec'], way['image'])
+    ws = workspace()
+    way = walk_problem(problem, ws, force)
+    _step(8, 'What to look at')
+    _paths(ws, way['trained'], way['errors'], way['spec'], way['image'])
 
+# %% ../../nbs/99_cli.main.ipynb #cb668404
 def _ask_service(ws, data, spec) -> Path:
     "Start the service, ask it about one test image over HTTP, show the answer, stop it."
     import httpx
     from cv_lab.serve import start_service
-    row = data.split('test').slice(0, 1).to_pylist()[0]; image = data.root/row['uri']
+    row = data.split('test').slice(0, 1).to_pylist()[0]
+    image = data.root/row['uri']
     with start_service(env=dict(CVLAB_HOME=str(ws.root))) as service:
         answer = httpx.post(
             f'{service.url}/v1/models/{spec.name}/predict',
@@ -558,15 +554,15 @@ def _ask_service(ws, data, spec) -> Path:
         answer.raise_for_status()
         print(f'POST {service.url}/v1/models/{spec.name}/predict  {os.path.relpath(image)}')
         print_json(answer.json())
-    print(
-        f'true: {", ".join(said for a in row["annotations"] if (said := a["text"] or a["label"]))}; the service is stopped'
-    )
+    truth = ', '.join(said for a in row['annotations'] if (said := a['text'] or a['label']))
+    print(f'true: {truth}; the service is stopped')
     return image
 
 
 def _paths(ws, trained, errors, spec, image:Path) -> None:
     from cv_lab.release import Registry
-    card = Registry(ws.registry).path(spec.name, 'production')/'MODEL_CARD.md'; rel = os.path.relpath
+    card = Registry(ws.registry).path(spec.name, 'production')/'MODEL_CARD.md'
+    rel = os.path.relpath
     for what, where in (
         ('training report', trained.html),
         ('error analysis', errors.html),
@@ -574,9 +570,14 @@ def _paths(ws, trained, errors, spec, image:Path) -> None:
         ('model card', card),
     ):
         print(f'  {what:16} {rel(where)}')
-    print(
-        f'\nNext:\n  make serve\n  cvlab predict {rel(image)}\n  cvlab runs\n  cvlab registry list\n  cvlab run train -p epochs=3\n  make lab\n(cvlab lies in .venv/bin)'
+    after = (
+        'make serve',
+        f'cvlab predict {rel(image)}',
+        'cvlab runs',
+        'cvlab registry list',
+        'cvlab run train -p epochs=3',
     )
+    print('\n  '.join(['\nNext:', *after, 'make lab']) + '\n(cvlab lies in .venv/bin)')
 
 # %% ../../nbs/99_cli.main.ipynb #b46a3c6b
 def tour_problems(
@@ -588,22 +589,29 @@ def tour_problems(
     for path in paths:
         Console(highlight=False).print(f'\n[bold green]{os.path.relpath(path, ws.root)}[/]')
         since, end = time.perf_counter(), dict(verdict='pass', said='')
-        try: done = way(path, ws, force); end['said'] = f'{done["tag"]}; {os.path.relpath(done["trained"].html)}'
-        except Refusal as e: first = first or e; end = dict(verdict='fail', said=e.what); print(e)
+        try:
+            done = way(path, ws, force)
+            end['said'] = f'{done["tag"]}; {os.path.relpath(done["trained"].html)}'
+        except Refusal as e:
+            first = first or e
+            end = dict(verdict='fail', said=e.what)
+            print(e)
         rows.append(dict(problem=path.stem, minutes=round((time.perf_counter() - since)/60, 1), **end))
     return rows, first
 
+# %% ../../nbs/99_cli.main.ipynb #5e723ca9
 @app.command()
 def tour(force: Annotated[bool, typer.Option(help='Train again what has not changed.')] = False):
     "The whole way of every problem in problems/, then what became of each."
-    ws = workspace(); rows, first = tour_problems(sorted(ws.problems.glob('*.yaml')), ws, force)
-    print(); print_table(rows, 'The tour'); print(f'all reports: {os.path.relpath(ws.reports/"index.html")}')
+    ws = workspace()
+    rows, first = tour_problems(sorted(ws.problems.glob('*.yaml')), ws, force)
+    print()
+    print_table(rows, 'The tour')
+    print(f'all reports: {os.path.relpath(ws.reports/"index.html")}')
     if first:
-        raise type(first)(
-            f'{sum(r["verdict"] == "fail" for r in rows)} of {len(rows)} problems did not come to their end: {", ".join(r["problem"] for r in rows if r["verdict"] == "fail")}',
-            first.expected,
-            first.mend,
-        )
+        failed = [r['problem'] for r in rows if r['verdict'] == 'fail']
+        what = f'{len(failed)} of {len(rows)} problems did not come to their end: {", ".join(failed)}'
+        raise type(first)(what, first.expected, first.mend)
 
 # %% ../../nbs/99_cli.main.ipynb #d1ba5e18
 def _mount() -> None:
@@ -620,13 +628,19 @@ def _pairs(args:list[str]) -> list[str]:
         if args[i] in ('-p', '--parameter') and i + 2 < len(args) and '=' not in args[i + 1]:
             out += [args[i], f'{args[i + 1]}={args[i + 2]}']
             i += 3
-        else: out.append(args[i]); i += 1
+        else:
+            out.append(args[i])
+            i += 1
     return out
 
 def main(args:list[str]|None=None) -> None:
     "The program `cvlab`."
     try: app(args=_pairs(sys.argv[1:] if args is None else args), prog_name='cvlab')
-    except Refusal as e: print(e, file=sys.stderr); sys.exit(e.exit_code)
-    except KeyboardInterrupt: print('stopped', file=sys.stderr); sys.exit(130)
+    except Refusal as e:
+        print(e, file=sys.stderr)
+        sys.exit(e.exit_code)
+    except KeyboardInterrupt:
+        print('stopped', file=sys.stderr)
+        sys.exit(130)
 
 _mount()
