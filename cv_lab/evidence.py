@@ -26,12 +26,11 @@ def find_evidence(name:str='', # of a run, or a folder with evaluation/; the new
         if name and (folder/'evaluation/metrics.json').is_file(): return folder.resolve()
     return find_run(name, problem, ws)
 
-# %% ../nbs/93_evidence.ipynb #76ae26e4
+# %% ../nbs/93_evidence.ipynb #b49f7ef1
 def golden_of(d:Dataset) -> list[str]: # content hashes; none where nothing was frozen
     "The golden items of a dataset, as `cvlab data` froze them."
-    return sorted(
-        {s for home in (d.root, d.root.parent) if (f := home / 'golden.json').is_file() for s in read_json(f)['items']}
-    )
+    files = (home / 'golden.json' for home in (d.root, d.root.parent))
+    return sorted({s for f in files if f.is_file() for s in read_json(f)['items']})
 
 # %% ../nbs/93_evidence.ipynb #eff87cfc
 def drafted(d:Dataset, where:str) -> tuple[Problem, str]: # the problem, its text
@@ -53,6 +52,22 @@ def _contents(path:Path) -> str: # a name for what the predictions say
     if path.is_file(): return file_digest(path)
     return digest({p.relative_to(path).as_posix(): file_digest(p) for p in sorted(path.rglob('*.txt'))})
 
+def _home(spec:Problem, path:Path, d:Dataset, split:str, ws:Workspace) -> Path:
+    "A folder among the runs for these predictions."
+    question = dict(said=_contents(path), dataset=d.version, split=split, problem=spec.digest)
+    return ws.runs / f'{spec.name}-said-{digest(question)[:8]}'
+
+def _same_classes(d:Dataset, spec:Problem) -> None:
+    "A dataset and a problem without one class in common do not belong together."
+    unknown = set(d.classes) - set(spec.classes)
+    if unknown and not set(d.classes) & set(spec.classes):
+        raise BadInput(
+            f'{d.name} has other classes than {spec.name}: {", ".join(sorted(unknown)[:5])}',
+            f'some of: {", ".join(spec.classes[:10])}',
+            'name the problem file of this dataset',
+        )
+
+# %% ../nbs/93_evidence.ipynb #69871285
 def evaluate_predictions(dataset:str|Path,        # a dataset folder, or the name of an embedded one
                          predictions:str|Path,    # a COCO results file, a folder of YOLO files, CSV, or our table
                          problem:str|Path|None=None, # a problem file; drafted when None
@@ -65,19 +80,9 @@ def evaluate_predictions(dataset:str|Path,        # a dataset folder, or the nam
     d = open_dataset(str(dataset), ws)
     where = str(d.root) if Path(dataset).exists() else str(dataset)
     spec, text = (load_problem(problem), None) if problem else drafted(d, where)
-    if problem and (unknown := set(d.classes) - set(spec.classes)) and not set(d.classes) & set(spec.classes):
-        raise BadInput(
-            f'{d.name} has other classes than {spec.name}: {", ".join(sorted(unknown)[:5])}',
-            f'some of: {", ".join(spec.classes[:10])}',
-            'name the problem file of this dataset',
-        )
+    if problem: _same_classes(d, spec)
     said = read_predictions(path, d, split, spec.classes, kind, ids)
-    folder = (
-        Path(out)
-        if out
-        else ws.runs
-        / f'{spec.name}-said-{digest(dict(said=_contents(path), dataset=d.version, split=split, problem=spec.digest))[:8]}'
-    )
+    folder = Path(out) if out else _home(spec, path, d, split, ws)
     if (folder / 'done.json').exists():
         raise BadInput(f'{folder} holds a run', 'a folder of its own', 'give another --out')
     if text: write_atomic(folder/'problem.yaml', text)
@@ -85,15 +90,8 @@ def evaluate_predictions(dataset:str|Path,        # a dataset folder, or the nam
     file = Path(problem).resolve() if problem else (folder / 'problem.yaml').resolve()
     shown = os.path.relpath(file, ws.root)
     write_json(folder / 'evaluation/problem.json', dict(path=shown))
-    write_json(
-        folder / 'source.json',
-        dict(predictions=str(path.resolve()), answers=said.answers, silent=said.silent, elsewhere=said.elsewhere),
-    )
-    made = (
-        run_experiment(
-            'error_analysis', dict(problem=shown, run=str(folder.resolve()), dataset=str(dataset)), ws=ws, loud=loud
-        )
-        if report
-        else None
-    )
-    return Judged(folder, figures, said, spec, made)
+    told = dict(answers=said.answers, silent=said.silent, elsewhere=said.elsewhere)
+    write_json(folder / 'source.json', dict(predictions=str(path.resolve()), **told))
+    if not report: return Judged(folder, figures, said, spec, None)
+    given = dict(problem=shown, run=str(folder.resolve()), dataset=str(dataset))
+    return Judged(folder, figures, said, spec, run_experiment('error_analysis', given, ws=ws, loud=loud))
