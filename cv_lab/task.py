@@ -39,6 +39,7 @@ OPTIONAL = dict(
     calibrate='(truth, predictions, problem) -> thresholds, fitted on held-out data',
     answers='(truth, predictions, problem) -> of every answer given: is it right, its confidence, index of its class, index of its item',
     figures='(truth, predictions, problem) -> {title: matplotlib figure}, for the report of its errors',
+    why='(outputs, annotation, cfg, classes) -> {output: weights}: of one image, both arrays; the weighted sum is what speaks for the annotation, which is in pixels of the input',
 )
 
 # %% ../nbs/20_task.ipynb #20a563bf

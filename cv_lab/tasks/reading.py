@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['GEOMETRY', 'STRIDES', 'METRICS', 'TAXONOMY', 'Config', 'network', 'whole', 'spans', 'targets', 'collate', 'loss',
-           'decode', 'aligned', 'matched', 'score', 'mistakes', 'line_score', 'calibrate', 'draw', 'figures', 'example']
+           'decode', 'why', 'aligned', 'matched', 'score', 'mistakes', 'line_score', 'calibrate', 'draw', 'figures',
+           'example']
 
 # %% ../../nbs/24_tasks.reading.ipynb #fcd7cf32
 from pathlib import Path
@@ -149,6 +150,20 @@ def decode(outputs:dict, cfg:Config, classes:list[str], thresholds:dict) -> list
             Prediction(said, accepted=all(a.score >= thresholds.get('min_confidence', 0.0) for a in said if a.accepted))
         )
     return out
+
+def why(outputs:dict, annotation:dict, cfg:Config, classes:list[str]) -> dict[str, np.ndarray]: # chars; lines
+    "What speaks for a line: the characters that are likeliest in its box, and that there is a line."
+    where = lambda m, s: (
+        lambda x1, y1, x2, y2: np.s_[
+            max(0, y1) : max(0, y1) + max(1, y2 - y1), max(0, x1) : max(0, x1) + max(1, x2 - x1)
+        ]
+    )(*(int(round(v / s)) for v in annotation.get('bbox') or (0, 0, cfg.image.width, cfg.image.height)))
+    chars, lines = (np.zeros_like(outputs[k]) for k in ('chars', 'lines'))
+    best = outputs['chars'][:-1].argmax(0)[where(chars, STRIDES[0])]
+    for c in np.unique(best[best > 0]): chars[c][where(chars, STRIDES[0])] = (best == c)/(best > 0).sum()
+    inside = lines[0][where(lines, STRIDES[1])]
+    inside[:] = 1/inside.size
+    return dict(chars=chars, lines=lines)
 
 # %% ../../nbs/24_tasks.reading.ipynb #946dfcb9
 METRICS = TEXT_METRICS | dict(line_recall=True, line_precision=True, line_f1=True)
