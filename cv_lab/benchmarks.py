@@ -42,21 +42,31 @@ def service_steps() -> dict[str, Step]: # name -> step
 # %% ../nbs/94_benchmarks.ipynb #7736a8bb
 def _goal(what:str, rows:dict[str, float], eager:float, goal:float=3.) -> list[dict]: # name -> images a second
     "A row for the best form, and one for each other."
-    top = max(rows, key=rows.get)
-    line = lambda n, g, kept: promises.row(
-        0,
-        f'{what}: {n}, {rows[n]:.0f} images/s against {eager:.0f}/s of eager PyTorch',
-        rows[n] / eager,
-        g,
-        kept,
-        'times',
-    )
-    return [
-        line(top, f'the best form: at least {goal:g}', rows[top] / eager >= goal),
-        *(line(n, '', True) for n in sorted(rows, key=rows.get, reverse=True) if n != top),
-    ]
+    def line(n, wanted, kept):
+        said = f'{what}: {n}, {rows[n]:.0f} images/s against {eager:.0f}/s of eager PyTorch'
+        return promises.row(0, said, rows[n] / eager, wanted, kept, 'times')
+    top, *others = sorted(rows, key=rows.get, reverse=True)
+    best_of = line(top, f'the best form: at least {goal:g}', rows[top] / eager >= goal)
+    return [best_of, *(line(n, '', True) for n in others)]
 
+# %% ../nbs/94_benchmarks.ipynb #8d26d4e7
+def _digits_rows(found:dict, most:float) -> list[dict]: # what `optimize_run` found; the loss that is allowed
+    "Rows for the speed of the good forms, for their losses, and for the refused."
+    eager = next(r for r in found['rows'] if r['variant'] == 'eager')['images_per_second']
+    forms = [r for r in found['rows'] if r.get('parity') is not None]
+    good = [r for r in forms if r['parity'] and (r['loses'] or 0) <= most and r['images_per_second']]
+    out = _goal('digits', {r['variant']: r['images_per_second'] for r in good}, eager) if good else []
+    for r in good:
+        if r['loses'] is None: continue
+        what = f'digits: {r["variant"]}, {found["metric"]} {r["value"]:.4f}, loses'
+        out.append(promises.row(0, what, r['loses'], f'at most {most:g}', r['loses'] <= most))
+    for r in forms:
+        if r['parity']: continue
+        what = f'digits: {r["variant"]} is refused: {r["said"]}'
+        out.append(promises.row(0, what, r['times_eager'] or 0, '', True, 'times'))
+    return out
 
+# %% ../nbs/94_benchmarks.ipynb #d16aef1e
 def digits_run(ws:Workspace) -> Path:
     "The last finished run of the digits; one is trained when there is none."
     from cv_lab.experiment import find_run, run_experiment
@@ -72,33 +82,9 @@ def optimized_digits(ws:Workspace, say:Callable=lambda text: None) -> list[dict]
 
     spec = load_problem(ws.problems / 'digits.yaml')
     found = optimize_run(Run(digits_run(ws)), spec, open_dataset(spec.dataset, ws), threads=1, compiled=False, say=say)
-    eager = next(r for r in found['rows'] if r['variant'] == 'eager')
-    forms = [r for r in found['rows'] if r.get('parity') is not None]
-    most = spec.optimize.lose_at_most
-    good = {
-        r['variant']: r['images_per_second']
-        for r in forms
-        if r['parity'] and (r['loses'] or 0) <= most and r['images_per_second']
-    }
-    out = _goal('digits', good, eager['images_per_second']) if good else []
-    lost = [r for r in forms if r['variant'] in good and r['loses'] is not None]
-    out += [
-        promises.row(
-            0,
-            f'digits: {r["variant"]}, {found["metric"]} {r["value"]:.4f}, loses',
-            r['loses'],
-            f'at most {most:g}',
-            r['loses'] <= most,
-        )
-        for r in lost
-    ]
-    return out + [
-        promises.row(0, f'digits: {r["variant"]} is refused: {r["said"]}', r['times_eager'] or 0, '', True, 'times')
-        for r in forms
-        if not r['parity']
-    ]
+    return _digits_rows(found, spec.optimize.lose_at_most)
 
-
+# %% ../nbs/94_benchmarks.ipynb #42004f77
 def optimized_mobilenet(ws:Workspace) -> list[dict]:
     "MobileNetV3-small in every form for the CPU: throughput only."
     import numpy as np, torch
@@ -129,13 +115,10 @@ def optimized_mobilenet(ws:Workspace) -> list[dict]:
             forms[name] = Predictor(to, 'cpu', 1).infer
         try: rates = {n: best(r)[1] for n, r in race(forms, x, (1, 4, 16), .3, 5).items()}
         finally: torch.set_num_threads(before)
-    return _goal(
-        'MobileNetV3-small, 224 pixels, random weights',
-        {n: r for n, r in rates.items() if n != 'eager'},
-        rates['eager'],
-    )
+    eager_rate = rates.pop('eager')
+    return _goal('MobileNetV3-small, 224 pixels, random weights', rates, eager_rate)
 
-
+# %% ../nbs/94_benchmarks.ipynb #a35b6476
 def every_step() -> dict[str, Step]:
     "All that can be measured."
     return service_steps() | {
@@ -143,17 +126,12 @@ def every_step() -> dict[str, Step]:
         'optimize-mobilenet': Step(optimized_mobilenet, 'forms of MobileNetV3-small against eager PyTorch'),
     }
 
-# %% ../nbs/94_benchmarks.ipynb #3094b1bc
+# %% ../nbs/94_benchmarks.ipynb #2cbd6bbd
 def _about(ws_root:Path) -> dict:  # under what a line was measured
-    git = (
-        subprocess.run(
-            ['git', '-C', str(ws_root), 'describe', '--always', '--dirty', '--abbrev=12'],
-            capture_output=True,
-            text=True,
-        ).stdout.strip()
-        if (ws_root / '.git').exists()
-        else ''
-    )
+    git = ''
+    if (ws_root / '.git').exists():
+        command = ['git', '-C', str(ws_root), 'describe', '--always', '--dirty', '--abbrev=12']
+        git = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     return dict(
         measured=str(date.today()),
         commit=git or 'no commit',
@@ -166,26 +144,15 @@ def _about(ws_root:Path) -> dict:  # under what a line was measured
 def measure(name:str, step:Step, ws:Workspace) -> list[dict]:
     "The rows of one step; a failure is a row."
     about, start = _about(ws.root), time.perf_counter()
-    try:
-        rows = _finish(step.run(ws))
+    try: rows = _finish(step.run(ws))
     except Exception as e:
-        rows = [
-            promises.row(
-                99,
-                f'{step.what}: could not be measured ({type(e).__name__}: {str(e).splitlines()[0][:160] if str(e) else ""})',
-                0,
-                'a figure',
-                False,
-            )
-        ]
-    return [
-        dict(command=f'cvlab bench --only {name}')
-        | r
-        | dict(step=name, seconds=round(time.perf_counter() - start, 1), **about)
-        for r in rows
-    ]
+        why = str(e).splitlines()[0][:160] if str(e) else ''
+        what = f'{step.what}: could not be measured ({type(e).__name__}: {why})'
+        rows = [promises.row(99, what, 0, 'a figure', False)]
+    stamp = dict(step=name, seconds=round(time.perf_counter() - start, 1), **about)
+    return [dict(command=f'cvlab bench --only {name}') | r | stamp for r in rows]
 
-
+# %% ../nbs/94_benchmarks.ipynb #3094b1bc
 def measure_steps(
     ws: Workspace,
     only: Sequence[str] = (),
@@ -229,7 +196,7 @@ TITLES = {
     99: 'Could not be measured',
 }
 
-
+# %% ../nbs/94_benchmarks.ipynb #d06918f9
 def _conditions(rows:list[dict]) -> list[str]:
     "When, of what, on which machine, and how busy it was."
     under = lambda r: (r['measured'], r['commit'], r['hardware'], r.get('software', ''))
