@@ -42,8 +42,10 @@ async def _predict(
 ) -> tuple[Loaded, list, list, list]:  # model, prepared images, answers; both with exceptions; files
     "Read, decode, queue, infer."
     with service.under_way(call):
-        model = service.pick(call, call.params.get('problem')); lim, kind = model.limits, call.header('content-type')
-        deadline = call.deadline(lim.deadline); given = [await service.read(call, lim, many, 'json' in kind)]
+        model = service.pick(call, call.params.get('problem'))
+        lim, kind = model.limits, call.header('content-type')
+        deadline = call.deadline(lim.deadline)
+        given = [await service.read(call, lim, many, 'json' in kind)]
         model.metrics.stage['read'].observe(time.perf_counter() - call.start)
         given = asked(kind, call.scope['query_string'].decode('latin1'), given.pop(), many, lim) # the body is let go
         return model, *await work_on(service, model, given.images, given.options, deadline, call), given.images
@@ -57,7 +59,8 @@ async def predict(service, call:Call) -> bytes:
 
 async def predict_batch(service, call:Call) -> bytes:
     "POST: many images."
-    model, prepared, answers, images = await _predict(service, call, True); out = []
+    model, prepared, answers, images = await _predict(service, call, True)
+    out = []
     for i, (p, a, data) in enumerate(zip(prepared, answers, images)):
         if isinstance(a, Exception): out.append(dict(index=i) | envelope(shown(a, service, model, call.id), call.id))
         else: out.append(dict(index=i) | item(service, model, p, a, len(data), call.id))
@@ -95,10 +98,13 @@ async def readyz(service, call) -> dict:
     return _health(service)
 
 async def metrics_text(service, call) -> bytes:
-    m = service.metrics; m.ready.set(service.ready and not service.draining); m.inflight.set(service.inflight)
+    m = service.metrics
+    m.ready.set(service.ready and not service.draining)
+    m.inflight.set(service.inflight)
     for model in service.models.current.values(): model.metrics.queue.set(len(model.batcher.queue))
     return await asyncio.to_thread(m.text)
 
+# %% ../../nbs/69_service.app.ipynb #b6ec6323
 async def show_rollout(service, call) -> dict:
     return service.trials().about(service.models.pick(call.params['problem']).name)
 
@@ -107,29 +113,22 @@ async def change_rollout(service, call) -> dict:
     "PUT: mode, share and rules of a challenger's trial."
     name, raw = call.params['problem'], read_json_body(await read_body(None, call.receive, 10_000, 10.0))
     service.models.pick(name)
-    try:
-        plan = Plan.model_validate(service.trials().plan(name).model_dump() | raw)
+    try: plan = Plan.model_validate(service.trials().plan(name).model_dump() | raw)
     except ValidationError as e:
-        raise Fault(
-            'bad_input',
-            f'{".".join(map(str, e.errors()[0]["loc"]))[:40]}: {e.errors()[0]["msg"]}',
-            f'of: {", ".join(Plan.model_fields)}',
-            'correct the field',
-        ) from None
-    service.trials().change(name, plan); return service.trials().about(name)
+        first = e.errors()[0]
+        what = f'{".".join(map(str, first["loc"]))[:40]}: {first["msg"]}'
+        raise Fault('bad_input', what, f'of: {", ".join(Plan.model_fields)}', 'correct the field') from None
+    service.trials().change(name, plan)
+    return service.trials().about(name)
 
 async def openapi(service, call) -> dict: return service.document
 
 async def page(service, call) -> bytes:
-    call.extra.append(
-        (
-            b'content-security-policy',
-            b"default-src 'none'; connect-src 'self'; img-src 'self' blob: data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'",
-        )
-    )
+    allowed = b"default-src 'none'; connect-src 'self'; img-src 'self' blob: data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+    call.extra.append((b'content-security-policy', allowed))
     return PAGE.read_bytes()
 
-# %% ../../nbs/69_service.app.ipynb #b6ec6323
+# %% ../../nbs/69_service.app.ipynb #dd9db519
 JSON, TEXT, LINES = 'application/json', 'text/plain; version=0.0.4; charset=utf-8', 'application/x-ndjson'
 
 def _predictions() -> list[tuple]:
@@ -139,61 +138,34 @@ def _predictions() -> list[tuple]:
         for b, h in (('', predict), ('/batch', predict_batch))
     ]
 
-
+# %% ../../nbs/69_service.app.ipynb #fb52e9de
 def _about_itself() -> list[tuple]:
     probe = lambda path, what, h: ('GET', path, h, None, operation(what, path[1:], Health), {})
-    plan = {'application/json': dict(schema=Plan.model_json_schema() | dict(additionalProperties=False))}
+    problem = '/v1/models/{problem}'
+    listed = operation('The loaded models', 'models', ModelList)
+    one = operation('One model', 'model', ModelInfo, path=('problem',))
+    metrics = operation('Prometheus metrics', 'metrics', 'text/plain')
     return [
-        ('GET', '/v1/models', list_models, 'predict', operation('The loaded models', 'models', ModelList), {}),
-        (
-            'GET',
-            '/v1/models/{problem}',
-            show_model,
-            'predict',
-            operation('One model', 'model', ModelInfo, path=('problem',)),
-            {},
-        ),
+        ('GET', '/v1/models', list_models, 'predict', listed, {}),
+        ('GET', problem, show_model, 'predict', one, {}),
         probe('/livez', 'The process lives', alive),
         probe('/healthz', 'The process lives', alive),
         probe('/readyz', 'It takes requests', readyz),
-        (
-            'GET',
-            '/metrics',
-            metrics_text,
-            'predict',
-            operation('Prometheus metrics', 'metrics', 'text/plain'),
-            dict(content_type=TEXT),
-        ),
-        (
-            'GET',
-            '/v1/admin/rollout/{problem}',
-            show_rollout,
-            'admin',
-            operation('How a challenger does', 'rollout', Trying, path=('problem',)),
-            {},
-        ),
-        (
-            'PUT',
-            '/v1/admin/rollout/{problem}',
-            change_rollout,
-            'admin',
-            operation(
-                'Change a trial',
-                'change_rollout',
-                Trying,
-                'malformed',
-                'bad_input',
-                'too_large',
-                path=('problem',),
-                body=plan,
-            ),
-            {},
-        ),
+        ('GET', '/metrics', metrics_text, 'predict', metrics, dict(content_type=TEXT)),
+        *_trials(),
         ('GET', '/openapi.json', openapi, None, None, {}),
         ('GET', '/', page, None, None, dict(content_type='text/html; charset=utf-8')),
     ]
 
+def _trials() -> list[tuple]:
+    path, named = '/v1/admin/rollout/{problem}', ('problem',)
+    plan = {'application/json': dict(schema=Plan.model_json_schema() | dict(additionalProperties=False))}
+    faults = ('malformed', 'bad_input', 'too_large')
+    see = operation('How a challenger does', 'rollout', Trying, path=named)
+    change = operation('Change a trial', 'change_rollout', Trying, *faults, path=named, body=plan)
+    return [('GET', path, show_rollout, 'admin', see, {}), ('PUT', path, change_rollout, 'admin', change, {})]
 
+# %% ../../nbs/69_service.app.ipynb #8fd986a6
 def _jobs() -> list[tuple]:
     taking = (
         'malformed',
@@ -204,61 +176,26 @@ def _jobs() -> list[tuple]:
         'too_many_images',
         'slow_body',
     )
-    make = [
-        (
-            'POST',
-            f'/v1{p}/jobs',
-            job_routes.create,
-            'predict',
-            operation(
-                'Hand in many images',
-                f'create_job{"_with" if p else ""}',
-                JobInfo,
-                *taking,
-                path=('problem',) if p else (),
-                body=jobs_body(),
-                status=202,
-            ),
-            dict(status=202),
-        )
-        for p in ('', '/models/{problem}')
-    ]
-    return make + [
-        (
-            'GET',
-            '/v1/jobs/{job}',
-            job_routes.status,
-            'predict',
-            operation('How far a job is', 'job', JobInfo, path=('job',)),
-            {},
-        ),
-        (
-            'GET',
-            '/v1/jobs/{job}/result',
-            job_routes.result,
-            'predict',
-            operation('The answers, a JSON object per line', 'job_result', LINES, 'conflict', path=('job',)),
-            dict(content_type=LINES),
-        ),
-        (
-            'DELETE',
-            '/v1/jobs/{job}',
-            job_routes.cancel,
-            'predict',
-            operation('Cancel a job', 'cancel_job', JobInfo, 'conflict', path=('job',)),
-            {},
-        ),
+    def making(prefix, name, path):
+        told = operation('Hand in many images', name, JobInfo, *taking, path=path, body=jobs_body(), status=202)
+        return ('POST', f'/v1{prefix}/jobs', job_routes.create, 'predict', told, dict(status=202))
+    one, job = '/v1/jobs/{job}', ('job',)
+    see = operation('How far a job is', 'job', JobInfo, path=job)
+    take = operation('The answers, a JSON object per line', 'job_result', LINES, 'conflict', path=job)
+    end = operation('Cancel a job', 'cancel_job', JobInfo, 'conflict', path=job)
+    return [
+        making('', 'create_job', ()),
+        making('/models/{problem}', 'create_job_with', ('problem',)),
+        ('GET', one, job_routes.status, 'predict', see, {}),
+        ('GET', f'{one}/result', job_routes.result, 'predict', take, dict(content_type=LINES)),
+        ('DELETE', one, job_routes.cancel, 'predict', end, {}),
     ]
 
 
 def routes(jobs:bool) -> list[tuple]: # method, path, handler, scope, OpenAPI operation, more for Endpoint
     "Everything that can be asked."
-    return (
-        _predictions()
-        + _about_itself()
-        + (_jobs() if jobs else [])
-        + [(m, p, h, s, None, {}) for m, p, h, s in kserve.routes()]
-    )
+    of_kserve = [(m, p, h, s, None, {}) for m, p, h, s in kserve.routes()]
+    return _predictions() + _about_itself() + (_jobs() if jobs else []) + of_kserve
 
 # %% ../../nbs/69_service.app.ipynb #ae57c2df
 class _Door:
@@ -290,7 +227,8 @@ class _Door:
                 'try again after Retry-After',
                 retry_after=1,
             )
-        self.held += want; call.held += want # until the request ends
+        self.held += want
+        call.held += want     # until the request ends
         return await read_body(length, call.receive, most, limits.body_seconds)
 
     def longest_wait(self) -> float: return max((m.batcher.wait() for m in self.models.current.values()), default=1.)
@@ -300,7 +238,9 @@ class _Counted:
     __slots__ = ('service', 'call')
     def __init__(self, service, call): self.service, self.call = service, call
     def __enter__(self): self.service.inflight += 1
-    def __exit__(self, *_): self.service.inflight -= 1; self.service.held -= self.call.held
+    def __exit__(self, *_):
+        self.service.inflight -= 1
+        self.service.held -= self.call.held
 
 # %% ../../nbs/69_service.app.ipynb #72fd5326
 class _Life:
@@ -310,13 +250,16 @@ class _Life:
         await self.models.start()
         if self.rollout: await self.rollout.challengers.refresh()
         for model in self.models.current.values(): await self._rehearse(model)
-        self.ready = True; self._watch = asyncio.create_task(self._look())
+        self.ready = True
+        self._watch = asyncio.create_task(self._look())
         if self.jobs: self.jobs.start(self)
         event('ready', models={n: m.digest[:12] for n, m in self.models.current.items()})
 
     async def _rehearse(self, model:Loaded):
         "The way of a request, a few times, so that no client is the first to walk it; uncounted, unkept."
-        b = io.BytesIO(); Image.new('RGB', (300, 300)).save(b, 'PNG'); now = time.monotonic
+        b = io.BytesIO()
+        Image.new('RGB', (300, 300)).save(b, 'PNG')
+        now = time.monotonic
         for _ in range(5):
             prepared = await prepare_all(model, [b.getvalue()], self.models)
             encode(
@@ -333,11 +276,14 @@ class _Life:
                 try: models and await models.refresh()
                 except Exception as e: event('looking for models failed', 40, exc_info=e)
 
-    def drain(self): "Say that nobody should come any more; who comes all the same is answered."; self.draining = True
+    def drain(self):
+        "Say that nobody should come any more; who comes all the same is answered."
+        self.draining = True
 
     async def stop(self):
         "Finish what is under way, and let go."
-        self.drain(); self.ready = False
+        self.drain()
+        self.ready = False
         if self._watch: self._watch.cancel()
         if self.jobs: await self.jobs.stop()
         if self.rollout: await self.rollout.stop()
@@ -351,92 +297,19 @@ class _Life:
         except Exception as e:
             event('start failed', 50, exc_info=e)
             return await send(dict(type='lifespan.startup.failed', message=str(e)))
-        await send(dict(type='lifespan.startup.complete')); await receive()
-        await self.stop(); await send(dict(type='lifespan.shutdown.complete'))
+        await send(dict(type='lifespan.startup.complete'))
+        await receive()
+        await self.stop()
+        await send(dict(type='lifespan.shutdown.complete'))
 
 async def _nowhere(message): "A send for answers that nobody reads."
 
-# %% ../../nbs/69_service.app.ipynb #152a6546
-class Service(_Door, _Life):
-    "The whole service, an ASGI app."
-    def __init__(self, source:Source, **settings):
-        self.source, self.metrics, self.inflight, self.held, self.ready, self.draining, self._watch = (
-            source,
-            Metrics(),
-            0,
-            0,
-            False,
-            False,
-            None,
-        )
-        self.configure(**settings)
-
-    def configure(self, device:str='auto', max_batch:int|None=None, max_queue:int=256, # images that wait, per model
-                  max_inflight:int=128,     # requests; more are refused before their body is read
-                  max_held:int=512_000_000, # bytes of bodies that are being read
-                  poll:float=1.,            # seconds between looks at the sources; 0: never
-                  kept:PredictionLog|None=None, guard:Guard|None=None, jobs:str|Path|None=None,
-                  challengers:Source|None=None, plan:Plan|None=None):
-        "Settings; before the start."
-        of = lambda s: Models(s, self.metrics, device, max_batch, max_queue)
-        self.models, self.max_inflight, self.max_held, self.poll, self.kept, self.guard = (
-            of(self.source),
-            max_inflight,
-            max_held,
-            poll,
-            kept,
-            guard,
-        )
-        self.rollout = Rollout(self.models, of(challengers), plan or Plan(), kept) if challengers else None
-        self.jobs, table, paths = Jobs(jobs) if jobs else None, routes(bool(jobs)), {}
-        for method, path, _, _, told, _ in table:
-            if told: paths.setdefault(path, {})[method.lower()] = told
-        self.document = document(paths, cv_lab.__version__, bool(guard))
-        self.router = Router(
-            [
-                Route(path, Endpoint(self, path, handler, scope=scope, **more), methods=[method])
-                for method, path, handler, scope, _, more in table
-            ],
-            redirect_slashes=False,
-        )
-
-    def pick(self, call:Call, problem:str|None) -> Loaded:
-        "Who answers this call."
-        model = self.models.pick(problem)
-        return self.rollout.choose(model, call.header('x-request-key') or call.id) if self.rollout else model
-
-    def trials(self) -> Rollout:
-        if not self.rollout:
-            raise Fault(
-                'not_found',
-                'no challengers are tried here',
-                'a service with a source of challengers',
-                'set CVLAB_CHALLENGER',
-            )
-        return self.rollout
-
-    async def answer(self, image:bytes, problem:str|None=None) -> dict:
-        "The answer for one image, without HTTP."
-        model = self.models.pick(problem)
-        if len(image) > model.limits.image_bytes:
-            raise Fault(
-                'too_large',
-                f'the image has {len(image)} bytes',
-                f'at most {model.limits.image_bytes}',
-                'resize it before sending',
-            )
-        (prepared,), (said,) = await work_on(
-            self, model, [image], options_of({}), time.monotonic() + model.limits.deadline
-        )
-        if isinstance(prepared, Exception): raise prepared
-        if isinstance(said, Exception): raise shown(said, self, model)
-        return item(self, model, prepared, said, len(image)) | dict(model=model.ref)
-
-    async def __call__(self, scope, receive, send):
-        if scope['type'] == 'lifespan': return await self._lifespan(receive, send)
-        if scope['type'] != 'http': raise RuntimeError(f'no {scope["type"]} here')
-        try: await self.router(dict(scope, app=self), receive, send)
-        except HTTPException as e: await Endpoint(self, 'unknown', _refusal(e))(scope, receive, send)
+# %% ../../nbs/69_service.app.ipynb #46329e74
+def _router(service, table:list[tuple]) -> Router: # `routes()`
+    "The table as Starlette's router."
+    end = lambda path, handler, scope, more: Endpoint(service, path, handler, scope=scope, **more)
+    known = [Route(path, end(path, h, scope, more), methods=[m]) for m, path, h, scope, _, more in table]
+    return Router(known, redirect_slashes=False)
 
 def _refusal(e:HTTPException):
     "A handler for what the router does not know."
@@ -452,3 +325,61 @@ def _refusal(e:HTTPException):
         )
 
     return handler
+
+# %% ../../nbs/69_service.app.ipynb #152a6546
+class Service(_Door, _Life):
+    "The whole service, an ASGI app."
+    def __init__(self, source:Source, **settings):
+        self.source, self.metrics = source, Metrics()
+        self.inflight = self.held = 0
+        self.ready = self.draining = False
+        self._watch = None
+        self.configure(**settings)
+
+    def configure(self, device:str='auto', max_batch:int|None=None, max_queue:int=256, # images that wait, per model
+                  max_inflight:int=128,     # requests; more are refused before their body is read
+                  max_held:int=512_000_000, # bytes of bodies that are being read
+                  poll:float=1.,            # seconds between looks at the sources; 0: never
+                  kept:PredictionLog|None=None, guard:Guard|None=None, jobs:str|Path|None=None,
+                  challengers:Source|None=None, plan:Plan|None=None):
+        "Settings; before the start."
+        of = lambda s: Models(s, self.metrics, device, max_batch, max_queue)
+        self.models = of(self.source)
+        self.max_inflight, self.max_held, self.poll = max_inflight, max_held, poll
+        self.kept, self.guard = kept, guard
+        self.rollout = Rollout(self.models, of(challengers), plan or Plan(), kept) if challengers else None
+        self.jobs = Jobs(jobs) if jobs else None
+        table, paths = routes(bool(jobs)), {}
+        for method, path, _, _, told, _ in table:
+            if told: paths.setdefault(path, {})[method.lower()] = told
+        self.document = document(paths, cv_lab.__version__, bool(guard))
+        self.router = _router(self, table)
+
+    def pick(self, call:Call, problem:str|None) -> Loaded:
+        "Who answers this call."
+        model = self.models.pick(problem)
+        return self.rollout.choose(model, call.header('x-request-key') or call.id) if self.rollout else model
+
+    def trials(self) -> Rollout:
+        if not self.rollout:
+            what, wanted = 'no challengers are tried here', 'a service with a source of challengers'
+            raise Fault('not_found', what, wanted, 'set CVLAB_CHALLENGER')
+        return self.rollout
+
+    async def answer(self, image:bytes, problem:str|None=None) -> dict:
+        "The answer for one image, without HTTP."
+        model = self.models.pick(problem)
+        if len(image) > model.limits.image_bytes:
+            what, most = f'the image has {len(image)} bytes', f'at most {model.limits.image_bytes}'
+            raise Fault('too_large', what, most, 'resize it before sending')
+        deadline = time.monotonic() + model.limits.deadline
+        (prepared,), (said,) = await work_on(self, model, [image], options_of({}), deadline)
+        if isinstance(prepared, Exception): raise prepared
+        if isinstance(said, Exception): raise shown(said, self, model)
+        return item(self, model, prepared, said, len(image)) | dict(model=model.ref)
+
+    async def __call__(self, scope, receive, send):
+        if scope['type'] == 'lifespan': return await self._lifespan(receive, send)
+        if scope['type'] != 'http': raise RuntimeError(f'no {scope["type"]} here')
+        try: await self.router(dict(scope, app=self), receive, send)
+        except HTTPException as e: await Endpoint(self, 'unknown', _refusal(e))(scope, receive, send)
