@@ -146,6 +146,7 @@ def _settings() -> dict:
         max_inflight=number('CVLAB_MAX_INFLIGHT', 128),
         max_batch=number('CVLAB_MAX_BATCH', 0) or None,
         poll=number('CVLAB_POLL_SECONDS', 1.0),
+        hung=number('CVLAB_HUNG_SECONDS', 60.0),
         kept=PredictionLog(kept) if kept else None,
         guard=Guard(env('CVLAB_KEYS'), env('CVLAB_OPEN') == '1'),
         jobs=env('CVLAB_JOBS'),

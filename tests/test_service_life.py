@@ -1,5 +1,5 @@
 "The service over time: load, swaps, trials, keys, jobs, and what it does when it is too much."
-import ast, asyncio, json, logging, os, re, struct, sys, time
+import ast, asyncio, json, logging, os, re, struct, sys, threading, time
 from pathlib import Path
 
 import numpy as np, pytest
@@ -173,6 +173,24 @@ def test_from_elsewhere_a_key_is_needed_unless_said_otherwise(toy):
         401,
         401,
     ] and run(go(Guard(open_to_all=True), '10.1.2.3')) == 200
+
+
+def test_a_device_that_hangs_fails_the_probe_of_liveness_until_it_comes_back(toy):
+    async def go():
+        async with serving(toy, hung=0.1) as (service, http):
+            model, back = service.models.pick(None), threading.Event(); inner = model.predictor.infer
+            def infer(x): back.wait(5); return inner(x)
+            async def probes():
+                return [(await http.get(p)).status_code for p in ('/livez', '/healthz', '/v2/health/live', '/readyz')]
+            model.predictor.infer = infer
+            cut = await http.post('/v1/predict', content=grey(1), headers={'x-deadline-ms': '50'})
+            early = await probes(); await asyncio.sleep(.1); late, said = await probes(), await http.get('/livez')
+            back.set(); await model.batcher.close()
+            return cut, early, late, said.json()['error'], await probes()
+
+    cut, early, late, said, after = run(go())
+    assert cut.status_code == 504 and early == after == [200] * 4 and late == [503] * 4
+    assert said['code'] == 'hung' and 'restart' in said['todo']
 
 
 def test_bentomls_own_endpoint_stands_behind_the_same_door(toy, tmp_path, monkeypatch):

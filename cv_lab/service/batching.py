@@ -40,9 +40,14 @@ class Batcher:
                  observe:Callable[[list[Work]], None]|None=None): # told of each batch
         self.run, self.pool, self.max_batch, self.max_queue, self.observe = run, pool, max_batch, max_queue, observe
         self.queue, self.counts, self.per_item, self.running, self._task = deque(), Counts(), 0., 0, None
+        self.began = 0. # when the batch under way went to the device
 
     @property
     def busy(self) -> bool: return bool(self.running or self.queue)
+
+    def at_it(self) -> float: # seconds
+        "How long the device has been at the batch under way."
+        return time.monotonic() - self.began if self.running else 0.
 
     def wait(self, more:int=0) -> float: # seconds
         "How long what is here already will take, and more."
@@ -91,10 +96,10 @@ class Batcher:
         try:
             while self.queue:
                 if not (batch := self._take()): continue
-                self.running, start = len(batch), time.monotonic()
+                self.running, self.began = len(batch), time.monotonic()
                 try: answers = await loop.run_in_executor(self.pool, self.run, [w.x for w in batch])
                 except Exception as e: answers = [e]*len(batch)
-                self._finish(batch, answers, time.monotonic() - start)
+                self._finish(batch, answers, time.monotonic() - self.began)
         finally: self.running, self._task = 0, None
 
     def _finish(self, batch:list[Work], answers:list, took:float):

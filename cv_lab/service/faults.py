@@ -31,6 +31,7 @@ FAULTS = {
     'internal':               (500, 'a fault of the service; the request id finds it in the log'),
     'model_failed':           (500, 'the model could not answer this image'),
     'not_ready':              (503, 'no model is loaded yet, or the service is going down; see Retry-After'),
+    'hung':                   (503, 'the device does not come back from its work: the process must be restarted'),
     'overloaded':             (503, 'more work than can be done in time; see Retry-After'),
     'deadline':               (504, 'the answer would have come after the deadline'),
 }

@@ -168,9 +168,11 @@ async def server(service, call) -> dict:
     import cv_lab
     return dict(name='cv_lab', version=cv_lab.__version__, extensions=['binary_tensor_data'])
 
-async def live(service, call) -> dict: return dict(live=True)
+async def live(service, call) -> dict:
+    service.check_device(); return dict(live=True)
 
 async def ready(service, call) -> dict:
+    service.check_device()
     if not service.ready or service.draining:
         raise Fault('not_ready', 'the service is not ready', 'a ready service', 'wait', retry_after=1)
     return dict(ready=True)

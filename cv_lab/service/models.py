@@ -253,6 +253,10 @@ class Models:
                 'release one, or name a folder in CVLAB_MODEL',
             )
 
+    def at_it(self) -> float: # seconds
+        "How long the device has been at one batch."
+        return max((m.batcher.at_it() for m in self.current.values()), default=0.)
+
     async def stop(self):
         for m in self.current.values(): await m.batcher.close()
         self.device_pool.shutdown(wait=False); self.decode_pool.shutdown(wait=False)
