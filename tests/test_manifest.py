@@ -3,7 +3,7 @@
 import hashlib, json, random, struct
 from collections import Counter, defaultdict
 
-import numpy as np, pyarrow as pa, pytest
+import numpy as np, pyarrow as pa, pyarrow.parquet as pq, pytest
 from hypothesis import given, settings, strategies as st
 
 from cv_lab.core import BadInput, Damaged, digest
@@ -13,6 +13,9 @@ from cv_lab.data.manifest import (
     SPLITS,
     Dataset,
     assign_splits,
+    batches,
+    check_rows,
+    count_changes,
     diff_versions,
     first_labels,
     load_dataset,
@@ -21,7 +24,9 @@ from cv_lab.data.manifest import (
     save_dataset,
     shared_groups,
     tags_of,
+    units_of,
     version_of,
+    write_manifest,
 )
 
 settings.register_profile('short', max_examples=60, deadline=None); settings.load_profile('short')
@@ -349,3 +354,38 @@ def test_many_rows_hash_as_their_parts_do():
         and version_of(t) == version_of(t.combine_chunks())
     )
     assert np.unique(a).size == 4000
+
+
+@settings(max_examples=15, deadline=None)
+@given(ROWS, ROWS)
+def test_a_file_is_read_as_a_table_is(tmp_path_factory, a, b):
+    """Seven rows to a row group, three at a time: checks, versions, differences and splits are those of the table."""
+    folder = tmp_path_factory.mktemp('file')
+    once = lambda rows: list({r['sha256']: r for r in rows}.values())
+    x, y = table(once(a)), table(once(b), 2)
+    for name, t in (('x', x), ('y', y)): pq.write_table(t, folder / f'{name}.parquet', row_group_size=7)
+    fx, fy = folder / 'x.parquet', folder / 'y.parquet'
+    assert pa.Table.from_batches(batches(fx, size=3), x.schema).equals(x)
+    assert version_of(fx) == version_of(x) and diff_versions(fx, fy) == diff_versions(x, y)
+    assert {k: len(v) for k, v in diff_versions(x, y).items()} == count_changes(fx, fy)[0]
+    u, v = units_of(x), units_of(fx)
+    assert (u.of == v.of).all() and (u.order == v.order).all()
+    d = Dataset(x, 'd', folder, ['a'])
+    made = write_manifest(batches(fx, size=3), d, folder)
+    assert made.version == d.version and pq.read_table(made.rows).equals(x)
+
+
+def test_a_file_that_nobody_can_rely_on_is_refused(tmp_path):
+    good = table([dict(sha256=digest(str(i))) for i in range(5)])
+    for column, values, why in (
+        ('id', ['a', 'b', 'c', 'b', 'b'], 'twice: b\n'),
+        ('sha256', ['x'] * 5, 'content hash'),
+        ('split', ['holdout'] * 5, 'unknown split'),
+    ):
+        bad = good.set_column(good.schema.get_field_index(column), column, pa.array(values))
+        pq.write_table(bad, tmp_path / 'bad.parquet', row_group_size=2)
+        with pytest.raises(BadInput, match=why): check_rows(tmp_path / 'bad.parquet')
+    (tmp_path / 'bad.parquet').write_bytes(b'PAR1 no')
+    with pytest.raises(Damaged): check_rows(tmp_path / 'bad.parquet')
+    pq.write_table(good.drop_columns(['tags']), tmp_path / 'bad.parquet')
+    with pytest.raises(BadInput, match='lacks the columns tags'): version_of(tmp_path / 'bad.parquet')

@@ -5,7 +5,7 @@ from hypothesis import given, settings, strategies as st
 from cv_lab.core import Annotation, BadInput, Damaged, NotFound, digest, read_json, write_json
 from cv_lab.data import versions as v
 from cv_lab.data.datasheet import QUESTIONS, answers_template, datasheet, guideline, load_answers
-from cv_lab.data.manifest import Dataset, load_dataset, make_table, save_dataset
+from cv_lab.data.manifest import Dataset, load_dataset, make_table, save_dataset, units_of
 
 
 def item(i, label='a', **kw):
@@ -66,7 +66,8 @@ def test_no_unit_is_parted(rows, by, redo, seed):
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)), max_size=30))
 def test_units_against_a_walk(pairs):
-    got = v.units([[a for a, _ in pairs] + [None], [b for _, b in pairs] + [None]])
+    rows = [item(i, group=f'g{a}', sha256=digest(f's{b}')) for i, (a, b) in enumerate(pairs)]
+    got = units_of(make_table([*rows, item(99)])).of
     todo, want = set(range(len(pairs))), []
     while todo:
         reach, edge = set(), [todo.pop()]

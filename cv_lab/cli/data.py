@@ -270,7 +270,11 @@ def split(
         str, typer.Option(help='For --by site: the tag that names a place, or `device`, `source`.')
     ] = 'site',
     near: Annotated[
-        bool, typer.Option('--near/--no-near', help='Look for near-duplicates and keep them together.')
+        bool,
+        typer.Option(
+            '--near/--no-near',
+            help='Look for near-duplicates and keep them together; without, no picture is read, and millions of rows take seconds.',
+        ),
     ] = True,
     redo: Annotated[
         bool,
@@ -287,11 +291,13 @@ def split(
 
     **Example**: `cvlab data split data/street --by site --site camera --redo`
     """
-    from cv_lab.data.manifest import load_dataset
-    from cv_lab.data.quality import check as look
+    from cv_lab.data.manifest import load_dataset, open_manifest
     from cv_lab.data.versions import commit, ever_held, split_dataset
-    d = load_dataset(dataset)
-    clusters = look(d).seen['cluster'].to_numpy() if near else None
+    d, clusters = open_manifest(dataset), None
+    if near:
+        from cv_lab.data.quality import check as look
+        d = load_dataset(dataset)
+        clusters = look(d).seen['cluster'].to_numpy()
     shares = {k: v for k, v in dict(train=train, val=val, test=test).items() if v}
     done, proof = split_dataset(d, shares, by, site, clusters, ever_held(dataset), redo, seed)
     line = commit(dataset, done, f'split by {proof["by"]}, seed {seed}', who, golden)
@@ -328,11 +334,13 @@ def diff(
     as_json: Json = False,
 ) -> None:
     "What was added, removed, relabelled, and moved between splits."
-    from cv_lab.data.versions import diff as changes
+    from cv_lab.data.manifest import count_changes
+    from cv_lab.data.versions import diff as changes, version_file
 
-    found = changes(dataset, old, new)
-    some = lambda v: f'  ({", ".join(v[:5])}{", ..." if len(v) > 5 else ""})' if v else ''
-    say(found, as_json, '\n'.join(f'{k}: {len(v):,}{some(v)}' for k, v in found.items()))
+    if as_json: return say(changes(dataset, old, new), True, '')
+    count, first = count_changes(version_file(dataset, old), version_file(dataset, new), 5)
+    for k, n in count.items():
+        typer.echo(f'{k}: {n:,}' + (f'  ({", ".join(first[k])}{", ..." if n > 5 else ""})' if n else ''))
 
 # %% ../../nbs/95_cli.data.ipynb #01d42dbe
 @app.command()
