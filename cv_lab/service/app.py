@@ -88,9 +88,11 @@ async def show_model(service, call) -> dict: return service.models.pick(call.par
 
 def _health(service) -> dict: return dict(status='ok', models={n: m.digest for n, m in service.models.current.items()})
 
-async def alive(service, call) -> dict: return _health(service)
+async def alive(service, call) -> dict:
+    service.check_device(); return _health(service)
 
 async def readyz(service, call) -> dict:
+    service.check_device()
     if not service.ready or service.draining:
         raise Fault(
             'not_ready', 'the service is not ready: it starts, or goes down', 'a ready service', 'wait', retry_after=1
@@ -140,7 +142,7 @@ def _predictions() -> list[tuple]:
 
 # %% ../../nbs/69_service.app.ipynb #fb52e9de
 def _about_itself() -> list[tuple]:
-    probe = lambda path, what, h: ('GET', path, h, None, operation(what, path[1:], Health), {})
+    probe = lambda path, what, h: ('GET', path, h, None, operation(what, path[1:], Health, 'hung'), {})
     problem = '/v1/models/{problem}'
     listed = operation('The loaded models', 'models', ModelList)
     one = operation('One model', 'model', ModelInfo, path=('problem',))
@@ -230,6 +232,17 @@ class _Door:
         self.held += want
         call.held += want     # until the request ends
         return await read_body(length, call.receive, most, limits.body_seconds)
+
+    def check_device(self):
+        "A device that hangs will not come back by itself: whoever probes shall restart the process."
+        took = max(m.at_it() for m in (self.models, self.rollout and self.rollout.challengers) if m)
+        if self.hung and took > self.hung:
+            raise Fault(
+                'hung',
+                f'the device has been at one batch for {took:.0f} s',
+                f'at most {self.hung:g} s',
+                'restart this process',
+            )
 
     def longest_wait(self) -> float: return max((m.batcher.wait() for m in self.models.current.values()), default=1.)
 
@@ -340,12 +353,13 @@ class Service(_Door, _Life):
                   max_inflight:int=128,     # requests; more are refused before their body is read
                   max_held:int=512_000_000, # bytes of bodies that are being read
                   poll:float=1.,            # seconds between looks at the sources; 0: never
+                  hung:float=60.,           # seconds at one batch, after which the process counts as dead; 0: never
                   kept:PredictionLog|None=None, guard:Guard|None=None, jobs:str|Path|None=None,
                   challengers:Source|None=None, plan:Plan|None=None):
         "Settings; before the start."
         of = lambda s: Models(s, self.metrics, device, max_batch, max_queue)
         self.models = of(self.source)
-        self.max_inflight, self.max_held, self.poll = max_inflight, max_held, poll
+        self.max_inflight, self.max_held, self.poll, self.hung = max_inflight, max_held, poll, hung
         self.kept, self.guard = kept, guard
         self.rollout = Rollout(self.models, of(challengers), plan or Plan(), kept) if challengers else None
         self.jobs = Jobs(jobs) if jobs else None
