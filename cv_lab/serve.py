@@ -106,7 +106,8 @@ def carried() -> list[Carried]:
 
 def pinned() -> list[str]:
     "The service's packages at the versions of the lock file, with its markers where Python's version decides."
-    lock = ROOT/'requirements.lock'; lines = lock.read_text().splitlines() if lock.is_file() else []
+    lock = ROOT/'requirements.lock'
+    lines = lock.read_text().splitlines() if lock.is_file() else []
     pins = {n: [l for l in lines if l.startswith(f'{n}==')] for n in sorted(PACKAGES)}
     return [p for n, found in pins.items() for p in found or [n]]
 
@@ -126,7 +127,8 @@ class Host(bentoml.Service):
 async def at_our_door(theirs, scope, receive, send):
     "An endpoint of BentoML's, with our keys and our limits, since it has none."
     async def refuse(_, call, e=None): raise e
-    call = Call(scope, receive); key, at = call.header('authorization'), (scope.get('server') or [None])[0]
+    call = Call(scope, receive)
+    key, at = call.header('authorization'), (scope.get('server') or [None])[0]
     try:
         with service.guard.admit(key, at, 'predict') if service.guard else nullcontext(), service.under_way(call):
             body = await service.read(call, service.models.pick(call.header('x-problem') or None).limits, False, False)
@@ -136,10 +138,16 @@ async def at_our_door(theirs, scope, receive, send):
     except ClientGone: pass
     except Fault as e: await Endpoint(service, '/predict', partial(refuse, e=e))(scope, receive, send)
 
+# %% ../nbs/70_serve.ipynb #aa8fc459
+def _challengers(named:str|None) -> Source|None: # a folder, or an alias of the registry
+    if not named: return None
+    return folders(named) if Path(named).is_dir() else from_registry(workspace().registry, named)
+
 def _settings() -> dict:
     "Settings of the service from the environment."
     number = lambda name, default: type(default)(os.environ.get(name, default))
-    env = os.environ.get; kept, challenger = env('CVLAB_TELEMETRY'), env('CVLAB_CHALLENGER')
+    env = os.environ.get
+    kept = env('CVLAB_TELEMETRY')
     return dict(
         device=env('CVLAB_DEVICE', 'auto'),
         max_queue=number('CVLAB_MAX_QUEUE', 256),
@@ -150,11 +158,7 @@ def _settings() -> dict:
         kept=PredictionLog(kept) if kept else None,
         guard=Guard(env('CVLAB_KEYS'), env('CVLAB_OPEN') == '1'),
         jobs=env('CVLAB_JOBS'),
-        challengers=(
-            folders(challenger) if Path(challenger).is_dir() else from_registry(workspace().registry, challenger)
-        )
-        if challenger
-        else None,
+        challengers=_challengers(env('CVLAB_CHALLENGER')),
     )
 
 
@@ -175,10 +179,12 @@ def check_models():
     "Load everything once, or end with a message."
     async def once():
         models = Models(find_source(), device=os.environ.get('CVLAB_DEVICE', 'auto'))
-        await models.start(); await models.stop()
+        await models.start()
+        await models.stop()
     try: asyncio.run(once())
     except Refusal as e: raise SystemExit(f'the service cannot start: {e}') from None
 
+# %% ../nbs/70_serve.ipynb #d79f0b84
 def _end_host(e:BaseException):
     "The worker cannot work: end the parent, which would only start it again."
     event('start failed', 50, exc_info=e)
@@ -192,14 +198,15 @@ def drain_on_signals(target:Service):
     def closing(number, before):
         def handler(*_):
             if target.draining: return
-            target.drain(); event('draining', seconds=wait)
+            target.drain()
+            event('draining', seconds=wait)
             loop.call_soon_threadsafe(loop.call_later, wait, before, number, None)
             loop.call_soon_threadsafe(loop.call_later, wait + 10, os._exit, 0)
         return handler
     for number in (signal.SIGTERM, signal.SIGINT):
         if callable(before := signal.getsignal(number)): signal.signal(number, closing(number, before))
 
-# %% ../nbs/70_serve.ipynb #b80cd8ed
+# %% ../nbs/70_serve.ipynb #64a6dc9f
 @bentoml.service(
     service_class=Host,
     workers=1,
@@ -216,7 +223,10 @@ class VisionService:
     @bentoml.on_startup
     async def open(self):
         set_up_log()
-        try: service.configure(**_settings()); await service.start(); drain_on_signals(service)
+        try:
+            service.configure(**_settings())
+            await service.start()
+            drain_on_signals(service)
         except BaseException as e: _end_host(e)
 
     @bentoml.on_shutdown
@@ -225,8 +235,7 @@ class VisionService:
     @bentoml.api(route='/predict')
     async def predict(self, image:bytes, /, ctx:bentoml.Context) -> dict:
         "The bytes of an image file: for BentoML's own client; the header X-Problem names one of several models."
-        try:
-            return await service.answer(image, ctx.request.headers.get('x-problem'))
+        try: return await service.answer(image, ctx.request.headers.get('x-problem'))
         except Refusal as e:
             e = as_fault(e)
             raise bentoml.exceptions.BentoMLException(str(e), error_code=HTTPStatus(e.http_status)) from None
@@ -248,10 +257,14 @@ class Running:
         "End it as a balancer's owner would: SIGTERM, and patience."
         if self.process.poll() is None: self.process.send_signal(signal.SIGTERM)
         try: return self.process.wait(seconds)
-        except subprocess.TimeoutExpired: os.killpg(self.process.pid, signal.SIGKILL); return self.process.wait(5)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            return self.process.wait(5)
 
 def free_port() -> int:
-    with socket.socket() as s: s.bind(('127.0.0.1', 0)); return s.getsockname()[1]
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
 
 def command(port:int, host:str='127.0.0.1', bento:str='', python:str|Path=sys.executable) -> list[str]:
     "How `bentoml serve` is called."
@@ -265,13 +278,15 @@ def environment(**more:str) -> dict[str, str]:
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))
     return ours | os.environ | dict(BENTOML_DO_NOT_TRACK='True', PYTHONPATH=path) | more
 
+# %% ../nbs/70_serve.ipynb #f6d25d3a
 @contextmanager
 def start_service(port:int=0, # 0: a free one
                   model:str|Path|None=None, # a bundle or model folder; the registry's production when None
                   env:dict[str, str]|None=None, seconds:float=60., bento:str='', cwd:str|Path|None=None,
                   python:str|Path=sys.executable) -> Iterator[Running]: # with what is installed there
     "Start the service, wait until it is ready, and stop it at the end."
-    port = port or free_port(); more = (dict(CVLAB_MODEL=str(Path(model).resolve())) if model else {}) | (env or {})
+    port = port or free_port()
+    more = (dict(CVLAB_MODEL=str(Path(model).resolve())) if model else {}) | (env or {})
     with tempfile.TemporaryDirectory() as d, open(Path(d)/'log', 'wb') as out:
         process = subprocess.Popen(
             command(port, bento=bento, python=python),
@@ -282,7 +297,9 @@ def start_service(port:int=0, # 0: a free one
             start_new_session=True,
         )
         running = Running(f'http://127.0.0.1:{port}', process, Path(d)/'log')
-        try: wait_until_ready(running, seconds); yield running
+        try:
+            wait_until_ready(running, seconds)
+            yield running
         finally: running.stop()
 
 def wait_until_ready(running:Running, seconds:float=60.):
@@ -310,4 +327,5 @@ def serve(port:int=3000, host:str='127.0.0.1', model:str|Path|None=None):
     "Become the service: this process is replaced by `bentoml serve`."
     if not 0 < port < 65536: raise BadInput(f'port {port}', '1 to 65535', 'choose another')
     env = environment(**(dict(CVLAB_MODEL=str(Path(model).resolve())) if model else {}))
-    sys.stdout.flush(); os.execvpe(sys.executable, command(port, host), env)
+    sys.stdout.flush()
+    os.execvpe(sys.executable, command(port, host), env)
