@@ -7,7 +7,7 @@ __all__ = ['search_space', 'changed', 'open_study', 'Watch', 'Plan', 'suggested'
            'as_it_stands', 'said_of', 'Swept', 'importance', 'plot_sweep', 'plot_importance', 'plot_parallel']
 
 # %% ../nbs/32_sweep.ipynb #723a432e
-import contextlib, multiprocessing, os, shutil, threading, time, warnings
+import contextlib, os, shutil, time, warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 from .core import BadInput, RunFailed, digest, workspace, write_json
 from .data.manifest import Dataset
+from .devices import together
 from .spec import Problem, Range
 from .task import get_task
-from .train import Run, fit, run_config, run_name, settings
+from .train import Run, fit, run_config, settings
 
 # %% ../nbs/32_sweep.ipynb #77a3661a
 def search_space(problem:Problem, **changes) -> dict[str, Range|list]: # setting -> where it is tried
@@ -78,8 +79,9 @@ def _mend(log:Path) -> None:
 # %% ../nbs/32_sweep.ipynb #b7a306dd
 class Watch(Callback):
     "Tells a trial how it stands, and stops it when it is not worth going on."
-    def __init__(self, trial:Trial, metric:str): self.trial, self.metric = trial, metric
+    def __init__(self, trial:Trial, metric:str): self.trial, self.metric, self.folder = trial, metric, None
     def on_validation_end(self, trainer, module):
+        self.folder = Path(trainer.default_root_dir)
         self.trial.report(float(trainer.callback_metrics[f'val_{self.metric}']), trainer.current_epoch + 1)
         if self.trial.should_prune(): raise optuna.TrialPruned
 
@@ -126,7 +128,7 @@ def run_trial(plan:Plan, study:optuna.Study, trial:Trial) -> None:
             contextlib.redirect_stdout(log),
             contextlib.redirect_stderr(log),
         ):
-            run = fit(plan.problem, plan.dataset, runs, callbacks=[Watch(trial, plan.metric)], **how)
+            run = fit(plan.problem, plan.dataset, runs, callbacks=[watch := Watch(trial, plan.metric)], **how)
         best = run.history.set_index('epoch').loc[run.done['best_epoch'], f'val_{plan.metric}']
         if not np.isfinite(best): raise ValueError(f'{plan.metric} is {best}')
         trial.set_user_attr('run', run.name)
@@ -134,10 +136,7 @@ def run_trial(plan:Plan, study:optuna.Study, trial:Trial) -> None:
         study.tell(trial, float(best))
     except optuna.TrialPruned:
         study.tell(trial, state=TrialState.PRUNED)
-        shutil.rmtree(
-            runs / run_name(run_config(plan.problem, plan.dataset, settings(plan.problem, **how)[0])) / 'checkpoints',
-            ignore_errors=True,
-        )
+        shutil.rmtree(watch.folder / 'checkpoints', ignore_errors=True)
     except BadInput:
         raise
     except Exception as e:
@@ -157,26 +156,11 @@ def next_trial(plan:Plan, study:optuna.Study) -> Trial|None:
         trial = Trial(study, left[0]._trial_id) if left else study.ask()
         suggested(trial, plan.space); trial.set_user_attr('session', plan.session); return trial
 
-def _take_part(plan:Plan, tell=lambda study: None) -> None:
+def _take_part(i:int, plan:Plan) -> None:
     study = plan.study()
-    while (trial := next_trial(plan, study)) is not None: run_trial(plan, study, trial); tell(study)
-
-def _in_process(plan:Plan, i:int, jobs:int, gpu:str|None) -> None:
-    "One of several processes: its share of the cores, its device, and no life after the one that began it."
-    parent = os.getppid()
-    def watch():
-        while os.getppid() == parent: time.sleep(1)
-        os._exit(1)
-    threading.Thread(target=watch, daemon=True).start()
-    if gpu is not None: os.environ['CUDA_VISIBLE_DEVICES'] = gpu
-    torch.set_num_threads(max(1, torch.get_num_threads()//jobs))
-    with (
-        open(plan.folder / f'process-{i}.txt', 'w') as log,
-        contextlib.redirect_stdout(log),
-        contextlib.redirect_stderr(log),
-        FileLock(plan.folder / f'.process-{i}.lock', timeout=10),
-    ):
-        _take_part(plan)
+    while (trial := next_trial(plan, study)) is not None:
+        run_trial(plan, study, trial)
+        print(said_of(study.get_trials(deepcopy=False)[trial.number], plan), flush=True)
 
 # %% ../nbs/32_sweep.ipynb #b9099a09
 def sweep(problem:Problem, dataset:Dataset, runs:str|Path|None=None, # the folder of all runs; the workspace's when None
@@ -243,31 +227,10 @@ def as_it_stands(
 # %% ../nbs/32_sweep.ipynb #740ce15c
 def _all(plan:Plan, jobs:int) -> None:
     "Every trial, here or in several processes, with a line for each that ends."
-    seen = {t.number for t in plan.study().get_trials(deepcopy=False) if t.state.is_finished()}
-    def tell(study):
-        for t in study.get_trials(deepcopy=False):
-            if t.state.is_finished() and t.number not in seen: seen.add(t.number); print(said_of(t, plan), flush=True)
-    if seen: print(f'{plan.folder.name}: {len(seen)} trials are there already', flush=True)
-    if jobs == 1: return _take_part(plan, tell)
-    gpus, start = torch.cuda.device_count(), multiprocessing.get_context('spawn')
-    procs = [
-        start.Process(target=_in_process, args=(plan, i, jobs, str(i % gpus) if gpus > 1 else None))
-        for i in range(jobs)
-    ]
-    try:
-        for p in procs: p.start()
-        study = plan.study()
-        while any(p.is_alive() for p in procs): time.sleep(.5); tell(study)
-    finally:
-        for p in procs: p.terminate(); p.join()
-    tell(study)
-    if bad := [i for i, p in enumerate(procs) if p.exitcode]:
-        raise RunFailed(
-            f'process {bad[0]} of the sweep ended with {procs[bad[0]].exitcode}',
-            'a process that ends by itself',
-            f'see process-{bad[0]}.txt in {plan.folder.name}; the sweep goes on when it is called again',
-        )
-
+    gpus, ended = torch.cuda.device_count(), sum(t.state.is_finished() for t in plan.study().get_trials(deepcopy=False))
+    if ended: print(f'{plan.folder.name}: {ended} trials are there already', flush=True)
+    if jobs == 1: _take_part(0, plan)
+    else: together(_take_part, jobs, (plan,), lambda i: {'CUDA_VISIBLE_DEVICES': str(i % gpus)} if gpus > 1 else {})
 
 def said_of(t:FrozenTrial, plan:Plan) -> str:
     "A trial in one line."

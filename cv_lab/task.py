@@ -36,6 +36,7 @@ OPTIONAL = dict(
     GAIN='the metric that the column `gain` of its mistakes is a part of',
     whole='(annotations, width, height) -> annotations, with a place for those that have none and speak of the whole image',
     collate='(targets) -> a batch of them, where they are no arrays of one shape',
+    distill='(outputs, taught, cfg, temperature) -> a scalar tensor: how far the outputs are from those of a teacher',
     calibrate='(truth, predictions, problem) -> thresholds, fitted on held-out data',
     answers='(truth, predictions, problem) -> of every answer given: is it right, its confidence, index of its class, index of its item',
     figures='(truth, predictions, problem) -> {title: matplotlib figure}, for the report of its errors',

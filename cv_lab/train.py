@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['Fit', 'settings', 'Images', 'contact_sheet', 'Shuffled', 'systematic', 'repeat_factors', 'one_cycle', 'Fitter',
-           'History', 'growing', 'RunningMean', 'code_digest', 'run_config', 'run_name', 'lineage', 'Run',
-           'make_trainer', 'make_loaders', 'fit', 'StepTimer', 'bare_loop']
+           'History', 'growing', 'RunningMean', 'StepTimer', 'code_digest', 'one_device', 'run_config', 'run_name',
+           'lineage', 'Run', 'best_network', 'find_teacher', 'make_network', 'make_trainer', 'make_loaders', 'fit',
+           'bare_loop']
 
 # %% ../nbs/30_train.ipynb #edd61610
 import functools, logging, os, platform, re, shutil, subprocess, time, warnings
@@ -18,14 +19,16 @@ from filelock import FileLock, Timeout
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, WeightAveraging
 from pydantic import Field, ValidationError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Sampler, default_collate
 from tqdm.auto import tqdm
 from .augment import Augment, augmentation
-from .core import (Annotation, BadInput, RunFailed, digest, file_digest, read_json, workspace,
+from .core import (Annotation, BadInput, NotFound, RunFailed, digest, file_digest, read_json, workspace,
                          write_atomic, write_json)
 from .data.manifest import Dataset, shared_groups
+from .devices import meeting_point, rank, together
 from .data.terms import refuse_terms
+from .finetune import add_lora, be_still, freeze, merge_lora
 from .geometry import to_input
 from .image import Placement, decode, placement, preprocess
 from .spec import Problem, Strict
@@ -36,6 +39,7 @@ class Fit(Strict):
     "Settings of a training."
     epochs: int = Field(20, ge=1)
     batch_size: int = Field(64, ge=1)      # per device
+    accumulate: int = Field(1, ge=1)       # batches whose gradients make one step
     lr: float = Field(3e-3, gt=0)          # the peak of one cycle (Smith & Topin 2017)
     warmup: float = Field(.3, gt=0, lt=1)  # share of the steps in which it rises; then it falls, both along a cosine
     weight_decay: float = Field(.05, ge=0) # of weights, not of biases and norms (AdamW, Loshchilov & Hutter 2019)
@@ -51,8 +55,22 @@ class Fit(Strict):
     val_every: int = Field(1, ge=1)        # epochs between validations
     seed: int = Field(0, ge=0)
     accelerator: Literal['auto', 'cpu', 'gpu'] = 'auto'
-    devices: int = Field(1, ge=1)
-    strategy: str = 'auto'                 # Lightning's: ddp, fsdp, ...
+    finetune: Literal['all', 'head', 'lora'] = (
+        'all'  # what of a pretrained network is trained: everything, its head, or low-rank adapters too
+    )
+    lora_rank: int = Field(8, ge=1)
+    teacher: str = ''  # a finished run whose answers are learned too (Hinton et al. 2015)
+    distill: float = Field(
+        0.7, ge=0, le=1
+    )  # the share of the loss that asks for the teacher's answers, not for the labels
+    distill_temperature: float = Field(4, gt=0) # how soft the teacher's answers are made
+    devices: int = Field(1, ge=1)          # of each machine
+    nodes: int = Field(1, ge=1)  # machines
+    strategy: Literal['auto', 'ddp', 'ddp_find_unused_parameters_true', 'fsdp', 'fsdp_cpu_offload'] = (
+        'auto'  # Lightning's; auto: ddp where there are several
+    )
+    sync_batchnorm: bool = False           # batch norm over all devices' items, not over each device's own
+    compile: bool = False                  # torch.compile: slower to begin with, faster after
     precision: Literal['auto', '32-true', 'bf16-mixed', '16-mixed'] = 'auto'
     workers: int = Field(-1, ge=-1)  # loader processes; -1: none when the images fit into memory, else one per core
     memory_gb: float = Field(2, ge=0)      # images that fit into this are decoded once and kept
@@ -91,8 +109,8 @@ class Images(torch.utils.data.Dataset):
         memory_gb: float = 2,
         title: str = '',
     ):
-        self.task, self.cfg, self.classes, self.read, self.uris = (
-            get_task(problem.task),
+        self.name, self.cfg, self.classes, self.read, self.uris = (
+            problem.task,
             cfg,
             problem.classes,
             dataset.read,
@@ -120,6 +138,9 @@ class Images(torch.utils.data.Dataset):
                     )
                 )
             )
+
+    @property
+    def task(self): return get_task(self.name)
 
     def load(self, i):
         rgb = decode(self.read(self.uris[i])); self.sizes[i] = rgb.shape[1::-1]
@@ -194,21 +215,26 @@ def contact_sheet(images:Images, items:int=4, times:int=6, seed:int=0): # a matp
 class Shuffled(Sampler):
     "This process's share of the items, in an order that depends only on the seed and the epoch; seeds what is random in it."
 
-    def __init__(self, n:int, seed:int,
-                 often:np.ndarray|None=None,       # (n,) how often each item should come, relative to the others
-                 on_epoch=lambda epoch: None):     # told of every epoch that begins
-        self.n, self.seed, self.often, self.on_epoch, self.epoch = n, seed, often, on_epoch, 0
+    def __init__(
+        self,
+        n: int,
+        seed: int,
+        often: np.ndarray | None = None,  # (n,) how often each item should come, relative to the others
+        on_epoch=lambda epoch: None,  # told of every epoch that begins
+        share: int = 1,
+    ):  # items of a process in one step; those that fill no step are left out
+        self.n, self.seed, self.often, self.on_epoch, self.share, self.epoch = n, seed, often, on_epoch, share, 0
     def set_epoch(self, epoch:int): self.epoch = epoch; self.on_epoch(epoch)   # Lightning calls it, also after a resume
     def rank(self) -> tuple[int, int]: # of how many processes this is which
         on = torch.distributed.is_available() and torch.distributed.is_initialized()
         return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if on else (0, 1)
-    def __len__(self): return self.n//self.rank()[1]
+    def __len__(self): return self.n//(self.share*self.rank()[1])*self.share
     def __iter__(self):
         me, world = self.rank()
         torch.manual_seed(int(np.random.SeedSequence([self.seed, self.epoch, me]).generate_state(1)[0]))
         rng = np.random.default_rng([self.seed, self.epoch]); order = rng.permutation(self.n)
         if self.often is not None: order = rng.permutation(order[systematic(self.often[order], rng.random())])
-        return iter(order[:self.n//world*world][me::world].tolist())
+        return iter(order[:len(self)*world][me::world].tolist())
 
 # %% ../nbs/30_train.ipynb #42b3f77e
 def systematic(often:np.ndarray, # (N,) relative frequencies
@@ -227,9 +253,12 @@ def repeat_factors(annotations:list[list[dict]], # of each item
     return np.array([max([1., *(np.sqrt(share/of[c]) for c in h)]) for h in has])
 
 # %% ../nbs/30_train.ipynb #1eb77458
-def one_cycle(net, fit:Fit, steps:int) -> tuple: # optimizer, schedule
+def one_cycle(net, fit:Fit, steps:int, decayed:set[str]|None=None) -> tuple: # optimizer, schedule
     "AdamW, and a learning rate that rises and falls once; norms and biases do not decay."
-    decay, rest = ([p for p in net.parameters() if (p.ndim > 1) == big] for big in (True, False))
+    big = lambda name, p: (
+        p.ndim > 1 if decayed is None else name.replace('_fsdp_wrapped_module.', '') in decayed
+    )  # sharded weights are flat
+    decay, rest = ([p for n, p in net.named_parameters() if big(n, p) == wanted] for wanted in (True, False))
     opt = torch.optim.AdamW(
         [dict(params=decay, weight_decay=fit.weight_decay), dict(params=rest, weight_decay=0)],
         fit.lr,
@@ -239,10 +268,17 @@ def one_cycle(net, fit:Fit, steps:int) -> tuple: # optimizer, schedule
 
 class Fitter(L.LightningModule):
     "The loop's side of a task."
-    def __init__(self, net, problem:Problem, fit:Fit, cfg, truth:pa.Table, places:list[Placement]):
+
+    def __init__(
+        self, net, problem: Problem, fit: Fit, cfg, truth: pa.Table, places: list[Placement], still=None, teacher=None
+    ):
         super().__init__()
+        self.apart = [
+            still,
+            teacher,
+        ]  # the backbone that is held still, and the network that teaches: in a list, so that they are no part of what is kept
         self.net, self.problem, self.fit, self.cfg, self.truth, self.places = net, problem, fit, cfg, truth, places
-        self.said, self.losses = [], []
+        self.said, self.losses, self.decayed = [], [], {n for n, p in net.named_parameters() if p.ndim > 1}
 
     @property
     def task(self):
@@ -251,7 +287,12 @@ class Fitter(L.LightningModule):
     def on_after_batch_transfer(self, batch, _): return batch[0].contiguous(memory_format=torch.channels_last), batch[1]
 
     def training_step(self, batch, _):
-        loss = self.task.loss(self.net(batch[0]), batch[1], self.cfg)
+        still, teacher = self.apart
+        if still is not None: be_still(still)
+        out = self.net(batch[0]); loss = self.task.loss(out, batch[1], self.cfg); how = self.fit
+        if teacher is not None:
+            with torch.no_grad(): asked = teacher.to(self.device)(batch[0])
+            loss = (1 - how.distill)*loss + how.distill*self.task.distill(out, asked, self.cfg, how.distill_temperature)
         self.losses.append(loss.detach())
         return loss
 
@@ -261,7 +302,10 @@ class Fitter(L.LightningModule):
             in_image(p, self.places[len(self.said) + i])
             for i, p in enumerate(self.task.decode(arrays, self.cfg, self.problem.classes, {}))
         ]
-        self.log('val_loss', self.task.loss(out, batch[1], self.cfg), batch_size=len(batch[0]))
+        self.log('val_loss', self.task.loss(out, batch[1], self.cfg), batch_size=len(batch[0]), sync_dist=True)
+
+    def on_validation_start(self): # all processes judge the same network: batch norm has seen other items in each
+        for b in self.net.buffers() if self.trainer.world_size > 1 else (): torch.distributed.broadcast(b, 0)
 
     def on_validation_epoch_end(self):
         self.log('train_loss', torch.stack(self.losses).mean(), sync_dist=True); self.losses = []
@@ -269,11 +313,13 @@ class Fitter(L.LightningModule):
         metric = self.problem.metrics.primary
         self.log(
             f'val_{metric}',
-            float(self.task.score(self.truth, said, self.problem)(np.ones((1, len(self.truth))))[metric][0]),
+            self.trainer.strategy.broadcast(
+                float(self.task.score(self.truth, said, self.problem)(np.ones((1, len(self.truth))))[metric][0])
+            ),
         )
 
     def configure_optimizers(self):
-        opt, cycle = one_cycle(self.net, self.fit, int(self.trainer.estimated_stepping_batches))
+        opt, cycle = one_cycle(self.net, self.fit, int(self.trainer.estimated_stepping_batches), self.decayed)
         return dict(optimizer=opt, lr_scheduler=dict(scheduler=cycle, interval='step'))
 
 # %% ../nbs/30_train.ipynb #d7a6c273
@@ -312,6 +358,25 @@ class RunningMean(WeightAveraging):
     "Weights averaged with a decay that grows to `decay`; validation and checkpoints use the mean."
     def __init__(self, decay:float): super().__init__(avg_fn=growing(decay))
 
+# %% ../nbs/30_train.ipynb #c7f4d289
+def _now() -> float:
+    if torch.cuda.is_available(): torch.cuda.synchronize()
+    return time.perf_counter()
+
+class StepTimer(Callback):
+    "Seconds per training step, epoch by epoch, without what lies between epochs, and the share of them in which the step waited for its batch."
+
+    def __init__(self): self.seconds, self.waited, self.since, self.ended, self.gap = [], [], 0., 0., 0.
+    def on_train_batch_start(self, trainer, module, batch, i):
+        if i == 0: self.since, self.gap = _now(), 0.
+        else: self.gap += time.perf_counter() - self.ended
+    def on_train_batch_end(self, trainer, module, outputs, batch, i):
+        self.ended = time.perf_counter()
+        if i + 1 == trainer.num_training_batches:
+            took = _now() - self.since
+            self.seconds.append(took / (i + 1))
+            self.waited.append(self.gap / took)
+
 # %% ../nbs/30_train.ipynb #2a5df619
 def code_digest(task:str) -> str:
     "A hash of the source that decides the weights: training, the task, and the rooms that they stand on."
@@ -324,7 +389,11 @@ def code_digest(task:str) -> str:
         todo += re.findall(r'^\s*from (?:cv_lab\.|\.+)([\w.]+) import', text, re.M)
     return digest(dict(sorted(seen.items())))[:16]
 
-def run_config(problem:Problem, dataset:Dataset, fit:Fit) -> dict:
+def one_device(fit:Fit) -> dict: # settings
+    "How one device would do the same: a batch after the other, a step when all are through."
+    return dict(devices=1, nodes=1, accumulate=fit.accumulate*fit.devices*fit.nodes, strategy='auto')
+
+def run_config(problem:Problem, dataset:Dataset, fit:Fit, teacher=None) -> dict:
     "Everything that decides the weights of a run."
     on_gpu = fit.accelerator == 'gpu' or (fit.accelerator == 'auto' and torch.cuda.is_available())
     precision = (
@@ -341,12 +410,13 @@ def run_config(problem:Problem, dataset:Dataset, fit:Fit) -> dict:
         multilabel=problem.multilabel,
         primary=problem.metrics.primary,
         dataset=dataset.version,
-        fit=fit.model_copy(update=dict(precision=precision, accelerator='gpu' if on_gpu else 'cpu')).model_dump(
-            mode='json'
-        ),
+        fit=fit.model_copy(
+            update=dict(precision=precision, accelerator='gpu' if on_gpu else 'cpu') | one_device(fit)
+        ).model_dump(mode='json'),
         code=code_digest(problem.task),
         torch=str(torch.__version__),
-    )
+    ) | ({'teacher': teacher.done['weights']} if teacher else {})
+
 
 def run_name(config:dict) -> str: return f'{config["problem"]}-{digest(config)[:8]}'
 
@@ -388,6 +458,58 @@ class Run:
     @property
     def config(self) -> dict: return yaml.safe_load((self.path/'config.yaml').read_text())
 
+def best_network(run:Run) -> tuple[torch.nn.Module, Any]: # in evaluation mode, and the task's settings
+    "The network of a finished run."
+    c = run.config
+    task = get_task(c['task'])
+    cfg = task.Config.model_validate(c['fit']['task'] | {'pretrained': False})
+    net = task.network(cfg, c['classes']); net.load_state_dict(load_file(run.path/'export/model.safetensors'))
+    return net.eval(), cfg
+
+def find_teacher(problem:Problem, how:Fit, cfg, root:Path) -> Run|None:
+    "The run that teaches, if one is named and can."
+    if not how.teacher: return None
+    run = next(
+        (
+            Run(p.resolve())
+            for p in (root / how.teacher, root.parent.parent.parent / how.teacher, Path(how.teacher))
+            if (p / 'done.json').is_file()
+        ),
+        None,
+    )
+    if run is None:
+        raise NotFound(f'there is no finished run {how.teacher}', f'a run of {root.name}/', 'see `cvlab runs`')
+    c, task = run.config, get_task(problem.task)
+    if not hasattr(task, 'distill'):
+        raise BadInput(
+            f'{problem.task} cannot be learned from a teacher', 'a task with `distill`', 'take `teacher` out'
+        )
+    if (c['task'], c['classes']) != (problem.task, problem.classes) or c['fit']['task']['image'] != cfg.model_dump(
+        mode='json'
+    )['image']:
+        raise BadInput(
+            f'{run.name} answers another question',
+            'the same task, classes in the same order, and images of the same size',
+            'name another teacher',
+        )
+    return run
+
+def make_network(
+    problem: Problem, how: Fit, cfg
+) -> tuple[torch.nn.Module, torch.nn.Module | None]:  # the backbone too, if it is held still
+    "The task's network, ready to be trained."
+    if how.finetune != 'all' and not cfg.model_dump().get('pretrained'):
+        raise BadInput(
+            f'finetune: {how.finetune} of a backbone that knows nothing',
+            'pretrained weights',
+            'set `pretrained` to true or to a .safetensors file',
+        )
+    net = get_task(problem.task).network(cfg, problem.classes)
+    return net, None if how.finetune == 'all' else freeze(net) if how.finetune == 'head' else add_lora(
+        net, how.lora_rank
+    )
+
+
 def make_trainer(run:Run, fit:Fit, problem:Problem, config:dict, loggers:list, callbacks:list) -> L.Trainer:
     "Lightning's trainer with our settings: two checkpoints, the best and the last, a history, early stopping."
     keep, primary = run.path/'checkpoints', problem.metrics.primary
@@ -405,11 +527,15 @@ def make_trainer(run:Run, fit:Fit, problem:Problem, config:dict, loggers:list, c
             keep, 'last', save_top_k=1, every_n_epochs=1, save_on_train_epoch_end=True, enable_version_counter=False
         ),
     ]
+    many = fit.devices*fit.nodes > 1
     return L.Trainer(
         max_epochs=fit.epochs,
         accelerator=config['fit']['accelerator'],
         devices=fit.devices,
-        strategy=fit.strategy,
+        num_nodes=fit.nodes,
+        strategy='ddp' if many and fit.strategy == 'auto' else fit.strategy,
+        accumulate_grad_batches=fit.accumulate,
+        sync_batchnorm=fit.sync_batchnorm and many,
         precision=config['fit']['precision'],
         callbacks=calls + callbacks,
         logger=loggers,
@@ -446,9 +572,10 @@ def make_loaders(problem:Problem, dataset:Dataset, fit:Fit, cfg) -> tuple[DataLo
         pin_memory=torch.cuda.is_available(),
         collate_fn=functools.partial(_collate, joined) if joined else None,
     )
-    size = min(fit.batch_size, len(a))
+    size = min(fit.batch_size, max(1, len(a) // (fit.devices * fit.nodes * fit.accumulate)))
     often = repeat_factors(parts['train']['annotations'].to_pylist(), fit.balance) if fit.balance else None
-    a.seed = fit.seed; order = Shuffled(len(a), fit.seed, often, lambda epoch: a.progress.fill_(epoch/fit.epochs))
+    a.seed = fit.seed
+    order = Shuffled(len(a), fit.seed, often, lambda epoch: a.progress.fill_(epoch / fit.epochs), size * fit.accumulate)
     return DataLoader(a, size, sampler=order, drop_last=True, **kw), DataLoader(b, 4*size, **kw)
 
 def _collate(joined, batch: list) -> tuple:
@@ -494,51 +621,116 @@ def fit(problem:Problem, dataset:Dataset, runs:str|Path|None=None, # the folder 
             'no group in two splits',
             'split the dataset again, or set data: {allow_leaks: true}',
         )
-    config = run_config(problem, dataset, how)
+    teacher = find_teacher(problem, how, cfg, root)
+    config = run_config(problem, dataset, how, teacher)
     run = Run(root / run_name(config))
     run.path.mkdir(parents=True, exist_ok=True)
+    if config['fit']['accelerator'] != 'gpu' and (how.sync_batchnorm or how.strategy.startswith('fsdp')):
+        raise BadInput(
+            'fsdp or sync_batchnorm on a CPU',
+            'GPUs: torch has neither for a CPU',
+            'take ddp, or a network with group norm',
+        )
+    if how.nodes > 1 and rank() is None:
+        raise BadInput(
+            f'{how.nodes} machines, and nobody who begins the processes',
+            'torchrun or SLURM',
+            'call `fit` in a script that torchrun starts on each machine',
+        )
+    if rank():
+        return (
+            run
+            if run.done and not force
+            else _train(run, problem, dataset, how, cfg, config, list(callbacks), teacher, force)
+        )  # not the first: writes nothing
     try:
         with FileLock(run.path/'.lock', timeout=0):
             if force:
                 for p in [run.path/'done.json', *(run.path/'checkpoints').glob('*.ckpt')]: p.unlink(missing_ok=True)
             if run.done: print(f'{run.name}: nothing has changed, so nothing is trained'); return run
-            return _train(run, problem, dataset, how, cfg, config, list(callbacks))
+            if how.devices > 1 and rank() is None:
+                at = meeting_point()
+                env = lambda i: at | dict(RANK=str(i), LOCAL_RANK=str(i), NODE_RANK='0', WORLD_SIZE=str(how.devices))
+                together(
+                    _of_many, how.devices, (run, problem, dataset, how, cfg, config, list(callbacks), teacher), env
+                )
+                return run
+            return _train(run, problem, dataset, how, cfg, config, list(callbacks), teacher)
     except Timeout:
         raise RunFailed(
             f'{run.name} is being trained by another process', 'one process per run', 'wait for it, or stop it'
         ) from None
 
 
-def _train(run:Run, problem:Problem, dataset:Dataset, how:Fit, cfg, config:dict, callbacks:list) -> Run:
-    _quietly(); L.seed_everything(how.seed, workers=True, verbose=False)
-    write_atomic(run.path / 'config.yaml', yaml.safe_dump(config, sort_keys=False))
-    write_json(run.path / 'lineage.json', lineage(config, run.path.parent.parent))
+def _of_many(i:int, *args) -> None: _train(*args)
+
+def _train(
+    run: Run,
+    problem: Problem,
+    dataset: Dataset,
+    how: Fit,
+    cfg,
+    config: dict,
+    callbacks: list,
+    teacher: Run | None = None,
+    anew: bool = False,
+) -> Run:
+    _quietly(); L.seed_everything(how.seed, workers=True, verbose=False); first = not rank()
+    if first:
+        write_atomic(run.path / 'config.yaml', yaml.safe_dump(config, sort_keys=False))
+        write_json(
+            run.path / 'lineage.json',
+            lineage(config, run.path.parent.parent)
+            | dict(spread={k: getattr(how, k) for k in ('nodes', 'devices', 'accumulate', 'strategy')}),
+        )
     train, val = make_loaders(problem, dataset, how, cfg)
-    net = get_task(problem.task).network(cfg, problem.classes).to(memory_format=torch.channels_last)
-    last, loggers = run.path/'checkpoints/last.ckpt', _loggers(run, config)
-    print(
-        f'{run.name}: {len(train.dataset)} items, {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M weights, {config["fit"]["accelerator"]}, {config["fit"]["precision"]}'
-        + (', resumed from the last finished epoch' if last.exists() else ''),
-        flush=True,
+    net, still = make_network(problem, how, cfg); net = net.to(memory_format=torch.channels_last)
+    if how.compile: net.compile()
+    last, loggers = run.path / 'checkpoints/last.ckpt', _loggers(run, config) if first else []
+    resumed = last.exists() and not anew
+    if first:
+        print(
+            f'{run.name}: {len(train.dataset)} items, {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M weights{"" if still is None else f", {sum(p.numel() for p in net.parameters() if p.requires_grad) / 1e6:.3f} M of them trained"}, {config["fit"]["accelerator"]}, {config["fit"]["precision"]}'
+            + (f', {how.devices * how.nodes} devices' if how.devices * how.nodes > 1 else '')
+            + (', resumed from the last finished epoch' if resumed else ''),
+            flush=True,
+        )
+    since, trainer = (
+        time.perf_counter(),
+        make_trainer(run, how, problem, config, loggers, [timer := StepTimer(), *callbacks]),
     )
-    since, trainer = time.perf_counter(), make_trainer(run, how, problem, config, loggers, callbacks)
+    places = [val.dataset.place(i) for i in range(len(val.dataset))]
     trainer.fit(
-        Fitter(net, problem, how, cfg, dataset.split('val'), [val.dataset.place(i) for i in range(len(val.dataset))]),
+        Fitter(
+            net, problem, how, cfg, dataset.split('val'), places, still, best_network(teacher)[0] if teacher else None
+        ),
         train,
         val,
-        ckpt_path=last if last.exists() else None,
+        ckpt_path=last if resumed else None,
         weights_only=True,
     )
-    if trainer.is_global_zero: _finish(run, net, trainer, time.perf_counter() - since)
+    if trainer.is_global_zero:
+        _finish(
+            run,
+            trainer,
+            time.perf_counter() - since,
+            timer,
+            (lambda: make_network(problem, how, cfg)[0]) if how.finetune == 'lora' else None,
+        )
     for log in loggers: log.experiment.finish()
+    if torch.distributed.is_initialized(): torch.distributed.barrier(); torch.distributed.destroy_process_group()
     return run
 
-def _finish(run:Run, net, trainer:L.Trainer, seconds:float) -> None:
+def _finish(run:Run, trainer:L.Trainer, seconds:float, timer, adapted=None) -> None:
     "The best weights as safetensors, then the note that the run is done."
     best = torch.load(run.path/'checkpoints/best.ckpt', map_location='cpu', weights_only=True)
     weights = {
         k.removeprefix('net.'): v.contiguous().cpu() for k, v in best['state_dict'].items() if k.startswith('net.')
     }
+    if adapted:  # what is kept is the network without its adapters
+        net = adapted()
+        net.load_state_dict(weights)
+        weights = {k: v.contiguous() for k, v in merge_lora(net).state_dict().items()}
     (run.path/'export').mkdir(exist_ok=True); tmp = run.path/'export/.model.safetensors'
     save_file(weights, tmp); os.replace(tmp, run.path/'export/model.safetensors')
     write_json(
@@ -549,22 +741,12 @@ def _finish(run:Run, net, trainer:L.Trainer, seconds:float) -> None:
             epochs=trainer.current_epoch,
             seconds=round(seconds, 1),
             steps=trainer.global_step,
+            waited=round(float(np.median(timer.waited)), 3) if timer.waited else None,
+            step_ms=round(1e3 * float(np.median(timer.seconds)), 2) if timer.seconds else None,
         ),
     )
 
 # %% ../nbs/30_train.ipynb #f8fc55f2
-def _now() -> float:
-    if torch.cuda.is_available(): torch.cuda.synchronize()
-    return time.perf_counter()
-
-class StepTimer(Callback):
-    "Seconds per training step, epoch by epoch, without what lies between epochs."
-    def __init__(self): self.seconds, self.since = [], 0.
-    def on_train_batch_start(self, trainer, module, batch, i):
-        if i == 0: self.since = _now()
-    def on_train_batch_end(self, trainer, module, outputs, batch, i):
-        if i + 1 == trainer.num_training_batches: self.seconds.append((_now() - self.since)/(i + 1))
-
 def bare_loop(problem:Problem, dataset:Dataset, **changes) -> list[float]: # seconds per step of each epoch
     "The same training as `fit`, with nothing around it."
     how, cfg = settings(problem, **changes); torch.manual_seed(how.seed); task = get_task(problem.task)
@@ -573,7 +755,7 @@ def bare_loop(problem:Problem, dataset:Dataset, **changes) -> list[float]: # sec
     net = task.network(cfg, problem.classes).to(on, memory_format=torch.channels_last)
     train, _ = make_loaders(problem, dataset, how, cfg)
     took = []
-    opt, cycle = one_cycle(net, how, how.epochs * len(train))
+    opt, cycle = one_cycle(net, how, how.epochs * len(train) // how.accumulate)
     mean = torch.optim.swa_utils.AveragedModel(net, avg_fn=growing(how.ema), use_buffers=True) if how.ema else None
     for epoch in range(how.epochs):
         train.sampler.set_epoch(epoch); net.train(); batches = iter(train); batch = next(batches); since, n = _now(), 0
@@ -584,9 +766,11 @@ def bare_loop(problem:Problem, dataset:Dataset, **changes) -> list[float]: # sec
                     move_data_to_device(batch[1], on),
                     cfg,
                 )
-            opt.zero_grad(); loss.backward()
-            if how.clip: torch.nn.utils.clip_grad_norm_(net.parameters(), how.clip)
-            opt.step(); cycle.step(); n += 1; batch = next(batches, None)
-            if mean: mean.update_parameters(net)
+            (loss/how.accumulate).backward(); n += 1
+            if n % how.accumulate == 0:
+                if how.clip: torch.nn.utils.clip_grad_norm_(net.parameters(), how.clip)
+                opt.step(); opt.zero_grad(); cycle.step()
+                if mean: mean.update_parameters(net)
+            batch = next(batches, None)
         took.append((_now() - since)/n)
     return took

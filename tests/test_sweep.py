@@ -1,4 +1,5 @@
 "A sweep tries what it may, stops what is behind, goes on after a kill, and keeps the best."
+import os
 from types import SimpleNamespace as Bag
 
 import numpy as np, pandas as pd, pytest
@@ -47,7 +48,12 @@ def pretend(monkeypatch):
             if state.die == (len(state.calls), epoch): raise KeyboardInterrupt
             for c in callbacks:
                 c.on_validation_end(
-                    Bag(callback_metrics={'val_accuracy': good * (epoch + 1) / 6}, current_epoch=epoch), None
+                    Bag(
+                        callback_metrics={'val_accuracy': good * (epoch + 1) / 6},
+                        current_epoch=epoch,
+                        default_root_dir=runs / 'none',
+                    ),
+                    None,
                 )
         return Bag(
             name=f'run-{how["lr"]:.6f}',
@@ -136,3 +142,26 @@ def test_two_sweeps_do_not_share_a_folder_and_one_without_a_result_says_why(stri
         sweep(problem(), stripes, tmp_path / 'r', trials=2)
     with pytest.raises(RunFailed, match='out of memory'):
         sweep(problem(train=dict(lr=0.9), sweep=dict(space=dict(lr=[0.9, 0.8]))), stripes, tmp_path / 'r', trials=2)
+
+
+def test_two_processes_share_the_trials_and_the_best_is_a_run_like_any_other(stripes, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv('PYTHONPATH', os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    p = problem(sweep=dict(space=dict(lr=dict(low=1e-3, high=0.02, log=True)), prune=False))
+    found = sweep(p, stripes, tmp_path / 'r', trials=3, jobs=2, epochs=2)
+    assert (
+        found.table['state'].tolist() == ['done'] * 3
+        and found.table['trial'].tolist() == [1, 2, 3]
+        and capsys.readouterr().out.count('trial ') == 3
+    )
+    assert len({t.user_attrs['run'] for t in found.trials}) == 3
+    run = found.keep(tmp_path / 'r')
+    assert (
+        run.path == (tmp_path / 'r' / found.best.user_attrs['run']).resolve()
+        and (run.path / 'export/model.safetensors').is_file()
+    )
+    from cv_lab.optimize import export_run
+    from cv_lab.train import fit
+    assert (export_run(run, p)/'model.onnx').is_file()
+    capsys.readouterr()
+    fit(p, stripes, tmp_path / 'r', epochs=2, lr=found.best.params['lr'])
+    assert 'nothing has changed' in capsys.readouterr().out  # it is that run
