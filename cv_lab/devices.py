@@ -13,11 +13,12 @@ from .core import BadInput, Refusal, RunFailed
 # %% ../nbs/29b_devices.ipynb #bed79d08
 class _Mouth(io.TextIOBase):
     "A file whose lines are sent through a pipe."
-    def __init__(self, pipe): self.pipe, self.rest = pipe, ''
+    def __init__(self, pipe): self.pipe, self.rest, self.lock = pipe, '', threading.Lock()
     def writable(self): return True
     def write(self, text):
-        *lines, self.rest = (self.rest + text).split('\n')
-        for line in lines: self.pipe.send(('said', line))
+        with self.lock:
+            *lines, self.rest = (self.rest + text).split('\n')
+            for line in lines: self.pipe.send(('said', line))
         return len(text)
 
 def _follow(parent:int) -> None:
@@ -28,9 +29,10 @@ def _follow(parent:int) -> None:
 def _one(target:Callable, i:int, n:int, args:tuple, env:dict[str, str], pipe) -> None:
     threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start(); os.environ.update(env)
     if 'torch' in sys.modules: torch = sys.modules['torch']; torch.set_num_threads(max(1, torch.get_num_threads()//n))
-    with contextlib.redirect_stdout(_Mouth(pipe)):
+    with contextlib.redirect_stdout(mouth := _Mouth(pipe)):
         try:
             target(i, *args)
+            if mouth.rest: print()
         except BaseException as e:
             pipe.send(
                 (

@@ -304,7 +304,9 @@ class Fitter(L.LightningModule):
         ]
         self.log('val_loss', self.task.loss(out, batch[1], self.cfg), batch_size=len(batch[0]), sync_dist=True)
 
-    def on_validation_start(self): # all processes judge the same network: batch norm has seen other items in each
+    def on_validation_epoch_start(
+        self,
+    ):  # all processes judge the same network: batch norm has seen other items in each
         for b in self.net.buffers() if self.trainer.world_size > 1 else (): torch.distributed.broadcast(b, 0)
 
     def on_validation_epoch_end(self):
@@ -411,7 +413,10 @@ def run_config(problem:Problem, dataset:Dataset, fit:Fit, teacher=None) -> dict:
         primary=problem.metrics.primary,
         dataset=dataset.version,
         fit=fit.model_copy(
-            update=dict(precision=precision, accelerator='gpu' if on_gpu else 'cpu') | one_device(fit)
+            update=dict(
+                precision=precision, accelerator='gpu' if on_gpu else 'cpu', teacher=teacher.name if teacher else ''
+            )
+            | one_device(fit)
         ).model_dump(mode='json'),
         code=code_digest(problem.task),
         torch=str(torch.__version__),
@@ -472,7 +477,7 @@ def find_teacher(problem:Problem, how:Fit, cfg, root:Path) -> Run|None:
     run = next(
         (
             Run(p.resolve())
-            for p in (root / how.teacher, root.parent.parent.parent / how.teacher, Path(how.teacher))
+            for p in (root / how.teacher, root.parent.parent.parent / how.teacher, Path(how.teacher))  # or of a sweep
             if (p / 'done.json').is_file()
         ),
         None,
@@ -572,7 +577,12 @@ def make_loaders(problem:Problem, dataset:Dataset, fit:Fit, cfg) -> tuple[DataLo
         pin_memory=torch.cuda.is_available(),
         collate_fn=functools.partial(_collate, joined) if joined else None,
     )
-    size = min(fit.batch_size, max(1, len(a) // (fit.devices * fit.nodes * fit.accumulate)))
+    share = len(a) // (batches := fit.devices * fit.nodes * fit.accumulate)
+    if not share:
+        raise BadInput(
+            f'{len(a)} items for {batches} batches in a step', 'an item in each', 'lower `devices` or `accumulate`'
+        )
+    size = min(fit.batch_size, share)
     often = repeat_factors(parts['train']['annotations'].to_pylist(), fit.balance) if fit.balance else None
     a.seed = fit.seed
     order = Shuffled(len(a), fit.seed, often, lambda epoch: a.progress.fill_(epoch / fit.epochs), size * fit.accumulate)
