@@ -40,27 +40,21 @@ def to_packed(m:np.ndarray) -> dict:
     f = io.BytesIO(); np.save(f, m.astype(bool), allow_pickle=False)
     return {'$binary': {'base64': base64.b64encode(zlib.compress(f.getvalue())).decode(), 'subType': '00'}}
 
-# %% ../../../nbs/11q_data.format.fiftyone.ipynb #519ecb5e
-_OWN = {
-    '_cls',
-    '_id',
-    'tags',
-    'attributes',
-    'label',
-    'bounding_box',
-    'mask',
-    'confidence',
-    'index',
-    'points',
-    'closed',
-    'filled',
-    'logits',
-    'text',
-    'track_id',
-    'annotator',
-    'mask_path',
-}
+# %% ../../../nbs/11q_data.format.fiftyone.ipynb #9bbffe66
+def _placed(inner:np.ndarray, x:float, y:float, w:float, h:float, W:int, H:int) -> dict:
+    "A mask of a box as a mask of the image; stretched where it is not the box's own size."
+    from PIL import Image
+    x1, y1, x2, y2 = round(x), round(y), max(round(x + w), round(x) + 1), max(round(y + h), round(y) + 1)
+    if inner.shape != (y2 - y1, x2 - x1):
+        im = Image.fromarray(inner.astype(np.uint8))
+        inner = np.asarray(im.resize((x2 - x1, y2 - y1), Image.Resampling.NEAREST)) > 0
+    page, top, left = np.zeros((H, W), bool), max(-y1, 0), max(-x1, 0)           # what lies outside is cut off
+    page[max(y1, 0):y2, max(x1, 0):x2] = inner[top:top + H - max(y1, 0), left:left + W - max(x1, 0)]
+    return rle_encode(page)
 
+# %% ../../../nbs/11q_data.format.fiftyone.ipynb #519ecb5e
+_OWN = {'_cls', '_id', 'tags', 'attributes', 'label', 'bounding_box', 'mask', 'confidence', 'index', 'points', 'closed',
+        'filled', 'logits', 'text', 'track_id', 'annotator', 'mask_path'} # of a label document
 
 def _label(o:dict, field:str, size:tuple[int, int]) -> list[dict]: # annotations
     "A FiftyOne label document as annotations; boxes and polygons in fractions of the image."
@@ -87,19 +81,30 @@ def _label(o:dict, field:str, size:tuple[int, int]) -> list[dict]: # annotations
     if not W or not H: raise ValueError('a mask on a sample without metadata')
     return [a | dict(mask=_placed(inner, x*W, y*H, w*W, h*H, int(W), int(H)))]
 
-def _placed(inner:np.ndarray, x:float, y:float, w:float, h:float, W:int, H:int) -> dict:
-    "A mask of a box as a mask of the image; stretched where it is not the box's own size."
-    from PIL import Image
-    x1, y1, x2, y2 = round(x), round(y), max(round(x + w), round(x) + 1), max(round(y + h), round(y) + 1)
-    if inner.shape != (y2 - y1, x2 - x1):
-        inner = (
-            np.asarray(Image.fromarray(inner.astype(np.uint8)).resize((x2 - x1, y2 - y1), Image.Resampling.NEAREST)) > 0
-        )
-    page = np.zeros((H, W), bool)
-    page[max(y1, 0) : y2, max(x1, 0) : x2] = inner[
-        max(-y1, 0) : max(-y1, 0) + H - max(y1, 0), max(-x1, 0) : max(-x1, 0) + W - max(x1, 0)
-    ]
-    return rle_encode(page)
+# %% ../../../nbs/11q_data.format.fiftyone.ipynb #b0f7ede8
+def _classes(meta) -> list[str]:
+    found = meta.get('default_classes') if isinstance(meta, dict) else None
+    return list(dict.fromkeys(map(str, found))) if isinstance(found, list) else []
+
+def _sample(s:dict, image:str, wanted:list[str]|None, q) -> Found:
+    meta = s['metadata'] if isinstance(s.get('metadata'), dict) else {}
+    size = tuple(v if isinstance(v := meta.get(k), (int, float)) else 0 for k in ('width', 'height'))
+    f = Found(image, [], {}, size, relative=True)
+    tags = {}
+    for t in map(str, s['tags'] if isinstance(s.get('tags'), list) else []):
+        if split_of(t) and 'split' not in f.item: f.item['split'] = split_of(t)
+        else: tags[t] = 'yes'
+    for k, v in s.items():
+        if k in ('filepath', 'tags', 'metadata') or k.startswith('_') or v is None: continue
+        if isinstance(v, dict) and '_cls' in v:
+            if wanted and k not in wanted: continue
+            try: f.annotations += _label(v, k, size)
+            except MALFORMED as e: q.drop(image, 'label cannot be read', getattr(e, 'what', str(e)), part='annotation')
+        elif k.startswith('caption') and isinstance(v, str): f.annotations.append(dict(caption=v))
+        elif k in COLUMNS and k not in ('tags', 'split'): f.item[k] = str(v)
+        elif isinstance(v, (str, int, float, bool)): tags[k.removeprefix('tag_')] = str(v)
+    if tags: f.item['tags'] = tags
+    return f
 
 # %% ../../../nbs/11q_data.format.fiftyone.ipynb #387f5d1f
 def read(source:Source,
@@ -128,44 +133,13 @@ def read(source:Source,
     unlisted(source, [f.image for f in items])
     return Reading(items, classes or None, total=len(items))
 
-def _classes(meta) -> list[str]:
-    found = meta.get('default_classes') if isinstance(meta, dict) else None
-    return list(dict.fromkeys(map(str, found))) if isinstance(found, list) else []
-
-def _sample(s:dict, image:str, wanted:list[str]|None, q) -> Found:
-    meta = s['metadata'] if isinstance(s.get('metadata'), dict) else {}
-    size = tuple(v if isinstance(v := meta.get(k), (int, float)) else 0 for k in ('width', 'height'))
-    f = Found(image, [], {}, size, relative=True)
-    tags = {}
-    for t in map(str, s['tags'] if isinstance(s.get('tags'), list) else []):
-        if split_of(t) and 'split' not in f.item: f.item['split'] = split_of(t)
-        else: tags[t] = 'yes'
-    for k, v in s.items():
-        if k in ('filepath', 'tags', 'metadata') or k.startswith('_') or v is None: continue
-        if isinstance(v, dict) and '_cls' in v:
-            if wanted and k not in wanted: continue
-            try: f.annotations += _label(v, k, size)
-            except MALFORMED as e: q.drop(image, 'label cannot be read', getattr(e, 'what', str(e)), part='annotation')
-        elif k.startswith('caption') and isinstance(v, str): f.annotations.append(dict(caption=v))
-        elif k in COLUMNS and k not in ('tags', 'split'): f.item[k] = str(v)
-        elif isinstance(v, (str, int, float, bool)): tags[k.removeprefix('tag_')] = str(v)
-    if tags: f.item['tags'] = tags
-    return f
-
 # %% ../../../nbs/11q_data.format.fiftyone.ipynb #7e804b45
 def _document(a, w:int, h:int) -> dict:
     "An annotation as a FiftyOne label."
-    kind, o = (
-        kind_of(a),
-        dict(
-            _cls={'class': 'Classification', 'polygon': 'Polyline'}.get(kind_of(a), 'Detection'), tags=[], label=a.label
-        ),
-    )
-    o |= {
-        k: v
-        for k, v in dict(confidence=a.score, text=a.text, track_id=a.track_id, annotator=a.annotator).items()
-        if v is not None
-    }
+    kind = kind_of(a)
+    o = dict(_cls={'class': 'Classification', 'polygon': 'Polyline'}.get(kind, 'Detection'), tags=[], label=a.label)
+    more = dict(confidence=a.score, text=a.text, track_id=a.track_id, annotator=a.annotator)
+    o |= {k: v for k, v in more.items() if v is not None}
     if a.track_id and a.track_id.isdecimal(): o['index'] = int(a.track_id)
     if kind == 'polygon':
         o |= dict(
@@ -187,7 +161,7 @@ _HOMES = dict(
     Polyline=('polylines', 'Polylines'),
 )
 
-
+# %% ../../../nbs/11q_data.format.fiftyone.ipynb #949a2dda
 def write(target:Target) -> None:
     samples, fields = [], {}
     for r in target.rows():
@@ -198,11 +172,9 @@ def write(target:Target) -> None:
             _media_type='image',
             metadata=dict(_cls='ImageMetadata', width=w, height=h),
         )
-        s |= {
-            c: r[c]
-            for c in COLUMNS
-            if c not in ('split', 'tags') and r[c] and not (c == 'group' and r[c] == r['sha256'])
-        } | {(f'tag_{k}' if k in (*COLUMNS, *s) or k.startswith('caption') else k): v for k, v in r['tags'].items()}
+        own = [c for c in COLUMNS if c not in ('split', 'tags') and not (c == 'group' and r[c] == r['sha256'])]
+        tag = lambda k, s=s: f'tag_{k}' if k in (*COLUMNS, *s) or k.startswith('caption') else k
+        s |= {c: r[c] for c in own if r[c]} | {tag(k): v for k, v in r['tags'].items()}
         for a in r['annotations']:
             if (kind := kind_of(a)) == 'caption':
                 s[f'caption_{sum(k.startswith("caption") for k in s)}' if 'caption' in s else 'caption'] = a.caption
@@ -211,21 +183,13 @@ def write(target:Target) -> None:
             o = _document(a, w, h)
             field, cls = _HOMES[o['_cls']]
             s.setdefault(field, {'_cls': cls, cls.lower(): []})[cls.lower()].append(o)
-        samples.append(s); fields |= dict.fromkeys(s)
+        samples.append(s)
+        fields |= dict.fromkeys(s)
     target.text('samples.json', json.dumps(dict(samples=samples), ensure_ascii=False))
-    target.text(
-        'metadata.json',
-        json.dumps(
-            dict(
-                name=target.dataset.name,
-                media_type='image',
-                default_classes=target.dataset.classes,
-                sample_fields=[_field(k, samples) for k in fields if not k.startswith('_')],
-            ),
-            ensure_ascii=False,
-        ),
-    )
-
+    declared = [_field(k, samples) for k in fields if not k.startswith('_')]
+    meta = dict(name=target.dataset.name, media_type='image')
+    meta |= dict(default_classes=target.dataset.classes, sample_fields=declared)
+    target.text('metadata.json', json.dumps(meta, ensure_ascii=False))
 
 def _field(name:str, samples:list[dict]) -> dict:
     v = next(s[name] for s in samples if name in s)

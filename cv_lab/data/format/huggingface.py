@@ -15,8 +15,12 @@ from ..formats import COLUMNS, FIELDS, KINDS, Found, Reading, Target, kind_of, s
 
 TITLE = 'Hugging Face datasets'
 KEEPS = (*KINDS, *FIELDS, *COLUMNS)
-LOSES = 'Of datasets made elsewhere: columns that are no image, label, boxes, caption or text; those become tags where they are short.'
+LOSES = (
+    'Of datasets made elsewhere: columns that are no image, label, boxes, caption or text; '
+    'those become tags where they are short.'
+)
 
+# %% ../../../nbs/11p_data.format.huggingface.ipynb #486bf97f
 _META = ('metadata.jsonl', '*/metadata.jsonl', 'metadata.csv', '*/metadata.csv')
 
 def _tables(source:Source) -> list[str]: return source.find('*.parquet', '*.arrow')
@@ -70,50 +74,32 @@ def _objects(o, features:dict, boxes:str) -> list[dict]: # annotations
         out.append(dict(label=_named(c, names) or 'object', bbox=b))
     return out
 
+# %% ../../../nbs/11p_data.format.huggingface.ipynb #a2b47d04
+_READ = {'annotations', 'objects', 'label', 'labels', 'caption', 'text', 'file_name', 'width', 'height', *COLUMNS}
+
+def _tags(row:dict) -> dict:
+    "The tags of a row, and its short columns that mean nothing else."
+    own = row.get('tags')
+    if isinstance(own, str): own = json.loads(own) if own.startswith('{') else {}
+    tags = own if isinstance(own, dict) else {}
+    short = lambda v: isinstance(v, (str, int, float, bool)) and len(str(v)) < 200
+    tags |= {k: v for k, v in row.items() if k not in _READ and short(v)}
+    return {k: str(v) for k, v in tags.items() if v is not None}
+
 def _said(row:dict, features:dict, boxes:str, text:str) -> tuple[list[dict], dict]: # annotations, columns of the item
-    full = row.get('annotations'); full = json.loads(full) if isinstance(full, str) else full
+    full = row.get('annotations')
+    full = json.loads(full) if isinstance(full, str) else full
     item = {c: str(row[c]) for c in COLUMNS if c not in ('tags', 'split') and row.get(c) not in (None, '')}
-    tags = (
-        json.loads(row['tags'])
-        if isinstance(row.get('tags'), str) and row['tags'].startswith('{')
-        else row.get('tags')
-        if isinstance(row.get('tags'), dict)
-        else {}
-    )
-    known = {
-        'annotations',
-        'tags',
-        'objects',
-        'label',
-        'labels',
-        'caption',
-        'text',
-        'file_name',
-        'split',
-        'width',
-        'height',
-        *COLUMNS,
-    }
-    tags |= {
-        k: v for k, v in row.items() if k not in known and isinstance(v, (str, int, float, bool)) and len(str(v)) < 200
-    }
-    if tags: item['tags'] = {k: str(v) for k, v in tags.items() if v is not None}
+    if tags := _tags(row): item['tags'] = tags
     if isinstance(full, list) and all(isinstance(a, dict) for a in full):
         return [{k: v for k, v in a.items() if v is not None} for a in full], item
-    anns = []
+    many, anns = lambda k: row[k] if isinstance(row.get(k), list) else [row.get(k)], []
     for k in ('label', 'labels'):
-        anns += [
-            dict(label=_named(v, _names(features, k)))
-            for v in (row[k] if isinstance(row.get(k), list) else [row.get(k)])
-            if _named(v, None)
-        ]
+        anns += [dict(label=_named(v, _names(features, k))) for v in many(k) if _named(v, None)]
     if row.get('objects'): anns += _objects(row['objects'], features, boxes)
     for k in ('caption', 'text'):
-        anns += [
-            {'text' if text == 'line' and k == 'text' else 'caption': str(v)}
-            for v in (row[k] if isinstance(row.get(k), list) else [row.get(k)])
-            if v
-        ]
+        kind = 'text' if text == 'line' and k == 'text' else 'caption'
+        anns += [{kind: str(v)} for v in many(k) if v]
     return anns, item
 
 # %% ../../../nbs/11p_data.format.huggingface.ipynb #4016796e
@@ -130,7 +116,7 @@ def _batches(source:Source, name:str) -> Iterator[dict]:
         for batch in r if hasattr(r, 'read_next_batch') else map(r.get_batch, range(r.num_record_batches)):
             yield from batch.to_pylist()
 
-
+# %% ../../../nbs/11p_data.format.huggingface.ipynb #87a81a35
 def _features(schema:pa.Schema) -> dict:
     try: return json.loads((schema.metadata or {}).get(b'huggingface', b'{}'))['info']['features']
     except (ValueError, KeyError, TypeError): return {}
@@ -208,12 +194,12 @@ def _listed(source:Source, name:str, boxes:str, text:str) -> Iterator[Found]:
 
 # %% ../../../nbs/11p_data.format.huggingface.ipynb #4fcf2876
 def _usual(r:dict, classes:list[str]) -> dict: # columns that anybody reads
-    of = lambda k: [a for a in r['annotations'] if kind_of(a) == k]; boxes = [a for a in r['annotations'] if a.bbox]
+    of = lambda k: [a for a in r['annotations'] if kind_of(a) == k]
+    boxes = [a for a in r['annotations'] if a.bbox]
     xywh = lambda b: [b[0], b[1], b[2] - b[0], b[3] - b[1]]
+    one = len(of('class')) == 1 and of('class')[0].label in classes
     return dict(
-        label=classes.index(of('class')[0].label)
-        if len(of('class')) == 1 and of('class')[0].label in classes
-        else None,
+        label=classes.index(of('class')[0].label) if one else None,
         objects=dict(bbox=[xywh(a.bbox) for a in boxes], category=[a.label or 'object' for a in boxes]),
         caption=of('caption')[0].caption if of('caption') else None,
     )
@@ -228,36 +214,7 @@ def _whole(r:dict) -> dict:
         annotations=json.dumps([a.said() for a in r['annotations']], ensure_ascii=False),
     )
 
-
-def write(target:Target,
-          kind:str='parquet', # or folder
-         ) -> None:
-    if kind not in ('parquet', 'folder'): raise BadInput(f'kind={kind}', 'parquet or folder', 'leave it out')
-    classes = target.dataset.classes
-    for s in target.splits():
-        if kind == 'folder':
-            lines = []
-            for r in target.rows(s):
-                name = target.name(r)
-                target.image(r, f'{s}/{name}')
-                usual = _usual(r, classes)
-                usual['label'] = None if usual['label'] is None else classes[usual['label']]
-                lines.append(json.dumps(dict(file_name=name) | usual | _whole(r), ensure_ascii=False))
-            target.text(f'{s}/metadata.jsonl', '\n'.join(lines) + '\n'); continue
-        schema = _schema_of(classes)
-        with pq.ParquetWriter(
-            target.path(f'data/{s if s != "val" else "validation"}-00000-of-00001.parquet'), schema
-        ) as w:
-            rows = []
-            for r in target.rows(s):
-                rows.append(
-                    dict(image=dict(bytes=target.dataset.read(r['uri']), path=target.name(r)))
-                    | _usual(r, classes)
-                    | _whole(r)
-                )
-                if len(rows) == 100: w.write_table(pa.Table.from_pylist(rows, schema)); rows = []
-            if rows: w.write_table(pa.Table.from_pylist(rows, schema))
-
+# %% ../../../nbs/11p_data.format.huggingface.ipynb #fe89852d
 def _schema_of(classes:list[str]) -> pa.Schema:
     "Arrow's types, and the features that `datasets` looks for."
     text = [*(c for c in COLUMNS if c not in ('split', 'tags')), 'tags', 'annotations']
@@ -280,3 +237,37 @@ def _schema_of(classes:list[str]) -> pa.Schema:
         ],
         metadata={'huggingface': json.dumps(dict(info=dict(features=features)))},
     )
+
+# %% ../../../nbs/11p_data.format.huggingface.ipynb #2318052a
+def write(target:Target,
+          kind:str='parquet', # or folder
+         ) -> None:
+    if kind not in ('parquet', 'folder'): raise BadInput(f'kind={kind}', 'parquet or folder', 'leave it out')
+    classes = target.dataset.classes
+    for s in target.splits():
+        if kind == 'folder': _write_folder(target, s, classes)
+        else: _write_table(target, s, classes)
+
+def _write_folder(target:Target, split:str, classes:list[str]) -> None:
+    "A split's images, and a line of JSON for each."
+    lines = []
+    for r in target.rows(split):
+        name = target.name(r)
+        target.image(r, f'{split}/{name}')
+        usual = _usual(r, classes)
+        usual['label'] = None if usual['label'] is None else classes[usual['label']]
+        lines.append(json.dumps(dict(file_name=name) | usual | _whole(r), ensure_ascii=False))
+    target.text(f'{split}/metadata.jsonl', '\n'.join(lines) + '\n')
+
+def _write_table(target:Target, split:str, classes:list[str]) -> None:
+    "A split as one Parquet file, written a hundred rows at a time."
+    schema, name = _schema_of(classes), 'validation' if split == 'val' else split
+    with pq.ParquetWriter(target.path(f'data/{name}-00000-of-00001.parquet'), schema) as w:
+        rows = []
+        for r in target.rows(split):
+            image = dict(bytes=target.dataset.read(r['uri']), path=target.name(r))
+            rows.append(dict(image=image) | _usual(r, classes) | _whole(r))
+            if len(rows) == 100:
+                w.write_table(pa.Table.from_pylist(rows, schema))
+                rows = []
+        if rows: w.write_table(pa.Table.from_pylist(rows, schema))

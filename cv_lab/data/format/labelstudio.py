@@ -19,7 +19,10 @@ from ...image import SUFFIXES
 
 TITLE = 'Label Studio'
 KEEPS = (*KINDS, *FIELDS, *COLUMNS)
-LOSES = 'Outlines of several rings become several; ellipses, keypoints, relations and video are not read; a score makes it a prediction, read with `predictions=keep`.'
+LOSES = (
+    'Outlines of several rings become several; ellipses, keypoints, relations and video are not read; '
+    'a score makes it a prediction, read with `predictions=keep`.'
+)
 
 
 def _is_tasks(text:str) -> bool:
@@ -51,8 +54,20 @@ def _geometry(r:dict) -> dict: # part of an annotation; bbox and polygon in frac
     a['polygon'] = [[p / (h if i % 2 else w) for i, p in enumerate(a['polygon'][0])]]
     return a
 
+# %% ../../../nbs/11g_data.format.labelstudio.ipynb #05a4f844
 _UNREAD = ('relation', 'keypointlabels', 'ellipselabels', 'keypoint', 'ellipse', 'videorectangle', 'rating', 'number')
 _LINE = ('line', 'transcription') # names of text fields that hold what the image says, not what it shows
+
+def _on_region(r:dict) -> bool: return bool({'x', 'points', 'rle'} & set(r.get('value') or {}))
+def _one_text(v:dict) -> str:
+    t = v.get('text')
+    return t if isinstance(t, str) else '\n'.join(map(str, t or []))
+
+def _whole(kind:str, r:dict, v:dict, said:dict, more:dict) -> list[dict]: # annotations
+    "What an entry says of the whole image: its classes, or a text."
+    more = dict(attributes=more) if more else {}
+    if kind == 'choices': return [dict(label=c) | said | more for c in v.get('choices', [])]
+    return [{'text' if r.get('from_name') in _LINE else 'caption': _one_text(v)} | said | more]
 
 def _results(result:list[dict], image:str, q) -> list[dict]: # annotations
     "What one result list says."
@@ -72,31 +87,19 @@ def _results(result:list[dict], image:str, q) -> list[dict]: # annotations
         names = next((v[k] for k in v if k.endswith('labels') and isinstance(v[k], list)), [])
         meta = r.get('meta') if isinstance(r.get('meta'), dict) else {}
         said = {k: meta[k] for k in ('annotator', 'track_id') if k in meta}
-        more = (
-            where.pop('attributes', {})
-            | (meta['attributes'] if isinstance(meta.get('attributes'), dict) else {})
-            | ({'labels': ', '.join(names[1:])} if len(names) > 1 else {})
-        )
+        more = where.pop('attributes', {}) | (meta['attributes'] if isinstance(meta.get('attributes'), dict) else {})
+        if len(names) > 1: more['labels'] = ', '.join(names[1:])
         if 'score' in r: said['score'] = r['score']
         a |= where
         if kind.endswith('labels') or kind in ('rectangle', 'polygon', 'brush'):
             a |= said | (dict(label=names[0]) if names else {})
-        elif kind == 'choices' and not _on_region(r):
-            whole += [dict(label=c) | said | (dict(attributes=more) if more else {}) for c in v.get('choices', [])]
+        elif kind in ('choices', 'textarea') and not _on_region(r):
+            whole += _whole(kind, r, v, said, more)
+            if kind == 'textarea': continue
         elif kind == 'choices': more[r.get('from_name', 'choice')] = ', '.join(v.get('choices', []))
-        elif kind == 'textarea' and _on_region(r): a['text'] = _one_text(v)
-        elif kind == 'textarea':
-            whole.append(
-                {'text' if r.get('from_name') in _LINE else 'caption': _one_text(v)}
-                | said
-                | (dict(attributes=more) if more else {})
-            )
-            continue
+        elif kind == 'textarea': a['text'] = _one_text(v)
         if more: a['attributes'] = a.get('attributes', {}) | more
     return whole + [a for a in regions.values() if set(a) & {'bbox', 'polygon', 'mask'}]
-
-def _on_region(r:dict) -> bool: return bool({'x', 'points', 'rle'} & set(r.get('value') or {}))
-def _one_text(v:dict) -> str: t = v.get('text'); return t if isinstance(t, str) else '\n'.join(map(str, t or []))
 
 # %% ../../../nbs/11g_data.format.labelstudio.ipynb #bd0e303d
 def _image_of(data:dict) -> str|None:
@@ -124,20 +127,17 @@ def _locate(source:Source, name:str, near:list[str]) -> str|None:
         ]
         if hit := next((i for t in tries if (i := source.locate(t, near))), None): return hit
 
+# %% ../../../nbs/11g_data.format.labelstudio.ipynb #82f36456
 def read(
     source: Source,
-    predictions: str = 'apart',  # a model's: apart (predictions.parquet), keep (among the annotations, with scores), drop
+    predictions: str = 'apart',  # a model's: apart (predictions.parquet), keep (as annotations with scores), drop
     undone: str = 'keep',  # tasks that nobody has submitted: keep (as items without labels), drop
 ) -> Reading:
     if predictions not in ('apart', 'keep', 'drop'):
         raise BadInput(f'predictions={predictions}', 'apart, keep or drop', 'leave it out')
     if undone not in ('keep', 'drop'): raise BadInput(f'undone={undone}', 'keep or drop', 'leave it out')
-    items, known, q, files = (
-        [],
-        [],
-        source.quarantine,
-        [n for n in source.find('*.json') if source.only or _is_tasks(source.text(n, 1 << 20))],
-    )
+    items, known, q = [], [], source.quarantine
+    files = [n for n in source.find('*.json') if source.only or _is_tasks(source.text(n, 1 << 20))]
     if not files:
         raise BadInput(
             f'no Label Studio tasks in {source.root.name}',
@@ -152,17 +152,13 @@ def read(
             if not isinstance(t, dict) or not isinstance(t.get('data'), dict) or (name := _image_of(t['data'])) is None:
                 q.drop(f'{n}, task {k}', 'task without an image')
                 continue
-            f = (
-                _packed(name)
-                if name.startswith('data:image/')
-                else Found(i)
-                if (i := _locate(source, name, [home, f'{home}/images'.strip('/')]))
-                else None
-            )
+            if name.startswith('data:image/'): f = _packed(name)
+            else: f = Found(i) if (i := _locate(source, name, [home, f'{home}/images'.strip('/')])) else None
             if f is None: q.drop(name[:200], 'image is missing', f'{n}, task {t.get("id", k)}'); continue
             known.append(f.image)
             if undone == 'drop' and not _submitted(t): q.drop(f.image, 'nobody has done it yet'); continue
-            _fill(f, t, predictions, q); items.append(f)
+            _fill(f, t, predictions, q)
+            items.append(f)
     unlisted(source, known)
     return Reading(items, total=len(items))
 
@@ -231,50 +227,24 @@ def _value(a, w:int, h:int) -> tuple[str, dict]: # which tag, the value in perce
     x1, y1, x2, y2 = a.bbox
     return kind, dict(x=pc(x1, w), y=pc(y1, h), width=pc(x2 - x1, w), height=pc(y2 - y1, h), rotation=0)
 
-
+# %% ../../../nbs/11g_data.format.labelstudio.ipynb #dae9302b
 def _entries(a, id:str, w:int, h:int) -> list[dict]:
     "An annotation as entries of a result."
-    meta = {
-        k: v
-        for k, v in dict(
-            annotator=a.annotator if a.score is None else None, track_id=a.track_id, attributes=a.attributes
-        ).items()
-        if v
-    }
-    base = (
-        dict(id=id, to_name='image', original_width=w, original_height=h, image_rotation=0)
-        | (dict(meta=meta) if meta else {})
-        | (dict(score=a.score) if a.score is not None else {})
-    )
+    meta = dict(annotator=a.annotator if a.score is None else None, track_id=a.track_id, attributes=a.attributes)
+    base = dict(id=id, to_name='image', original_width=w, original_height=h, image_rotation=0)
+    if meta := {k: v for k, v in meta.items() if v}: base['meta'] = meta
+    if a.score is not None: base['score'] = a.score
+    entry = lambda type, name, value: base | dict(type=type, from_name=name, value=value)
     kind = kind_of(a)
-    if kind in ('class', 'line', 'caption'):
-        if kind == 'class': return [base | dict(type='choices', from_name='class', value=dict(choices=[a.label]))]
-        return [
-            base
-            | dict(
-                type='textarea',
-                from_name='caption' if kind == 'caption' else 'transcription',
-                value=dict(text=[a.caption if kind == 'caption' else a.text]),
-            )
-        ]
-    tag, v = _value(a, w, h); type_, name = _TAGS[tag]
-    out = (
-        [base | dict(type=type_, from_name=name, value=v | {type_: [a.label]})]
-        if a.label is not None
-        else [base | dict(type=type_.removesuffix('labels'), from_name=name, value=v)]
-    )
-    return out + (
-        [
-            base
-            | dict(
-                type='textarea',
-                from_name='text',
-                value={k: x for k, x in v.items() if k not in ('closed', 'format')} | dict(text=[a.text]),
-            )
-        ]
-        if a.text is not None
-        else []
-    )
+    if kind == 'class': return [entry('choices', 'class', dict(choices=[a.label]))]
+    if kind == 'caption': return [entry('textarea', 'caption', dict(text=[a.caption]))]
+    if kind == 'line': return [entry('textarea', 'transcription', dict(text=[a.text]))]
+    tag, v = _value(a, w, h)
+    type_, name = _TAGS[tag]
+    if a.label is not None: out = [entry(type_, name, v | {type_: [a.label]})]
+    else: out = [entry(type_.removesuffix('labels'), name, v)]
+    where = {k: x for k, x in v.items() if k not in ('closed', 'format')}
+    return out + ([entry('textarea', 'text', where | dict(text=[a.text]))] if a.text is not None else [])
 
 # %% ../../../nbs/11g_data.format.labelstudio.ipynb #426d9a0f
 def write(target:Target,
@@ -310,7 +280,7 @@ def write(target:Target,
     target.text('tasks.json', json.dumps(tasks, ensure_ascii=False))
     target.text('config.xml', labelling_config(target.dataset.classes, seen))
 
-
+# %% ../../../nbs/11g_data.format.labelstudio.ipynb #2a86280f
 def labelling_config(classes:list[str], kinds:set[str]) -> str: # XML
     "The labelling interface for some kinds of annotation."
     labels = lambda tag: ''.join(f'    <{tag} value={quoteattr(c)}/>\n' for c in classes)

@@ -17,7 +17,10 @@ from ...geometry import polygon_mask, rle_decode, rle_encode
 
 TITLE = 'Mask PNGs (VOC, CamVid)'
 KEEPS = ('mask', 'split')
-LOSES = 'Where masks lie over each other, the upper one stays; polygons become masks; a mask without a class becomes `object`.'
+LOSES = (
+    'Where masks lie over each other, the upper one stays; polygons become masks; '
+    'a mask without a class becomes `object`.'
+)
 
 # %% ../../../nbs/11h_data.format.masks.ipynb #c092e00c
 LISTS = ('labelmap.txt', 'label_colors.txt', 'class_dict.csv', 'classes.txt', 'codes.txt', 'labels.txt')
@@ -45,7 +48,8 @@ def voc_palette() -> list[int]: # 768 numbers
 
 # %% ../../../nbs/11h_data.format.masks.ipynb #4b4ba813
 _MASKS = re.compile(
-    r'(segmentationclass\w*|masks?|labels?|gt|ground_?truth|segmentations?|annotations?|(\w*?)[_-]?(annot|labels?|masks?))$',
+    r'(segmentationclass\w*|masks?|labels?|gt|ground_?truth|segmentations?|annotations?'
+    r'|(\w*?)[_-]?(annot|labels?|masks?))$',
     re.I,
 )
 
@@ -97,18 +101,23 @@ def _codes(im:Image.Image, colours:dict) -> np.ndarray:  # (H, W); a number, or 
     if im.mode.startswith('I'): return np.asarray(im).astype(np.int64)
     rgb = np.asarray(im.convert('RGB')).astype(np.int64); return rgb[..., 0] << 16 | rgb[..., 1] << 8 | rgb[..., 2]
 
+_DULL = ((0, 0, 0), (255, 255, 255), (224, 224, 192)) # colours that are no class where nobody says what they are
+
 def _name_of(code:int, im:Image.Image, names:list[str], colours:dict) -> str|None: # None: no class; '': unknown
     as_colour = im.mode not in ('P', 'L', '1') and not im.mode.startswith('I') or bool(colours and im.mode == 'L')
     if im.mode == 'P' and colours:
-        p = im.getpalette() or []; rgb = tuple(p[3*code:3*code + 3])
-        if rgb in colours: name = colours[rgb]; return None if name.casefold() in NOTHING else name
+        rgb = tuple((im.getpalette() or [])[3*code:3*code + 3])
+        if rgb in colours: return None if colours[rgb].casefold() in NOTHING else colours[rgb]
     if as_colour:
-        rgb = (code >> 16, code >> 8 & 255, code & 255)
-        name = colours.get(rgb, None if rgb in ((0, 0, 0), (255, 255, 255), (224, 224, 192)) else '')
+        rgb = _rgb(code)
+        name = colours.get(rgb, None if rgb in _DULL else '')
     elif names: name = names[code] if code < len(names) else None if code == 255 else ''
     else: name = None if code in (0, 255) else str(code)
     return None if name is None or name.casefold() in NOTHING else name
 
+def _rgb(code:int) -> tuple[int, int, int]: return code >> 16, code >> 8 & 255, code & 255
+
+# %% ../../../nbs/11h_data.format.masks.ipynb #7e8a0e13
 def _annotations(
     source: Source, mask: str, image: str, objects: str | None, names: list[str], colours: dict, q
 ) -> list[dict] | None:
@@ -116,22 +125,13 @@ def _annotations(
     look = next(look_all([source.path(mask)], 1))
     if look.fault: return q.drop(image, 'mask ' + look.fault, mask)
     with Image.open(source.path(mask)) as im:
-        codes, whose, out = _codes(im, colours), None, []
-        if objects:                                        # 0 there: a class without objects, such as sky
-            try: whose = np.asarray(Image.open(source.path(objects))).astype(np.int64)
-            except Exception as e: q.mend(image, 'objects cannot be read: not told apart', f'{objects}: {e}')
-            if whose is not None and whose.shape != codes.shape:
-                q.mend(image, 'objects have another size than classes: not told apart', objects)
-                whose = None
+        codes, out = _codes(im, colours), []
+        whose = _objects(source, objects, image, codes.shape, q) if objects else None
         for code in np.unique(codes).tolist():
             name = _name_of(code, im, names, colours)
             if name == '':
-                q.drop(
-                    image,
-                    'colour that is no class',
-                    f'{mask}: {code if code < 256 else (code >> 16, code >> 8 & 255, code & 255)}',
-                    part='annotation',
-                )
+                seen = code if code < 256 else _rgb(code)
+                q.drop(image, 'colour that is no class', f'{mask}: {seen}', part='annotation')
             if not name: continue
             here = codes == code
             for k in np.unique(whose[here]).tolist() if whose is not None else [None]:
@@ -139,13 +139,20 @@ def _annotations(
                 out.append((k or 0, dict(label=name, mask=rle_encode(here if k is None else here & (whose == k)))))
     return [a for _, a in sorted(out, key=lambda t: t[0])]
 
+def _objects(source:Source, name:str, image:str, size:tuple, q) -> np.ndarray|None: # 0: a class without objects, as sky
+    "The numbers of the objects; None when they cannot be told apart after all."
+    try: whose = np.asarray(Image.open(source.path(name))).astype(np.int64)
+    except Exception as e: return q.mend(image, 'objects cannot be read: not told apart', f'{name}: {e}')
+    if whose.shape != size: return q.mend(image, 'objects have another size than classes: not told apart', name)
+    return whose
+
+# %% ../../../nbs/11h_data.format.masks.ipynb #297cfc68
 def read(source:Source,
          names:str=None, # the file that lists the classes, when it is not one of LISTS
         ) -> Reading:
-    q, lists = (
-        source.quarantine,
-        [names] if names else [n for want in LISTS for n in source.names if n.rpartition('/')[2].lower() == want],
-    )
+    q = source.quarantine
+    lists = [n for want in LISTS for n in source.names if n.rpartition('/')[2].lower() == want]
+    if names: lists = [names]
     if not (pairs := pairs_of(source.images)):
         raise BadInput(
             f'no masks in {source.root.name}',
@@ -153,7 +160,8 @@ def read(source:Source,
             'call them images/ and masks/',
         )
     classes, colours = parse_classes(lists[0].lower(), source.text(lists[0])) if lists else ([], {})
-    objects = {n.rpartition('/')[2]: n for n in source.images if re.search('segmentationobject', n, re.I)}; splits = {}
+    objects = {n.rpartition('/')[2]: n for n in source.images if re.search('segmentationobject', n, re.I)}
+    splits = {}
     for n in source.find('*imagesets/segmentation/*.txt', 'imagesets/segmentation/*.txt'):
         if s := split_of(n.rpartition('/')[2][:-4]):
             splits |= dict.fromkeys(filter(None, map(str.strip, source.text(n).splitlines())), s)
@@ -163,48 +171,29 @@ def read(source:Source,
     def items():
         for m, i in sorted(pairs.items(), key=lambda p: p[1]):
             anns = _annotations(source, m, i, objects.get(m.rpartition('/')[2]), classes, colours, q)
-            if anns is not None:
-                yield Found(
-                    i,
-                    anns,
-                    dict(
-                        split=splits.get(i.rpartition('/')[2].rpartition('.')[0])
-                        or (split_in(i) if not splits else None)
-                    ),
-                )
-
+            if anns is None: continue
+            split = splits.get(i.rpartition('/')[2].rpartition('.')[0]) or (None if splits else split_in(i))
+            yield Found(i, anns, dict(split=split))
     return Reading(items(), [c for c in classes if c.casefold() not in NOTHING] or None, total=len(pairs))
 
 # %% ../../../nbs/11h_data.format.masks.ipynb #745acfe9
 def _paint(
     row: dict, classes: dict[str, int], target: Target
 ) -> tuple[np.ndarray, np.ndarray]:  # (H, W) class numbers, (H, W) object numbers
-    kind, whose, n = (
-        np.zeros((row['height'], row['width']), np.uint8),
-        np.zeros((row['height'], row['width']), np.uint16),
-        0,
-    )
+    size = row['height'], row['width']
+    kind, whose, n = np.zeros(size, np.uint8), np.zeros(size, np.uint16), 0
     for a in row['annotations']:
         if kind_of(a) not in ('mask', 'polygon'): continue
-        m = rle_decode(a.mask) if a.mask else polygon_mask(a.polygon, row['height'], row['width']); n += 1
+        m = rle_decode(a.mask) if a.mask else polygon_mask(a.polygon, *size)
+        n += 1
         if (covered := int((whose[m] > 0).sum())): target.lose('pixels under another mask', covered)
-        n += n == 255; kind[m], whose[m] = classes[a.label or 'object'], n
+        n += n == 255
+        kind[m], whose[m] = classes[a.label or 'object'], n
     return kind, whose
 
 def write(target:Target) -> None:
-    names = list(
-        dict.fromkeys(
-            [
-                *target.dataset.classes,
-                *(
-                    a.label or 'object'
-                    for r in target.rows()
-                    for a in r['annotations']
-                    if kind_of(a) in ('mask', 'polygon')
-                ),
-            ]
-        )
-    )
+    painted = (a for r in target.rows() for a in r['annotations'] if kind_of(a) in ('mask', 'polygon'))
+    names = list(dict.fromkeys([*target.dataset.classes, *(a.label or 'object' for a in painted)]))
     if len(names) > 254: raise BadInput(f'{len(names)} classes', 'at most 254 in a palette image', 'export as coco')
     stems, lists, palette = target.stems(), {s: [] for s in target.splits()}, voc_palette()
     number = {c: i for i, c in enumerate(names, 1)}
@@ -219,11 +208,7 @@ def write(target:Target) -> None:
             im = Image.frombytes('P', a.shape[::-1], a.tobytes()) if a.dtype == np.uint8 else Image.fromarray(a)
             if im.mode == 'P': im.putpalette(palette)
             im.save(target.path(f'{folder}/{stem}.png'))
-    target.text(
-        'labelmap.txt',
-        ''.join(
-            f'{c}:{",".join(map(str, palette[3 * i : 3 * i + 3]))}::\n' for c, i in dict(background=0, **number).items()
-        ),
-    )
+    colour = lambda i: ','.join(map(str, palette[3*i:3*i + 3]))
+    target.text('labelmap.txt', ''.join(f'{c}:{colour(i)}::\n' for c, i in dict(background=0, **number).items()))
     for s, stems_ in lists.items():
         if split_of(s): target.text(f'ImageSets/Segmentation/{s}.txt', '\n'.join(stems_) + '\n')
