@@ -20,9 +20,8 @@ from .manifest import PREDICTIONS, Dataset, make_table
 
 # %% ../../nbs/11r_data.predictions.ipynb #0233eb51
 def _tails(name:str) -> Iterator[str]:  # the longest first
-    parts = [
-        p for p in unicodedata.normalize('NFC', str(name)).replace('\\', '/').split('/') if p not in ('', '.', '..')
-    ]
+    plain = unicodedata.normalize('NFC', str(name)).replace('\\', '/')
+    parts = [p for p in plain.split('/') if p not in ('', '.', '..')]
     for i in range(len(parts)): yield '/'.join(parts[i:])
 
 def finder(t:pa.Table) -> Callable[[str], str|None]:
@@ -55,11 +54,8 @@ def _fault(a:dict, classes:set, size:tuple[int, int]) -> str: # '': sound
 
 def _probs_fault(p, classes:int) -> str:
     if p is None: return ''
-    return (
-        ''
-        if len(p) == classes and all(isinstance(v, (int, float)) and 0 <= v <= 1 + 1e-6 for v in p)
-        else f'probabilities that are not {classes} numbers in [0, 1]'
-    )
+    if len(p) == classes and all(isinstance(v, (int, float)) and 0 <= v <= 1 + 1e-6 for v in p): return ''
+    return f'probabilities that are not {classes} numbers in [0, 1]'
 
 # %% ../../nbs/11r_data.predictions.ipynb #353f5d8a
 def _from_table(path:Path) -> Iterator[Found]:
@@ -123,6 +119,26 @@ def _place(found:Found, a:dict, size:tuple[int, int]) -> dict:
     if a.get('polygon'): a['polygon'] = [[v*(h if i % 2 else w) for i, v in enumerate(r)] for r in a['polygon']]
     return a
 
+# %% ../../nbs/11r_data.predictions.ipynb #14f186b9
+def _settled(d:Dataset, split:str, said:dict, items:dict) -> Said:
+    ids = d.split(split)['id'].to_pylist()
+    mine = set(ids)
+    places = any({'bbox', 'mask', 'polygon', 'text'} & set(a) for anns in said.values() for a in anns)
+    told = [i for i in ids if i in items]
+    elsewhere = len(items) - len(told)
+    if not told:
+        others = f', but about {elsewhere} other items' if elsewhere else ''
+        raise BadInput(
+            f'nothing is said about the split {split!r}{others}',
+            f'answers about its {len(ids)} items',
+            'name the split that was predicted, or check the ids of the images',
+        )
+    keep = ids if places else told
+    row = lambda i: dict(id=i, annotations=[Annotation(**a) for a in said.get(i, ())], **items.get(i, {}))
+    t = make_table([row(i) for i in keep], PREDICTIONS)
+    return Said(t, sum(len(said[i]) for i in said if i in mine), len(ids) - len(told), elsewhere)
+
+# %% ../../nbs/11r_data.predictions.ipynb #dcf75f45
 def read_predictions(
     path: str | Path,
     d: Dataset,
@@ -136,19 +152,18 @@ def read_predictions(
     known = set(names)
     rows = {r['id']: r for r in d.table.select(['id', 'split', 'width', 'height']).to_pylist()}
     said, items, faults, first = defaultdict(list), {}, Counter(), {}
-    def wrong(what, where): faults[what] += 1; first.setdefault(what, where)
+    def wrong(what, where):
+        faults[what] += 1
+        first.setdefault(what, where)
     for f in _open(path, d, finder(d.table), kind, ids=ids, split=split):
         if (r := rows.get(f.image)) is None: wrong('an image that is not in the dataset', f.image); continue
-        size = (r['width'], r['height']); items.setdefault(f.image, {}).update(f.item)
+        size = (r['width'], r['height'])
+        items.setdefault(f.image, {}).update(f.item)
         if bad := _probs_fault(f.item.get('probs'), len(names)): wrong(bad, f.image)
         for a in f.annotations:
             if bad := _fault(a := _place(f, a, size), known, size):
-                wrong(
-                    bad,
-                    f'{f.image}: {a.get("fault") or a.get("label") or ""} {a.get("bbox") or a.get("score") or ""}'.strip()[
-                        :120
-                    ],
-                )
+                shown = f'{a.get("fault") or a.get("label") or ""} {a.get("bbox") or a.get("score") or ""}'
+                wrong(bad, f'{f.image}: {shown}'.strip()[:120])
             else: said[f.image].append(a)
     if faults:
         raise BadInput(
@@ -158,22 +173,3 @@ def read_predictions(
             'correct the file: leaving answers out would change the figures',
         )
     return _settled(d, split, said, items)
-
-def _settled(d:Dataset, split:str, said:dict, items:dict) -> Said:
-    ids = d.split(split)['id'].to_pylist()
-    mine = set(ids)
-    places = any({'bbox', 'mask', 'polygon', 'text'} & set(a) for anns in said.values() for a in anns)
-    told = [i for i in ids if i in items]; elsewhere = len(items) - len(told)
-    if not told:
-        raise BadInput(
-            f'nothing is said about the split {split!r}'
-            + (f', but about {elsewhere} other items' if elsewhere else ''),
-            f'answers about its {len(ids)} items',
-            'name the split that was predicted, or check the ids of the images',
-        )
-    keep = ids if places else told
-    t = make_table(
-        [dict(id=i, annotations=[Annotation(**a) for a in said.get(i, ())], **items.get(i, {})) for i in keep],
-        PREDICTIONS,
-    )
-    return Said(t, sum(len(said[i]) for i in said if i in mine), len(ids) - len(told), elsewhere)

@@ -26,7 +26,9 @@ PLAN = '.rewrite/plan.json'
 
 def _staged(d:Dataset, folder:Path, new:Callable, copies:bool) -> dict: # id -> what changes
     "Make the new files aside."
-    part, items = folder/'.rewrite', {}; shutil.rmtree(part, ignore_errors=True); part.mkdir(parents=True)
+    part, items = folder/'.rewrite', {}
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
     for n, r in enumerate(
         tqdm(d.table.to_pylist(), desc=f'rewriting {d.name}', unit='file', disable=None, leave=False)
     ):
@@ -35,21 +37,16 @@ def _staged(d:Dataset, folder:Path, new:Callable, copies:bool) -> dict: # id -> 
             raise Damaged(
                 f'{r["uri"]} is not the file that was imported', f'sha256 {r["sha256"]}', 'import the dataset again'
             )
-        made = new(r, data); made, suffix = made if isinstance(made, tuple) else (made, None)
+        made = new(r, data)
+        made, suffix = made if isinstance(made, tuple) else (made, None)
         if made is None or made == data:
             if not copies: continue
             made, suffix = data, None
-        uri = str(Path(r['uri']).with_suffix(suffix).as_posix()) if suffix else r['uri']; seen = look(made)
+        uri = str(Path(r['uri']).with_suffix(suffix).as_posix()) if suffix else r['uri']
+        seen = look(made)
         write_atomic(part / str(n), made, sync=False)
-        items[r['id']] = dict(
-            file=str(n),
-            old=r['uri'],
-            uri=uri,
-            was=r['sha256'],
-            sha256=seen.sha256,
-            width=seen.width,
-            height=seen.height,
-        )
+        size = dict(width=seen.width, height=seen.height)
+        items[r['id']] = dict(file=str(n), old=r['uri'], uri=uri, was=r['sha256'], sha256=seen.sha256, **size)
     taken = [i['uri'] for i in items.values()] + [
         r['uri'] for r in d.table.select(['id', 'uri']).to_pylist() if r['id'] not in items
     ]
@@ -61,6 +58,7 @@ def _staged(d:Dataset, folder:Path, new:Callable, copies:bool) -> dict: # id -> 
         )
     return items
 
+# %% ../../nbs/12h_data.rewrite.ipynb #ddb89240
 def _rewritten(d:Dataset, plan:dict) -> Dataset:
     "The dataset as it will be."
     t, items = d.table, plan['items']; ids = t['id'].to_pylist()
@@ -89,18 +87,9 @@ def finish(folder:str|Path) -> dict|None: # the line of the version log; None: n
             f'restore it, or remove {folder / PLAN} if you know why',
         )
     if not any(e.get('rewrite') == plan['id'] for e in log.read()):
-        record(
-            log,
-            plan['event'],
-            plan['by'],
-            rewrite=plan['id'],
-            dataset=d.name,
-            folder=str(folder),
-            version=plan['version'],
-            becomes=plan['becomes'],
-            items=len(plan['items']),
-            **plan['what'],
-        )
+        facts = dict(rewrite=plan['id'], dataset=d.name, folder=str(folder), version=plan['version'])
+        facts |= dict(becomes=plan['becomes'], items=len(plan['items']), **plan['what'])
+        record(log, plan['event'], plan['by'], **facts)
     root = Path(plan['root'])
     for i in plan['items'].values():
         if (made := folder / '.rewrite' / i['file']).exists():
@@ -110,8 +99,10 @@ def finish(folder:str|Path) -> dict|None: # the line of the version log; None: n
     line = commit(folder, new, plan['why'], plan['by'], renamed={i['was']: i['sha256'] for i in plan['items'].values()})
     for i in plan['items'].values():
         if plan['mine'] and i['old'] != i['uri']: inside(root, i['old']).unlink(missing_ok=True)
-    shutil.rmtree(folder/'.rewrite'); return line
+    shutil.rmtree(folder/'.rewrite')
+    return line
 
+# %% ../../nbs/12h_data.rewrite.ipynb #80ab6ac4
 @contextmanager
 def _alone(folder:Path):
     try:
@@ -130,20 +121,14 @@ def rewrite(folder:str|Path, new:Callable, # (row, file's content) -> new conten
         d = load_dataset(folder)
         mine = d.root.resolve().is_relative_to(folder)
         root = d.root.resolve() if mine else folder / 'images'
-        items = _staged(d, folder, new, not mine); changed = {k: i for k, i in items.items() if i['was'] != i['sha256']}
-        if not changed: shutil.rmtree(folder/'.rewrite'); return None
-        plan = dict(
-            id=secrets.token_hex(8),
-            event=event,
-            why=why,
-            by=by,
-            what=what,
-            version=d.version,
-            root=str(root),
-            mine=mine,
-            items=items,
-        )
-        plan['becomes'] = _rewritten(d, plan).version; write_json(folder/PLAN, plan)
+        items = _staged(d, folder, new, not mine)
+        if not any(i['was'] != i['sha256'] for i in items.values()):
+            shutil.rmtree(folder/'.rewrite')
+            return None
+        plan = dict(id=secrets.token_hex(8), event=event, why=why, by=by, what=what)
+        plan |= dict(version=d.version, root=str(root), mine=mine, items=items)
+        plan['becomes'] = _rewritten(d, plan).version
+        write_json(folder/PLAN, plan)
         return finish(folder)
 
 # %% ../../nbs/12h_data.rewrite.ipynb #79d1fde7

@@ -45,7 +45,8 @@ def digit_scans() -> tuple[np.ndarray, np.ndarray]: # (1797, 8, 8) uint8 in 0..1
 _ABOUT_DIGITS = dict(
     what='1,797 scans of handwritten digits, 8x8 pixels, from 13 people, as scikit-learn ships them',
     creators='E. Alpaydin, C. Kaynak (1998), Optical Recognition of Handwritten Digits, test part',
-    license='CC BY 4.0 according to the UCI Machine Learning Repository (dataset 80); scikit-learn states none of its own for the data',
+    license='CC BY 4.0 according to the UCI Machine Learning Repository (dataset 80); '
+            'scikit-learn states none of its own for the data',
     session='thirteenths of the file in its order: close to a writer; the writers themselves are not recorded',
 )
 
@@ -346,8 +347,8 @@ def photograph(
     blur: str,
     gain: float,
     lens,
-    sensor,
-) -> bytes:  # two random generators: of the scene, of the frame
+    sensor,  # two random generators: of the scene, of the frame
+) -> bytes:
     "A JPEG file of what the camera sees."
     img = _blur(img, blur, lens); H, W = img.shape[:2]
     y, x = _grid(H, W); img = img*(1 - cam.vignette*(x*x + y*y)/2)[..., None]
@@ -382,11 +383,33 @@ def _truth(scene:Scene, placed:list[Placed], masks:list[np.ndarray], labels:np.n
     return out + [Annotation(caption=said)]
 
 # %% ../../nbs/14_data.samples.ipynb #f7bec171
+_SIZES = dict(small=.25, medium=.34, large=math.inf) # a digit's height is below this share of the frame's
+
+def _tags(scene:Scene, placed:list[Placed], ink:str, plate:bool, frame:int, height:int) -> dict:
+    "What slices of the scenes are made of."
+    tall = np.mean([p.height for p in placed]) if placed else 0
+    return dict(
+        lighting=scene.light,
+        blur=scene.blur,
+        background=scene.ground,
+        site=GROUNDS[scene.ground].site,
+        ink=ink,
+        plate='yes' if plate else 'no',
+        scale=next(s for s, most in _SIZES.items() if tall < most*height) if tall else 'none',
+        digits=len(placed),
+        lines=len(scene.lines),
+        scans=' '.join(str(p.scan) for p in placed),
+        clip=scene.name if scene.frames > 1 else None,
+        frame=frame if scene.frames > 1 else None,
+    )
+
+# %% ../../nbs/14_data.samples.ipynb #4f5638aa
 def _stage(scene:Scene, scans:np.ndarray, labels:np.ndarray, pictures:dict[str, np.ndarray], width:int, height:int):
     "The frames of one scene: row and file content."
-    rng = np.random.default_rng(scene.seed); g = GROUNDS[scene.ground]
+    rng, g = np.random.default_rng(scene.seed), GROUNDS[scene.ground]
     ground = _crop(ground_part(pictures[scene.ground], scene.split), width, height, rng)
-    frames = lay_out(scene, scans, width, height, rng); ink, rgb, plate = _choose_ink(ground, frames, rng)
+    frames = lay_out(scene, scans, width, height, rng)
+    ink, rgb, plate = _choose_ink(ground, frames, rng)
     light = _light(scene.light, height, width, rng)
     gain = rng.uniform(1.3, 1.7) if scene.light == 'night' else 1.0
     lens = int(rng.integers(2**32))
@@ -394,55 +417,27 @@ def _stage(scene:Scene, scans:np.ndarray, labels:np.ndarray, pictures:dict[str, 
         img = ground.copy()
         if plate is not None: _put_plate(img, placed, plate)
         masks = paint(img, placed, scans, rgb)
-        data = photograph(
-            img * light,
-            CAMERAS[scene.camera],
-            scene.blur,
-            gain,
-            np.random.default_rng(lens),
-            np.random.default_rng([*scene.seed, f]),
-        )
+        random = np.random.default_rng(lens), np.random.default_rng([*scene.seed, f])
+        data = photograph(img * light, CAMERAS[scene.camera], scene.blur, gain, *random)
         name = scene.name if scene.frames == 1 else f'{scene.name}-{f}'
-        tall = np.mean([p.height for p in placed]) if placed else 0
-        yield (
-            dict(
-                id=name,
-                uri=f'images/{name}.jpg',
-                sha256=digest(data),
-                width=width,
-                height=height,
-                split=scene.split,
-                group=scene.name,
-                source=f'sklearn.datasets.load_digits on {g.package} {g.name}',
-                license=f'CC-BY-4.0 AND {g.license}',
-                device=scene.camera,
-                captured_at=(scene.at + timedelta(seconds=f)).isoformat(),
-                annotations=_truth(scene, placed, masks, labels, ink),
-                tags=dict(
-                    lighting=scene.light,
-                    blur=scene.blur,
-                    background=scene.ground,
-                    site=g.site,
-                    ink=ink,
-                    plate='no' if plate is None else 'yes',
-                    scale='none'
-                    if not tall
-                    else 'small'
-                    if tall < 0.25 * height
-                    else 'medium'
-                    if tall < 0.34 * height
-                    else 'large',
-                    digits=len(placed),
-                    lines=len(scene.lines),
-                    scans=' '.join(str(p.scan) for p in placed),
-                    clip=scene.name if scene.frames > 1 else None,
-                    frame=f if scene.frames > 1 else None,
-                ),
-            ),
-            data,
+        row = dict(
+            id=name,
+            uri=f'images/{name}.jpg',
+            sha256=digest(data),
+            width=width,
+            height=height,
+            split=scene.split,
+            group=scene.name,
+            source=f'sklearn.datasets.load_digits on {g.package} {g.name}',
+            license=f'CC-BY-4.0 AND {g.license}',
+            device=scene.camera,
+            captured_at=(scene.at + timedelta(seconds=f)).isoformat(),
+            annotations=_truth(scene, placed, masks, labels, ink),
+            tags=_tags(scene, placed, ink, plate is not None, f, height),
         )
+        yield row, data
 
-
+# %% ../../nbs/14_data.samples.ipynb #f08f967d
 def _batch(
     plan: Sequence[Scene],
     folder: Path,
