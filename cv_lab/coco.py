@@ -37,39 +37,12 @@ class Objects:
     def __len__(self): return len(self.image)
 
     def take(self, k):
-        return Objects(
-            self.items,
-            *(
-                None if v is None else v[k]
-                for v in (
-                    self.image,
-                    self.at,
-                    self.label,
-                    self.box,
-                    self.score,
-                    self.area,
-                    self.crowd,
-                    self.said,
-                    self.mask,
-                )
-            ),
-        )
+        places = self.image, self.at, self.label, self.box
+        facts = self.score, self.area, self.crowd, self.said, self.mask
+        return Objects(self.items, *(None if v is None else v[k] for v in (*places, *facts)))
 
-
-def columns(t:pa.Table, classes:list[str],
-            threshold:float=.5,  # the operating point of predictions that do not say `accepted`
-            masks:bool=False,    # objects are what has a mask; a polygon is filled
-            sizes:tuple|None=None, # widths and heights of the images, for polygons; else the table's own columns
-           ) -> Objects:
-    "The labelled annotations of a table. Those without a label are no objects."
-    lists = t['annotations'].combine_chunks() if isinstance(t['annotations'], pa.ChunkedArray) else t['annotations']
-    if isinstance(lists, pa.ChunkedArray): lists = lists.chunk(0) if lists.num_chunks else pa.array([], lists.type)
-    n = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False).astype(np.int64)
-    flat = pc.list_flatten(lists)
-    image = np.repeat(np.arange(len(n)), n)
-    at = np.arange(len(image)) - np.repeat(np.cumsum(n) - n, n)
-    part = lambda name: pc.struct_field(flat, name)
-    named = part('label')
+# %% ../nbs/18_coco.ipynb #6d039f6d
+def _labels(named:pa.Array, classes:list[str]) -> np.ndarray: # (n,) int64, index of the class; -1: no label
     label = pc.fill_null(pc.index_in(named, value_set=pa.array(classes, pa.string())), -1).to_numpy(
         zero_copy_only=False
     )
@@ -80,40 +53,26 @@ def columns(t:pa.Table, classes:list[str],
             f'one of: {", ".join(classes)}',
             'map them before evaluating',
         )
-    has = part('bbox').is_valid().to_numpy(zero_copy_only=False)
-    box = np.full((len(image), 4), np.nan)
-    box[has] = pc.list_flatten(part('bbox')).to_numpy(zero_copy_only=False).reshape(-1, 4)
-    score = pc.fill_null(part('score'), 1.).to_numpy(zero_copy_only=False); accepted = part('accepted')
-    said = (
-        pc.if_else(accepted.is_valid(), accepted, pa.array(score >= threshold))
-        .to_numpy(zero_copy_only=False)
-        .astype(bool)
-    )
-    area = (box[:, 2] - box[:, 0])*(box[:, 3] - box[:, 1]); crowd, rle = np.zeros(len(image), bool), None
-    if (more := part('attributes')).null_count < len(more):
-        for i, a in enumerate(more.to_pylist()):
-            crowd[i] = bool(a) and any(dict(a).get(k) == '1' for k in ('iscrowd', 'difficult'))
-    if (m := part('mask')).null_count < len(m):
-        rle = np.array(
-            [None if r is None else dict(size=r['size'], counts=r['counts'].encode()) for r in m.to_pylist()], object
-        )
-        w = np.array([r is not None for r in rle])
-        area[w] = [
-            coco_mask.area(r) for r in rle[w]
-        ]  # pycocotools 2.0.11 counts a list of masks in a byte: it fails from 256 on
-        for i in np.flatnonzero(w & ~has):
-            box[i] = mask_box(rle_decode(dict(size=rle[i]['size'], counts=rle[i]['counts'].decode()))) or np.nan
-    if masks and (o := part('polygon')).null_count < len(o):
-        area, rle = _filled(o.to_pylist(), image, sizes or (t['width'].to_pylist(), t['height'].to_pylist()), area, rle)
-    keep = (label >= 0) & (
-        np.array([r is not None for r in rle], bool)
-        if masks and rle is not None
-        else np.isfinite(box[:, 0]) & (not masks)
-    )
-    return Objects(
-        len(n), image, at, label.astype(np.int64), box, score, area, crowd, said, rle if masks else None
-    ).take(keep)
+    return label.astype(np.int64)
 
+def _crowds(attributes:pa.Array) -> np.ndarray: # (n,) bool
+    crowd = np.zeros(len(attributes), bool)
+    if attributes.null_count < len(attributes):
+        for i, a in enumerate(attributes.to_pylist()):
+            crowd[i] = bool(a) and any(dict(a).get(k) == '1' for k in ('iscrowd', 'difficult'))
+    return crowd
+
+# %% ../nbs/18_coco.ipynb #5eccf00e
+def _runs(masks:pa.Array, box:np.ndarray, area:np.ndarray) -> np.ndarray|None: # (n,) run lengths; box, area: completed
+    "The masks; None when nothing has one."
+    if masks.null_count == len(masks): return None
+    coded = lambda r: None if r is None else dict(size=r['size'], counts=r['counts'].encode())
+    rle = np.array([coded(r) for r in masks.to_pylist()], object)
+    has = np.array([r is not None for r in rle])
+    area[has] = [coco_mask.area(r) for r in rle[has]]  # pycocotools 2.0.11 counts a list in a byte: fails from 256 on
+    for i in np.flatnonzero(has & np.isnan(box[:, 0])):
+        box[i] = mask_box(rle_decode(dict(size=rle[i]['size'], counts=rle[i]['counts'].decode()))) or np.nan
+    return rle
 
 def _filled(
     polygons: list, image: np.ndarray, sizes: tuple, area: np.ndarray, rle: np.ndarray | None
@@ -132,6 +91,36 @@ def _filled(
             rle[i] = coco_mask.merge(coco_mask.frPyObjects(rings, h, w))
             area[i] = coco_mask.area(rle[i])
     return area, rle
+
+# %% ../nbs/18_coco.ipynb #7da889fe
+def columns(t:pa.Table, classes:list[str],
+            threshold:float=.5,  # the operating point of predictions that do not say `accepted`
+            masks:bool=False,    # objects are what has a mask; a polygon is filled
+            sizes:tuple|None=None, # widths and heights of the images, for polygons; else the table's own columns
+           ) -> Objects:
+    "The labelled annotations of a table. Those without a label are no objects."
+    lists = t['annotations'].combine_chunks() if isinstance(t['annotations'], pa.ChunkedArray) else t['annotations']
+    if isinstance(lists, pa.ChunkedArray): lists = lists.chunk(0) if lists.num_chunks else pa.array([], lists.type)
+    n = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False).astype(np.int64)
+    flat = pc.list_flatten(lists)
+    image = np.repeat(np.arange(len(n)), n)
+    at = np.arange(len(image)) - np.repeat(np.cumsum(n) - n, n)
+    part = lambda name: pc.struct_field(flat, name)
+    label = _labels(part('label'), classes)
+    has = part('bbox').is_valid().to_numpy(zero_copy_only=False)
+    box = np.full((len(image), 4), np.nan)
+    box[has] = pc.list_flatten(part('bbox')).to_numpy(zero_copy_only=False).reshape(-1, 4)
+    area = (box[:, 2] - box[:, 0])*(box[:, 3] - box[:, 1])
+    score = pc.fill_null(part('score'), 1.).to_numpy(zero_copy_only=False)
+    accepted = part('accepted')
+    said = pc.if_else(accepted.is_valid(), accepted, pa.array(score >= threshold)).to_numpy(zero_copy_only=False)
+    crowd, rle = _crowds(part('attributes')), _runs(part('mask'), box, area)
+    if masks and (o := part('polygon')).null_count < len(o):
+        area, rle = _filled(o.to_pylist(), image, sizes or (t['width'].to_pylist(), t['height'].to_pylist()), area, rle)
+    placed = np.isfinite(box[:, 0]) & (not masks)
+    if masks and rle is not None: placed = np.array([r is not None for r in rle], bool)
+    mine = Objects(len(n), image, at, label, box, score, area, crowd, said.astype(bool), rle if masks else None)
+    return mine.take((label >= 0) & placed)
 
 # %% ../nbs/18_coco.ipynb #f9ddc1a3
 def prediction_rows(truth:pa.Table, predictions:pa.Table) -> pa.Table:
@@ -238,9 +227,10 @@ def _greedy(truth, ignored, n, rank, d, g, iou, ious) -> tuple[np.ndarray, np.nd
 # %% ../nbs/18_coco.ipynb #61e78e4a
 def average_precision(m:Matches, classes:int):
     "A function from item weights (B, N) to (B, areas, ious, classes); NaN where a class has no object."
-    ends = np.searchsorted(m.said.label, np.arange(classes + 1)); count = _per_image(m, classes)
+    ends, count = np.searchsorted(m.said.label, np.arange(classes + 1)), _per_image(m, classes)
     def at(w:np.ndarray) -> np.ndarray:
-        out = np.full((len(w), *m.right.shape[:2], classes), np.nan); objects = [w @ c for c in count]
+        out = np.full((len(w), *m.right.shape[:2], classes), np.nan)
+        objects = [w @ c for c in count]
         for c in range(classes):
             lo, hi = ends[c], ends[c + 1]
             hits = np.flatnonzero(m.right[:, :, lo:hi].any((0, 1)))
@@ -249,13 +239,8 @@ def average_precision(m:Matches, classes:int):
             for b in range(0, len(w), rows):
                 weight = w[b:b+rows][:, m.said.image[lo:hi]]
                 for a in range(len(m.right)):
-                    _one_class(
-                        out[b : b + rows, a, :, c],
-                        weight,
-                        m.right[a, :, lo:hi],
-                        m.out[a, :, lo:hi],
-                        objects[a][b : b + rows, c],
-                    )
+                    there = objects[a][b:b + rows, c]
+                    _one_class(out[b:b + rows, a, :, c], weight, m.right[a, :, lo:hi], m.out[a, :, lo:hi], there)
         return out
     return at
 
@@ -281,18 +266,13 @@ def _per_image(m:Matches, classes:int) -> list:  # sparse (N, C) per area: objec
         for ig in m.ignored
     ]
 
-
+# %% ../nbs/18_coco.ipynb #a0dcd54e
 def average_recall(m:Matches, classes:int, limits:Sequence[int]=(1, 10, 100)):
     "A function from item weights (B, N) to (B, areas, limits, classes): recall with so many boxes per image and class, mean over IoUs."
-    count = _per_image(m, classes); A, T, _ = m.right.shape
+    count, (A, T, _) = _per_image(m, classes), m.right.shape
+    at_image, size = (m.said.image, m.said.label), (m.truth.items, classes)
     found = [
-        [
-            sparse.csr_matrix(
-                (m.right[a].sum(0) * (m.rank < k) / T, (m.said.image, m.said.label)), (m.truth.items, classes)
-            )
-            for k in limits
-        ]
-        for a in range(A)
+        [sparse.csr_matrix((m.right[a].sum(0) * (m.rank < k) / T, at_image), size) for k in limits] for a in range(A)
     ]
 
     def at(w):

@@ -17,6 +17,22 @@ from .detector import suppressed
 ZOO = ('fcos_resnet50_fpn', 'retinanet_resnet50_fpn', 'retinanet_resnet50_fpn_v2')
 ZOO_STRIDES = [8, 16, 32, 64, 128]
 
+# %% ../nbs/19d_zoo.ipynb #bb4bdaa5
+def _cell_anchors(generator) -> list[torch.Tensor]: # a map's: (per place, 4), around the origin
+    given = generator.cell_anchors
+    return given or [generator.generate_anchors(s, r) for s, r in zip(generator.sizes, generator.aspect_ratios)]
+
+def _decoded(at:torch.Tensor, out:dict) -> tuple[torch.Tensor, torch.Tensor]: # logits (N, A, C), boxes (N, A, 4)
+    "What a head says about anchors `at` (A, 4): one logit per class, and corners."
+    centre, size = (at[:, :2] + at[:, 2:]) / 2, at[:, 2:] - at[:, :2]
+    d, logits = out['bbox_regression'].float(), out['cls_logits']
+    if 'bbox_ctrness' in out:  # FCOS: distances to the edges, and a second score
+        boxes = torch.cat([centre - d[..., :2]*size, centre + d[..., 2:]*size], -1)
+        z = (nn.functional.logsigmoid(logits.float()) + nn.functional.logsigmoid(out['bbox_ctrness'].float())) / 2
+        return z - torch.log1p(-z.exp().clamp(max=1 - 1e-6)), boxes
+    c, half = centre + d[..., :2] * size, size * d[..., 2:].clamp(max=4.135).exp() / 2  # RetinaNet: shifts and scales
+    return logits, torch.cat([c - half, c + half], -1)
+
 # %% ../nbs/19d_zoo.ipynb #f53a1960
 class ZooDetector(nn.Module):
     "The body and head of one of torchvision's detectors: a box, and a logit per class, for every place."
@@ -36,21 +52,10 @@ class ZooDetector(nn.Module):
             self.load(model, name, pretrained)
         elif name.startswith('fcos'):
             nn.init.constant_(model.head.regression_head.bbox_reg.bias, 2.0)  # objects of four cells, to begin with
-        self.first, self.body, self.head, self.inside, self.strides = (
-            FromUint8((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-            model.backbone,
-            model.head,
-            inside,
-            ZOO_STRIDES,
-        )
-        for i, a in enumerate(
-            model.anchor_generator.cell_anchors
-            or [
-                model.anchor_generator.generate_anchors(s, r)
-                for s, r in zip(model.anchor_generator.sizes, model.anchor_generator.aspect_ratios)
-            ]
-        ):
-            self.register_buffer(f'anchors{i}', a.float(), persistent=False)  # (per place, 4), around the origin
+        self.first = FromUint8((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        self.body, self.head, self.inside, self.strides = model.backbone, model.head, inside, ZOO_STRIDES
+        for i, a in enumerate(_cell_anchors(model.anchor_generator)):
+            self.register_buffer(f'anchors{i}', a.float(), persistent=False)
         if frozen: self.body.body.requires_grad_(False)
 
     @staticmethod
@@ -64,9 +69,8 @@ class ZooDetector(nn.Module):
         from safetensors.torch import load_file
 
         own = model.state_dict()
-        model.load_state_dict(
-            {k: v for k, v in load_file(path).items() if k in own and v.shape == own[k].shape}, strict=False
-        )  # the classes may differ
+        fits = {k: v for k, v in load_file(path).items() if k in own and v.shape == own[k].shape}
+        model.load_state_dict(fits, strict=False)  # the classes may differ
 
     def anchors(self, i:int, height:int, width:int) -> torch.Tensor:  # (places, 4)
         a, s = getattr(self, f'anchors{i}'), self.strides[i]
@@ -76,17 +80,9 @@ class ZooDetector(nn.Module):
         return (torch.stack([x, y, x, y], -1).reshape(-1, 1, 4) + a).reshape(-1, 4)
 
     def forward(self, images): # (N, 3, H, W) uint8 -> logits (N, A, C), boxes (N, A, 4)
-        maps = list(self.body(self.first(images)).values()); out = self.head(maps); d = out['bbox_regression'].float()
+        maps = list(self.body(self.first(images)).values())
         at = torch.cat([self.anchors(i, *m.shape[-2:]) for i, m in enumerate(maps)])
-        centre, size = (at[:, :2] + at[:, 2:]) / 2, at[:, 2:] - at[:, :2]
-        logits = out['cls_logits']
-        if 'bbox_ctrness' in out:  # FCOS: distances to the edges, and a second score
-            boxes = torch.cat([centre - d[..., :2]*size, centre + d[..., 2:]*size], -1)
-            z = (nn.functional.logsigmoid(logits.float()) + nn.functional.logsigmoid(out['bbox_ctrness'].float())) / 2
-            logits = z - torch.log1p(-z.exp().clamp(max=1 - 1e-6))
-        else:  # RetinaNet: shifts and scales of anchor boxes
-            c, half = centre + d[..., :2] * size, size * d[..., 2:].clamp(max=4.135).exp() / 2
-            boxes = torch.cat([c - half, c + half], -1)
+        logits, boxes = _decoded(at, self.head(maps))
         out = dict(logits=logits, boxes=boxes)
         if self.inside and not self.training: out |= suppressed(logits, boxes, *self.inside)
         return out
