@@ -12,9 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Callable, Sequence
 import numpy as np, pyarrow as pa, pyarrow.parquet as pq
-os.environ.setdefault(
-    'ORT_DISABLE_TELEMETRY', '1'
-)  # since 1.29 it tells its maker about every model, unless told not to
+os.environ.setdefault('ORT_DISABLE_TELEMETRY', '1')  # since 1.29 it tells its maker of every model, unless told not to
 import onnxruntime as ort
 from .calibration import fit_thresholds
 from .core import Annotation, Damaged, NotFound, digest, file_digest, read_json, write_atomic, write_json
@@ -64,6 +62,7 @@ def _provider(device:str, runtime:dict) -> str:
         )
     return name
 
+# %% ../nbs/45_predict.ipynb #eef2a7d6
 def _onnx_network(path:Path, device:str, threads:int, runtime:dict={}) -> Callable:
     "The graph in ONNX Runtime. External data is not read from outside the folder: the graph must be one file."
     o, name = ort.SessionOptions(), _provider(device, runtime)
@@ -81,27 +80,36 @@ def _onnx_network(path:Path, device:str, threads:int, runtime:dict={}) -> Callab
     names, feed = [x.name for x in session.get_outputs()], session.get_inputs()[0].name
     return lambda batch: dict(zip(names, session.run(names, {feed: batch})))
 
+# %% ../nbs/45_predict.ipynb #4c536976
 def _torch_network(folder:Path, info:dict) -> Callable:
     "The network built again on the GPU, channels last, in full float32: the answers that were judged."
     import torch
     from safetensors.torch import load_file
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    task = get_task(info['task']); cfg = trained_config(task, info['config'])
-    net = task.network(cfg, info['classes']); net.load_state_dict(load_file(folder/'model.safetensors'))
+    task = get_task(info['task'])
+    cfg = trained_config(task, info['config'])
+    net = task.network(cfg, info['classes'])
+    net.load_state_dict(load_file(folder/'model.safetensors'))
     net = net.eval().to('cuda', memory_format=torch.channels_last)
     def run(batch):
         with torch.inference_mode():
-            return {
-                k: v.float().cpu().numpy()
-                for k, v in net(torch.from_numpy(batch).to('cuda', non_blocking=True)).items()
-            }
+            out = net(torch.from_numpy(batch).to('cuda', non_blocking=True))
+            return {k: v.float().cpu().numpy() for k, v in out.items()}
 
     return run
 
+# %% ../nbs/45_predict.ipynb #abcb93db
 def _torch_has_cuda() -> bool:
     try: import torch
     except ImportError: return False
     return torch.cuda.is_available()
+
+def _device(asked:str, folder:Path) -> tuple[str, bool]: # cpu or cuda; whether ONNX Runtime has CUDA
+    "Where the answers are worked out."
+    onnx_cuda = 'CUDAExecutionProvider' in ort.get_available_providers()
+    if asked != 'auto': return asked, onnx_cuda
+    if not onnx_cuda and not (folder / 'model.safetensors').is_file(): return 'cpu', onnx_cuda
+    return 'cuda' if onnx_cuda or _torch_has_cuda() else 'cpu', onnx_cuda
 
 # %% ../nbs/45_predict.ipynb #4f7c9f88
 @dataclass(frozen=True)
@@ -111,6 +119,7 @@ class Prepared:
     place: Placement   # with the size of the upright image
     parts: Sequence[tuple[Window, np.ndarray, Placement]] = () # the windows it is looked at in, if there are several
 
+# %% ../nbs/45_predict.ipynb #5fd4a83a
 class Predictor:
     "A model folder, ready to answer."
     def __init__(self, folder:str|Path,      # a run's `export/`, or a bundle
@@ -124,13 +133,11 @@ class Predictor:
         verify_files(folder)
         self.info, self.thresholds = read_json(folder/'model.json'), read_json(folder/'thresholds.json')
         self.problem_name, self.classes = self.info['problem'], self.info['classes']
-        self.task = get_task(self.info['task']); self.cfg = self.task.Config.model_validate(self.info['config'])
+        self.task = get_task(self.info['task'])
+        self.cfg = self.task.Config.model_validate(self.info['config'])
         self.image = Preprocess(**read_json(folder/'preprocess.json'))
         self.runtime = self.info.get('runtime', {})  # precision, provider, options; of a variant, see 50_optimize.ipynb
-        onnx_cuda = 'CUDAExecutionProvider' in ort.get_available_providers()
-        self.device = device if device != 'auto' else 'cuda' if onnx_cuda or _torch_has_cuda() else 'cpu'
-        if device == 'auto' and not onnx_cuda and not (folder / 'model.safetensors').is_file():
-            self.device = 'cpu'  # a quantised graph has no other form
+        self.device, onnx_cuda = _device(device, folder)
         if self.device == 'cuda' and not onnx_cuda and not self.runtime: self.infer = _torch_network(folder, self.info)
         else: self.infer = _onnx_network(folder/'model.onnx', self.device, threads, self.runtime)
         self.digest = digest({f: file_digest(folder/f) for f in MODEL_FILES if (folder/f).is_file()})
@@ -151,11 +158,8 @@ class Predictor:
         height, width = rgb.shape[:2]
         parts = windows(width, height, self.image) if hasattr(self.task, 'GEOMETRY') else []
         cut = lambda v: (v, preprocess(rgb[v.y:v.y + v.h, v.x:v.x + v.w], self.image), placement(v.w, v.h, self.image))
-        return Prepared(
-            preprocess(rgb, self.image),
-            placement(width, height, self.image),
-            [cut(v) for v in parts] if len(parts) > 1 else (),
-        )
+        place = placement(width, height, self.image)
+        return Prepared(preprocess(rgb, self.image), place, [cut(v) for v in parts] if len(parts) > 1 else ())
 
     def answers(
         self,
@@ -168,12 +172,8 @@ class Predictor:
         todo = [(k, *part) for k, p in enumerate(prepared) for part in p.parts or [(None, p.pixels, p.place)]]
         for i in range(0, len(todo), at_once):
             some = todo[i : i + at_once]
-            said = self.task.decode(
-                (infer or self.infer)(np.stack([pixels for _, _, pixels, _ in some])),
-                self.cfg,
-                self.classes,
-                self.thresholds,
-            )
+            outputs = (infer or self.infer)(np.stack([pixels for _, _, pixels, _ in some]))
+            said = self.task.decode(outputs, self.cfg, self.classes, self.thresholds)
             for (k, window, _, place), p in zip(some, said, strict=True): found[k].append((window, in_image(p, place)))
         return [joined(f, p.place.width, p.place.height) if p.parts else f[0][1] for f, p in zip(found, prepared)]
 
@@ -230,47 +230,34 @@ def _partner(x, others:list):
 # %% ../nbs/45_predict.ipynb #b606ba53
 def calibrate(folder:str|Path, rows:pa.Table, read:Callable, problem:Problem) -> dict: # the thresholds
     "Fit the thresholds of an exported model on held-out items, and write them beside it."
-    model = Predictor(folder, 'cpu'); model.thresholds = dict(temperature=1., threshold=problem.decision.threshold)
+    model = Predictor(folder, 'cpu')
+    model.thresholds = dict(temperature=1., threshold=problem.decision.threshold)
     said = predict_table(model, rows, read)
     fit = getattr(model.task, 'calibrate', fit_thresholds if not said['probs'].null_count else None)
     found = fit(rows, said, problem) if fit else model.thresholds
     write_json(Path(folder)/'thresholds.json', found)
     return found
 
-GOLDEN = pa.schema(
-    [
-        ('id', pa.string()),
-        ('sha256', pa.string()),
-        ('image', pa.binary()),
-        PREDICTIONS.field('annotations'),
-        PREDICTIONS.field('probs'),
-    ]
-)
+# %% ../nbs/45_predict.ipynb #688c9a64
+GOLDEN = pa.schema([('id', pa.string()), ('sha256', pa.string()), ('image', pa.binary()),
+                    PREDICTIONS.field('annotations'), PREDICTIONS.field('probs')])
 
 
 def write_golden(path:str|Path, rows:pa.Table, read:Callable, predictions:pa.Table, items:int=32) -> pa.Table:
     "Image files and the answers given, as one table; the items are those with the smallest digests."
     said = {r['id']: r for r in predictions.to_pylist()}
     pick = sorted(rows.select(['id', 'uri', 'sha256']).to_pylist(), key=lambda r: r['sha256'])[:items]
-    t = pa.Table.from_pylist(
-        [
-            dict(
-                id=r['id'],
-                sha256=r['sha256'],
-                image=read(r['uri']),
-                annotations=said[r['id']]['annotations'],
-                probs=said[r['id']]['probs'],
-            )
-            for r in pick
-        ],
-        schema=GOLDEN,
-    )
-    sink = pa.BufferOutputStream(); pq.write_table(t, sink); write_atomic(path, sink.getvalue().to_pybytes())
+    given = lambda i: {k: said[i][k] for k in ('annotations', 'probs')}
+    rows = [dict(id=r['id'], sha256=r['sha256'], image=read(r['uri']), **given(r['id'])) for r in pick]
+    t, sink = pa.Table.from_pylist(rows, schema=GOLDEN), pa.BufferOutputStream()
+    pq.write_table(t, sink)
+    write_atomic(path, sink.getvalue().to_pybytes())
     return t
 
 def golden_difference(predictor:Predictor, golden:pa.Table) -> float: # 0 when every answer is the same
     "The largest difference from the golden answers: of a probability or score, of an overlap from 1."
-    rows = golden.to_pylist(); prepared = [predictor.prepare(r['image']) for r in rows]
+    rows = golden.to_pylist()
+    prepared = [predictor.prepare(r['image']) for r in rows]
     if not rows: return 0.
     given = [Prediction([Annotation(**a) for a in r['annotations']], r['probs']) for r in rows]
     pairs = zip(predictor.answers(prepared), given)

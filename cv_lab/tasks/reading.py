@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GEOMETRY', 'STRIDES', 'METRICS', 'TAXONOMY', 'Config', 'network', 'whole', 'spans', 'targets', 'collate', 'loss',
-           'decode', 'why', 'aligned', 'matched', 'score', 'mistakes', 'line_score', 'calibrate', 'draw', 'figures',
-           'example']
+           'decode', 'why', 'aligned', 'matched', 'score', 'mistakes', 'line_score', 'calibrate', 'draw', 'example',
+           'figures']
 
 # %% ../../nbs/24_tasks.reading.ipynb #fcd7cf32
 from pathlib import Path
@@ -36,16 +36,8 @@ class Config(Strict):
     width: int = Field(64, ge=8)        # channels of pyramid and heads
     image: Preprocess = Preprocess(96, 144)
     augment: list[dict[str, dict]] = [
-        {
-            'RandomAffine': dict(
-                degrees=4,
-                translate=[0.06, 0.06],
-                scale=[0.75, 1.15],
-                shear=[-8, 8, -2, 2],
-                interpolation='bilinear',
-                fill=114,
-            )
-        },
+        {'RandomAffine': dict(degrees=4, translate=[0.06, 0.06], scale=[0.75, 1.15], shear=[-8, 8, -2, 2],
+                              interpolation='bilinear', fill=114)},
         {'ColorJitter': dict(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.05)},
     ]
     flat_start: float = Field(1., ge=0) # weight of evenly spaced characters while a line is not read
@@ -65,7 +57,7 @@ def network(
         pyramid(cfg.network, STRIDES, cfg.width, cfg.pretrained, cfg.frozen, up=False, **cfg.network_args), len(classes)
     )
 
-
+# %% ../../nbs/24_tasks.reading.ipynb #51b90cc9
 def whole(annotations:list[Annotation], width:int, height:int) -> list[Annotation]:
     "A text without a box has that of the image."
     return [
@@ -74,21 +66,19 @@ def whole(annotations:list[Annotation], width:int, height:int) -> list[Annotatio
 
 
 def spans(line:dict, characters:list[dict]) -> np.ndarray:  # (L, 2) from where to where, as shares of the line's width
-    "The middle half of each character: of its own box where the characters inside the line spell it, else of an even share."
+    "The middle half of each character: of its own box where those in the line spell it, else of an even share."
     (x1, y1, x2, y2), n = line['bbox'], len(line['text'])
     inside = sorted(
         (c['bbox'][0] + c['bbox'][2], c['label'], c['bbox'])
         for c in characters
         if x1 <= (c['bbox'][0] + c['bbox'][2]) / 2 <= x2 and y1 <= (c['bbox'][1] + c['bbox'][3]) / 2 <= y2
     )
-    own = ''.join(c[1] for c in inside) == line['text']
-    edges = (
-        [((b[0] - x1) / (x2 - x1), (b[2] - x1) / (x2 - x1)) for *_, b in inside]
-        if own
-        else [(i / n, (i + 1) / n) for i in range(n)]
-    )
+    edges = [(i / n, (i + 1) / n) for i in range(n)]
+    if ''.join(c[1] for c in inside) == line['text']:
+        edges = [((b[0] - x1) / (x2 - x1), (b[2] - x1) / (x2 - x1)) for *_, b in inside]
     return np.array([(.75*a + .25*b, .25*a + .75*b) for a, b in edges], np.float32)
 
+# %% ../../nbs/24_tasks.reading.ipynb #3a8e92ac
 def targets(
     annotations: list[dict], cfg: Config, classes: list[str]
 ) -> dict:  # box (M, 4) float32; codes (M, L) int64, padded with 0; length (M,) int64, 0: not to be read; spans (M, L, 2) float32
@@ -107,12 +97,13 @@ def targets(
         spans=where,
     )
 
-
+# %% ../../nbs/24_tasks.reading.ipynb #8b0d7666
 def collate(targets:list[dict]) -> dict: # `reader_loss` says which
     "The lines of a batch, and which image each is in."
     import torch
     from torch.nn.functional import pad
-    most = max(t['codes'].shape[1] for t in targets); room = [most - t['codes'].shape[1] for t in targets]
+    most = max(t['codes'].shape[1] for t in targets)
+    room = [most - t['codes'].shape[1] for t in targets]
     return dict(
         image=torch.cat([torch.full((len(t['box']),), i) for i, t in enumerate(targets)]),
         **{k: torch.cat([t[k] for t in targets]) for k in ('box', 'length')},
@@ -187,6 +178,7 @@ def aligned(
         )
     return [(t, said[i]) for i, t in zip(truth['id'].to_pylist(), _lines(truth))]
 
+# %% ../../nbs/24_tasks.reading.ipynb #7390df2e
 def matched(
     true: list[dict], said: list[dict], overlap: float = 0.5
 ) -> list[tuple[int, int]]:  # indices of true and said lines that are one
@@ -200,12 +192,14 @@ def matched(
         iou[i], iou[:, j] = -1, -1
     return out
 
+# %% ../../nbs/24_tasks.reading.ipynb #821fbd90
 def score(truth:pa.Table, predictions:pa.Table, problem:Problem):
     "A function from item weights (B, N) to {metric: (B,)}."
-    both = aligned(truth, predictions); texts = text_metrics([(page_text(t), page_text(s)) for t, s in both])
-    count = lambda t, s: (lambda m: (len(t), len(s), len(m), sum(t[i]['text'] == s[j]['text'] for i, j in m)))(
-        matched(t, s)
-    )
+    both = aligned(truth, predictions)
+    texts = text_metrics([(page_text(t), page_text(s)) for t, s in both])
+    def count(t, s): # lines there, said, found, read
+        m = matched(t, s)
+        return len(t), len(s), len(m), sum(t[i]['text'] == s[j]['text'] for i, j in m)
     counts = np.array([count(t, s) for t, s in both], float).reshape(-1, 4)
     def at(w:np.ndarray) -> dict[str, np.ndarray]:
         there, told, found, read = (w @ counts).T
@@ -303,51 +297,24 @@ def draw(image:np.ndarray, annotations:list) -> np.ndarray:
     im = Image.fromarray(image)
     s = max(1, round(256 / max(im.size)))
     im = im.resize((im.width * s, im.height * s), Image.Resampling.BILINEAR)
-    d = ImageDraw.Draw(im)
-    said = [a if isinstance(a, dict) else a.said() for a in annotations]; free = []
+    d, free = ImageDraw.Draw(im), []
+    said = [a if isinstance(a, dict) else a.said() for a in annotations]
     for a in (a for a in said if a.get('text') and a.get('accepted') is not False):
         text = a['text'] + (f'  {a["score"]:.2f}' if a.get('score') is not None else '')
-        if not a.get('bbox'): free.append(text); continue
-        x1, y1, x2, y2 = np.array(a['bbox'])*s; d.rectangle((x1, y1, x2, y2), outline='#E69F00', width=2)
+        if not a.get('bbox'):
+            free.append(text)
+            continue
+        x1, y1, x2, y2 = np.array(a['bbox'])*s
+        d.rectangle((x1, y1, x2, y2), outline='#E69F00', width=2)
         at = (max(0, min(x1, im.width - d.textlength(text) - 4)), y1 - 13 if y1 >= 13 else min(y2 + 1, im.height - 13))
         d.rectangle((*at, at[0] + d.textlength(text) + 4, at[1] + 12), fill='#E69F00')
         d.text((at[0] + 2, at[1]), text, fill='black')
-    page = Image.new('RGB', (im.width, im.height + 14*len(free)), 'white'); page.paste(im)
+    page = Image.new('RGB', (im.width, im.height + 14*len(free)), 'white')
+    page.paste(im)
     for i, text in enumerate(free): ImageDraw.Draw(page).text((2, im.height + 14*i), text, fill='black')
     return np.asarray(page)
 
-def figures(truth:pa.Table, predictions:pa.Table, problem:Problem) -> dict: # title -> matplotlib figure
-    "Which characters are taken for which; edits by length of the line; how sure right and wrong answers are."
-    import matplotlib.pyplot as plt
-
-    both = aligned(truth, predictions)
-    pairs = [(t[i]['text'], s[j]['text']) for t, s in both for i, j in matched(t, s)]
-    table = confusable(pairs).head(15)[::-1]
-    a, ax = plt.subplots(figsize=(5, 1 + 0.26 * max(len(table), 2)))
-    name = lambda v: v or 'nothing'
-    ax.barh([f'{name(r.true)} → {name(r.said)}' for r in table.itertuples()], table['times'], color='#D55E00')
-    ax.set(xlabel='times, in lines that were found')
-    b, ax = plt.subplots(figsize=(5, 3))
-    lengths = sorted({len(t) for t, _ in pairs})
-    rate = [[len(edits(t, s)) / len(t) for t, s in pairs if len(t) == n] for n in lengths]
-    ax.bar([f'{n}\n({len(r)})' for n, r in zip(lengths, rate)], [np.mean(r) for r in rate], color='#0072B2')
-    ax.set(xlabel='characters of the line (number of lines)', ylabel='edits per character')
-    c, ax = plt.subplots(figsize=(5, 3))
-    sure = np.array([min((l['score'] or 0 for l in s), default=1.0) for _, s in both])
-    right = np.array([page_text(t) == page_text(s) for t, s in both], bool)
-    ax.hist(
-        [sure[right], sure[~right]],
-        bins=20,
-        range=(0, 1),
-        stacked=True,
-        label=['right', 'wrong'],
-        color=['#0072B2', '#D55E00'],
-    )
-    ax.set(xlabel='confidence of the least sure line', ylabel='images', yscale='symlog')
-    ax.legend()
-    for f in (a, b, c): f.tight_layout()
-    return {'Characters taken for others': a, 'Errors by length': b, 'How sure the answers are': c}
-
+# %% ../../nbs/24_tasks.reading.ipynb #ca3dcfbd
 def example(folder:str|Path) -> Dataset:
     "Sixty small notes in Pillow's own font: one or two lines of letters, in ink on paper."
     from PIL import ImageFont
@@ -383,3 +350,36 @@ def example(folder:str|Path) -> Dataset:
             )
         )
     return Dataset(assign_splits(make_table(rows), dict(train=.6, val=.2, test=.2)), 'notes', folder, letters)
+
+# %% ../../nbs/24_tasks.reading.ipynb #fafd9616
+def figures(truth:pa.Table, predictions:pa.Table, problem:Problem) -> dict: # title -> matplotlib figure
+    "Which characters are taken for which; edits by length of the line; how sure right and wrong answers are."
+    import matplotlib.pyplot as plt
+
+    both = aligned(truth, predictions)
+    pairs = [(t[i]['text'], s[j]['text']) for t, s in both for i, j in matched(t, s)]
+    table = confusable(pairs).head(15)[::-1]
+    a, ax = plt.subplots(figsize=(5, 1 + 0.26 * max(len(table), 2)))
+    name = lambda v: v or 'nothing'
+    ax.barh([f'{name(r.true)} → {name(r.said)}' for r in table.itertuples()], table['times'], color='#D55E00')
+    ax.set(xlabel='times, in lines that were found')
+    b, ax = plt.subplots(figsize=(5, 3))
+    lengths = sorted({len(t) for t, _ in pairs})
+    rate = [[len(edits(t, s)) / len(t) for t, s in pairs if len(t) == n] for n in lengths]
+    ax.bar([f'{n}\n({len(r)})' for n, r in zip(lengths, rate)], [np.mean(r) for r in rate], color='#0072B2')
+    ax.set(xlabel='characters of the line (number of lines)', ylabel='edits per character')
+    c, ax = plt.subplots(figsize=(5, 3))
+    sure = np.array([min((l['score'] or 0 for l in s), default=1.0) for _, s in both])
+    right = np.array([page_text(t) == page_text(s) for t, s in both], bool)
+    ax.hist(
+        [sure[right], sure[~right]],
+        bins=20,
+        range=(0, 1),
+        stacked=True,
+        label=['right', 'wrong'],
+        color=['#0072B2', '#D55E00'],
+    )
+    ax.set(xlabel='confidence of the least sure line', ylabel='images', yscale='symlog')
+    ax.legend()
+    for f in (a, b, c): f.tight_layout()
+    return {'Characters taken for others': a, 'Errors by length': b, 'How sure the answers are': c}
