@@ -24,7 +24,8 @@ from .predict import Predictor, predict_table
 def gaussian_noise(x, c, rng, s): return x + rng.normal(0, c, x.shape)
 def shot_noise(x, c, rng, s): return rng.poisson(x*c)/c
 def impulse_noise(x, c, rng, s):
-    u = rng.random(x.shape); return np.where(u < c/2, 0., np.where(u < c, 1., x))
+    u = rng.random(x.shape)
+    return np.where(u < c/2, 0., np.where(u < c, 1., x))
 
 # %% ../nbs/46_corruptions.ipynb #924b3ab3
 def _filter(x, kernel):
@@ -105,11 +106,9 @@ def snow(x, c, rng, s):
     flakes = _filter(flakes, _line(2 * length * s, sigma * s, rng.uniform(np.pi / 4, 3 * np.pi / 4)))
     grey = x.mean(2, keepdims=True)
     return keep*x + (1 - keep)*np.maximum(x, grey*1.5 + .5) + flakes + flakes[::-1, ::-1]
-def brightness(x, c, rng, s):
+def brightness(x, c, rng, s): # HSV's value; hue and saturation are kept
     v = x.max(2, keepdims=True)
-    return (
-        x * np.divide((v + c).clip(0, 1), v, out=np.zeros_like(v), where=v > 0) + (v == 0) * c
-    )  # HSV's value, hue and saturation kept
+    return x * np.divide((v + c).clip(0, 1), v, out=np.zeros_like(v), where=v > 0) + (v == 0) * c
 
 # %% ../nbs/46_corruptions.ipynb #b525a559
 def _coded(x, kind, quality):
@@ -118,7 +117,9 @@ def _coded(x, kind, quality):
     return np.asarray(Image.open(out).convert('RGB')) / 255
 
 
-def contrast(x, c, rng, s): m = x.mean((0, 1), keepdims=True); return (x - m)*c + m
+def contrast(x, c, rng, s):
+    m = x.mean((0, 1), keepdims=True)
+    return (x - m)*c + m
 def elastic(x, c, rng, s):
     h, w = x.shape[:2]; side = min(h, w); shift = rng.uniform(-1, 1, (2, h, w)); a, sigma, turn = (v*side for v in c)
     dy, dx = (gaussian_filter(v, max(sigma, 0.3), mode='reflect', truncate=3) * a for v in shift)
@@ -203,7 +204,7 @@ KINDS = dict(
     occlusion=('camera', occlusion, (0.05, 0.1, 0.2, 0.3, 0.45)),
 )
 
-
+# %% ../nbs/46_corruptions.ipynb #9fef1d0e
 def corrupt(image:np.ndarray, # (H, W, 3) uint8
             kind:str,         # one of KINDS
             severity:int=3,   # 1 to 5
@@ -227,7 +228,7 @@ def corrupted_file(data:bytes, kind:str, severity:int, seed:int|str=0) -> bytes:
     Image.fromarray(corrupt(decode(data), kind, severity, seed)).save(out, 'PNG', compress_level=1)
     return out.getvalue()
 
-
+# %% ../nbs/46_corruptions.ipynb #f54daa7a
 def robustness(
     predictor: Predictor,
     rows: pa.Table,
@@ -249,22 +250,11 @@ def robustness(
     clean, out = measure(read), []
     for kind in kinds:
         for severity in severities:
-            got = measure(
-                lambda uri, kind=kind, severity=severity: corrupted_file(read(uri), kind, severity, f'{seed}/{uri}')
-            )
-            out += [
-                dict(
-                    kind=kind,
-                    family=KINDS[kind][0],
-                    severity=severity,
-                    slice=n,
-                    items=int(m.sum()),
-                    clean=c,
-                    value=v,
-                    relative=one(v) / one(c) if one(c) > 0 else np.nan,
-                )
-                for (n, m), c, v in zip(masks.items(), clean, got)
-            ]
+            of = lambda uri, k=kind, s=severity: corrupted_file(read(uri), k, s, f'{seed}/{uri}')
+            got, what = measure(of), dict(kind=kind, family=KINDS[kind][0], severity=severity)
+            for (n, m), c, v in zip(masks.items(), clean, got):
+                left = one(v) / one(c) if one(c) > 0 else np.nan
+                out.append(what | dict(slice=n, items=int(m.sum()), clean=c, value=v, relative=left))
     return pd.DataFrame(out)
 
 # %% ../nbs/46_corruptions.ipynb #ca4ef291
@@ -289,6 +279,7 @@ def plot_robustness(t:pd.DataFrame, by:str='severity'): # by: severity, over all
             )
     fig.tight_layout(); return fig
 
+# %% ../nbs/46_corruptions.ipynb #c8321238
 def contact_sheet(
     image: np.ndarray, kinds=tuple(KINDS), severities=(1, 2, 3, 4, 5), height: int = 96, seed: int = 0
 ) -> np.ndarray:  # (H, W, 3) uint8
