@@ -218,6 +218,7 @@ def compare(truth:pa.Table, ours:pa.Table, theirs:pa.Table, problem:Problem,
         metrics=found,
         slices={n: over(m) for n, m in masks.items() if m.any()},
         flips=_flips(move, ids),
+        golden=dict(items=sorted(golden), compared=int(kept.sum()), **_flips(np.where(kept, move, 0), ids)),
     )
 
 # %% ../nbs/40_evaluate.ipynb #c21efe5f

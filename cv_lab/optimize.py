@@ -17,6 +17,7 @@ from .bench import alone, best, hardware, latency, race
 from .compress import dynamic_int8, folded, half, kept_in_float
 from .core import BadInput, NotFound, digest, file_digest, read_json, write_atomic, write_json
 from .data.manifest import Dataset
+from .data.versions import golden_of
 from .evaluate import write_comparison, write_evidence
 from .parity import Checkpoint, checkpoint_network, parity, side_by_side
 from .predict import Predictor, calibrate, describe_model, predict_table, write_golden
@@ -240,7 +241,7 @@ def make_variant(
     )
     write_json(out / 'evaluation/performance.json', cost | dict(precision=form.precision))
     say(cost['parity'].get('said') or 'the same answers as the checkpoint')
-    if opponents: compare_again(out, shop.problem, opponents)
+    if opponents: compare_again(out, shop.problem, opponents, golden_of(shop.data))
     write_json(
         out / 'variant.json',
         dict(
@@ -258,12 +259,17 @@ def make_variant(
 
 
 def compare_again(
-    folder: Path, problem: Problem, opponents: Callable
-) -> None:  # folder -> {alias: (tag, evaluation folder)}, as `release.opponents` finds them
+    folder: Path,
+    problem: Problem,
+    opponents: Callable,  # folder -> {alias: (tag, evaluation folder)}, as `release.opponents` finds them
+    golden: Sequence[str] = (),  # content hashes; those of the comparisons that are there, when none are given
+) -> None:
     "Compare a run or a variant with the models that its problem's rules name, as they stand now."
-    for old in (folder/'evaluation').glob('comparison*.json'): old.unlink()
+    files = list((folder / 'evaluation').glob('comparison*.json'))
+    golden = golden or sorted({s for f in files for s in read_json(f).get('golden', {}).get('items', [])})
+    for old in files: old.unlink()
     for alias, (tag, theirs) in opponents(folder).items():
-        write_comparison(folder / 'evaluation', problem, theirs, alias, tag)
+        write_comparison(folder / 'evaluation', problem, theirs, alias, tag, golden)
 
 # %% ../nbs/50_optimize.ipynb #dd3344bc
 def torch_forms(

@@ -179,6 +179,15 @@ def test_weak_slices_of_a_model_and_items_that_got_worse():
         and c['metrics']['regressions']['value'] == pytest.approx(worse.mean())
         and c['metrics']['golden_regressions']['value'] == pytest.approx(worse[:40].mean())
     )
+    ids = truth['id'].to_pylist()
+    assert (
+        c['golden']['items'] == sorted(gold)
+        and c['golden']['compared'] == 40
+        and sorted(c['golden']['worse']) == sorted(i for i, w in zip(ids[:40], worse) if w)
+        and set(c['golden']['better']) == {i for i, w in zip(ids[:40], now & ~before) if w}
+    )
+    some = compare(truth.slice(10), said(now), said(before), problem, golden=gold)['golden']
+    assert some['compared'] == 30 and len(some['items']) == 40
     r = c['slices']['night']['regressions']
     assert (
         r['value'] == pytest.approx(worse[night].mean())
