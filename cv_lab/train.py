@@ -262,8 +262,8 @@ def one_cycle(net, fit:Fit, steps:int, decayed:set[str]|None=None) -> tuple: # o
     opt = torch.optim.AdamW(
         [dict(params=decay, weight_decay=fit.weight_decay), dict(params=rest, weight_decay=0)],
         fit.lr,
-        fused=not fit.clip,
-    )  # a fused step cannot be clipped in mixed precision
+        fused=not (fit.clip and ('fsdp' in fit.strategy or fit.precision == '16-mixed')),
+    )  # where gradients are sharded or scaled, only Lightning knows how to clip them, and it refuses a fused step
     return opt, torch.optim.lr_scheduler.OneCycleLR(opt, fit.lr, total_steps=steps, pct_start=fit.warmup)
 
 class Fitter(L.LightningModule):
@@ -320,6 +320,12 @@ class Fitter(L.LightningModule):
             ),
         )
 
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+        if not optimizer.defaults['fused']:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val:
+            torch.nn.utils.clip_grad_norm_(self.net.parameters(), gradient_clip_val)
+
     def configure_optimizers(self):
         opt, cycle = one_cycle(self.net, self.fit, int(self.trainer.estimated_stepping_batches), self.decayed)
         return dict(optimizer=opt, lr_scheduler=dict(scheduler=cycle, interval='step'))
@@ -351,14 +357,17 @@ class History(Callback):
 # %% ../nbs/30_train.ipynb #fb9c5167
 def growing(decay:float): # for torch's AveragedModel
     "A running mean whose decay grows to `decay`."
-    return lambda mean, now, n: (
-        now + (mean - now) * torch.clamp((1 + n) / (10 + n), max=decay) if mean.is_floating_point() else now
-    )
+    def update(means, nows, n): # all tensors of a kind at once
+        if means[0].is_floating_point():
+            torch._foreach_lerp_(means, nows, 1 - min(decay, float((1 + n) / (10 + n))))
+        else:
+            torch._foreach_copy_(means, nows)
+    return update
 
 
 class RunningMean(WeightAveraging):
     "Weights averaged with a decay that grows to `decay`; validation and checkpoints use the mean."
-    def __init__(self, decay:float): super().__init__(avg_fn=growing(decay))
+    def __init__(self, decay:float): super().__init__(multi_avg_fn=growing(decay))
 
 # %% ../nbs/30_train.ipynb #c7f4d289
 def _now() -> float:
@@ -570,6 +579,8 @@ def make_loaders(problem:Problem, dataset:Dataset, fit:Fit, cfg) -> tuple[DataLo
         for s, rows in parts.items()
     )
     workers = fit.workers if fit.workers >= 0 else 0 if a.kept is not None else os.cpu_count()
+    if workers and not torch.cuda.is_available():  # loaders and arithmetic that share a core wait for one another
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), os.cpu_count() - workers)))
     joined = getattr(get_task(problem.task), 'collate', None)
     kw = dict(
         num_workers=workers,
@@ -766,7 +777,7 @@ def bare_loop(problem:Problem, dataset:Dataset, **changes) -> list[float]: # sec
     train, _ = make_loaders(problem, dataset, how, cfg)
     took = []
     opt, cycle = one_cycle(net, how, how.epochs * len(train) // how.accumulate)
-    mean = torch.optim.swa_utils.AveragedModel(net, avg_fn=growing(how.ema), use_buffers=True) if how.ema else None
+    mean = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=growing(how.ema), use_buffers=True) if how.ema else None
     for epoch in range(how.epochs):
         train.sampler.set_epoch(epoch); net.train(); batches = iter(train); batch = next(batches); since, n = _now(), 0
         while batch is not None:

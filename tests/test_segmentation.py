@@ -386,3 +386,24 @@ def test_a_large_image_is_seen_in_windows(tmp_path):
         )
         assert model.predict([file.getvalue()]*2)[1]['annotations'][0]['mask'] == a.mask
     assert iou['windows'] > iou['edges'] > iou['coarse'] > iou['whole']
+
+
+def test_a_pixel_at_a_tie_is_no_difference_and_a_score_of_the_same_pixels_is():
+    from cv_lab.predict import differences
+
+    speck = np.zeros((128, 192), bool)
+    speck[60:62, 90:93] = True
+    less, more = speck.copy(), speck.copy()
+    less[60, 90] = False
+    more[40:60, 90:93] = True
+
+    def said(mask, score): return Prediction([Annotation('3', mask=rle_encode(mask), score=score)])
+
+    tie = differences(said(speck, 0.9), said(less, 0.9 - 1 / 7))  # one of six pixels, and what it does to their mean
+    assert tie['mask'] == 0 and tie['score'] == 0 and tie['labels'] == 0
+    assert differences(said(speck, 0.9), said(less, 0.5))['score'] > 0.2  # more than that pixel can have done
+    assert differences(said(speck, 0.9), said(speck, 0.901))['score'] == pytest.approx(0.001)
+    large = differences(
+        said(more, 0.9), said(more & ~speck, 0.9)
+    )  # 6 of 24,576 pixels are more than one in ten thousand
+    assert large['mask'] == pytest.approx(6 / 66)

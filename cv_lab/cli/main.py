@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'AsJson', 'print_json', 'print_table', 'run', 'not_accepted', 'run_rows', 'runs', 'evaluate', 'problem_of',
            'compare', 'release_run', 'release', 'optimize', 'bench', 'model_folder', 'predict', 'init', 'serve',
-           'walk_problem', 'walk', 'tour_problems', 'tour', 'main']
+           'walk_problem', 'walk', 'tour_problems', 'has_data', 'tour', 'main']
 
 # %% ../../nbs/99_cli.main.ipynb #83caf70e
 import getpass, importlib, json, os, pkgutil, sys
@@ -600,11 +600,23 @@ def tour_problems(
     return rows, first
 
 # %% ../../nbs/99_cli.main.ipynb #5e723ca9
+def has_data(path:Path, ws) -> bool:
+    "Is the dataset of a problem embedded, or imported already?"
+    from cv_lab.experiment import open_dataset
+    from cv_lab.spec import load_problem
+    try: open_dataset(load_problem(path).dataset, ws)
+    except NotFound: return False
+    return True
+
 @app.command()
 def tour(force: Annotated[bool, typer.Option(help='Train again what has not changed.')] = False):
     "The whole way of every problem in problems/, then what became of each."
     ws = workspace()
-    rows, first = tour_problems(sorted(ws.problems.glob('*.yaml')), ws, force)
+    paths = sorted(ws.problems.glob('*.yaml'))
+    here = [p for p in paths if has_data(p, ws)]
+    rows, first = tour_problems(here, ws, force)
+    said = 'its data are not part of the workspace: the first lines of the file say how to import them'
+    rows += [dict(problem=p.stem, minutes=0, verdict='left out', said=said) for p in paths if p not in here]
     print()
     print_table(rows, 'The tour')
     print(f'all reports: {os.path.relpath(ws.reports/"index.html")}')
