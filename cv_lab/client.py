@@ -12,7 +12,7 @@ from typing import Any, Generator
 import httpx
 from pydantic import ValidationError
 from .core import Refusal
-from .service.openapi import Answer, BatchAnswer, ModelInfo, ModelList
+from .service.openapi import Answer, BatchAnswer, Kept, ModelInfo, ModelList
 
 # %% ../nbs/71_client.ipynb #058058d3
 class ServiceFault(Refusal):
@@ -104,6 +104,10 @@ class _Asks:
             files=[('images', ('image', _bytes(i), 'application/octet-stream')) for i in images], params=options
         )
 
+    def _truth(self, prediction, label, annotations):
+        said = dict(label=label) if annotations is None else dict(annotations=annotations)
+        return '/v1/feedback', dict(json=dict(prediction=prediction) | said)
+
     def _path(self, problem, what): return f'/v1/models/{problem}/{what}' if problem else f'/v1/{what}'
 
     def _request(self, method, path, left, kw):
@@ -124,6 +128,10 @@ class Client(_Asks):
     def predict_many(self, images:list[Image], problem:str|None=None, **options) -> BatchAnswer:
         "Many images in one request; an image that failed has an `error`."
         return self._call('POST', *self._many(images, problem, options), BatchAnswer)
+
+    def feedback(self, prediction:str, label:str|None=None, annotations:list[dict]|None=None) -> Kept:
+        "What was really there; said again, the last counts."
+        return self._call('POST', *self._truth(prediction, label, annotations), Kept)
 
     def models(self) -> list[ModelInfo]: return self._call('GET', '/v1/models', {}, ModelList).models
 
@@ -154,6 +162,10 @@ class AsyncClient(_Asks):
     async def predict_many(self, images:list[Image], problem:str|None=None, **options) -> BatchAnswer:
         "Many images in one request."
         return await self._call('POST', *self._many(images, problem, options), BatchAnswer)
+
+    async def feedback(self, prediction:str, label:str|None=None, annotations:list[dict]|None=None) -> Kept:
+        "What was really there."
+        return await self._call('POST', *self._truth(prediction, label, annotations), Kept)
 
     async def models(self) -> list[ModelInfo]: return (await self._call('GET', '/v1/models', {}, ModelList)).models
 

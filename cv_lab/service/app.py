@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.routing import Route, Router
 import cv_lab
-from . import jobs as job_routes, kserve
+from . import feedback, jobs as job_routes, kserve
 from .batching import Counts
 from .bodies import Limits, asked, options_of, read_body, read_json_body
 from .calls import Call, Endpoint, answers_for, encode, item, prepare_all, shown, work_on
@@ -197,7 +197,7 @@ def _jobs() -> list[tuple]:
 def routes(jobs:bool) -> list[tuple]: # method, path, handler, scope, OpenAPI operation, more for Endpoint
     "Everything that can be asked."
     of_kserve = [(m, p, h, s, None, {}) for m, p, h, s in kserve.routes()]
-    return _predictions() + _about_itself() + (_jobs() if jobs else []) + of_kserve
+    return _predictions() + _about_itself() + feedback.routes() + (_jobs() if jobs else []) + of_kserve
 
 # %% ../../nbs/69_service.app.ipynb #ae57c2df
 class _Door:
@@ -301,7 +301,7 @@ class _Life:
         if self.jobs: await self.jobs.stop()
         if self.rollout: await self.rollout.stop()
         await self.models.stop()
-        if self.kept: await asyncio.to_thread(self.kept.close)
+        for log in filter(None, (self.kept, self.truths)): await asyncio.to_thread(log.close)
 
     async def _lifespan(self, receive, send):
         await receive()
@@ -361,6 +361,7 @@ class Service(_Door, _Life):
         self.models = of(self.source)
         self.max_inflight, self.max_held, self.poll, self.hung = max_inflight, max_held, poll, hung
         self.kept, self.guard = kept, guard
+        self.truths, self.searching = PredictionLog(kept.folder, name='feedback') if kept else None, asyncio.Lock()
         self.rollout = Rollout(self.models, of(challengers), plan or Plan(), kept) if challengers else None
         self.jobs = Jobs(jobs) if jobs else None
         table, paths = routes(bool(jobs)), {}

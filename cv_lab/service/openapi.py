@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BODY', 'ALWAYS', 'KEY', 'DEADLINE', 'Said', 'ModelRef', 'Found', 'Item', 'Answer', 'Wrong', 'Envelope', 'Failed',
-           'ItemOf', 'BatchAnswer', 'ModelInfo', 'ModelList', 'JobInfo', 'Trying', 'Health', 'responses', 'image_body',
-           'jobs_body', 'operation', 'image_operation', 'document']
+           'ItemOf', 'BatchAnswer', 'ModelInfo', 'ModelList', 'JobInfo', 'Trying', 'TrueLabel', 'TrueAnnotations',
+           'Kept', 'Health', 'responses', 'image_body', 'jobs_body', 'operation', 'image_operation', 'document']
 
 # %% ../../nbs/67_service.openapi.ipynb #fcf52405
 from typing import Any, Literal
@@ -117,6 +117,22 @@ class Trying(Said):
     trial: dict[str, Any]|None
     withdrawn: str|None = Field(description='why it was taken out')
 
+class TrueLabel(Said):
+    "The label that an image really has."
+    prediction: str = Field(pattern='^[0-9a-f]{24}$', description='the id in the answer')
+    label: str = Field(min_length=1, max_length=200)
+
+class TrueAnnotations(Said):
+    "What is really to be seen."
+    prediction: str = Field(pattern='^[0-9a-f]{24}$', description='the id in the answer')
+    annotations: list[Found] = Field(max_length=1000)
+
+class Kept(Said):
+    "The truth about a prediction is kept."
+    prediction: str
+    problem: str
+    digest: str = Field(description='of the weights that answered')
+
 class Health(Said):
     "Whether the service lives, or takes requests."
     status: Literal['ok']
@@ -220,7 +236,20 @@ def image_operation(many:bool, problem:bool) -> dict:
 def document(paths:dict[str, dict], # path -> method -> operation
              version:str, secured:bool=False) -> dict:
     "The OpenAPI 3.1 document."
-    kinds = [Answer, BatchAnswer, Envelope, ModelInfo, ModelList, JobInfo, Trying, Health, Options]
+    kinds = [
+        Answer,
+        BatchAnswer,
+        Envelope,
+        ModelInfo,
+        ModelList,
+        JobInfo,
+        Trying,
+        Health,
+        Options,
+        TrueLabel,
+        TrueAnnotations,
+        Kept,
+    ]
     named = [(k, 'serialization') for k in kinds]
     schemas = models_json_schema(named, ref_template='#/components/schemas/{model}')[1]['$defs']
     said = 'Answers about images. Every fault has the same envelope.'

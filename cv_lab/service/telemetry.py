@@ -128,23 +128,28 @@ def event(what: str, level: int = logging.INFO, exc_info=None, **fields):
 # %% ../../nbs/65_service.telemetry.ipynb #b9a059f9
 class PredictionLog:
     "An append-only log in JSON lines, in files of bounded size and number."
-    def __init__(self, folder:str|Path, max_bytes:int=32_000_000, max_files:int=20, max_waiting:int=10_000):
+    def __init__(self, folder:str|Path, max_bytes:int=32_000_000, max_files:int=20, max_waiting:int=10_000,
+                 name:str='predictions'): # of its files
+        self.name, self.recent = name, {} # id -> problem, digest of the last: what is not on the disk yet is among them
         self.folder, self.max_bytes, self.max_files, self.dropped = Path(folder), max_bytes, max_files, 0
         self.waiting, self.wake, self.closing = deque(), threading.Event(), False; self.max_waiting = max_waiting
         self.folder.mkdir(parents=True, exist_ok=True); self._file = None
         self._thread = threading.Thread(target=self._write, name='prediction log', daemon=True); self._thread.start()
 
-    def add(self, row:dict):
+    def add(self, row:dict) -> bool: # False: dropped
         "Keep a row; never waits."
-        if len(self.waiting) >= self.max_waiting: self.dropped += 1
-        else: self.waiting.append(row)
+        if len(self.waiting) >= self.max_waiting: self.dropped += 1; return False
+        self.waiting.append(row)
+        if 'kind' not in row: self.recent[row.get('id')] = row.get('problem'), row.get('digest')
+        if len(self.recent) > 4096: del self.recent[next(iter(self.recent))]
+        return True
 
     def _open(self):
         if self._file and self._file.tell() < self.max_bytes: return
         if self._file: self._file.close()
-        name = f'predictions-{datetime.now(UTC):%Y%m%dT%H%M%S.%f}-{os.getpid()}.jsonl'
+        name = f'{self.name}-{datetime.now(UTC):%Y%m%dT%H%M%S.%f}-{os.getpid()}.jsonl'
         self._file = open(self.folder/name, 'a', encoding='utf8')
-        for old in sorted(self.folder.glob('predictions-*.jsonl'))[:-self.max_files]: old.unlink(missing_ok=True)
+        for old in sorted(self.folder.glob(f'{self.name}-*.jsonl'))[:-self.max_files]: old.unlink(missing_ok=True)
 
     def _write(self):
         while True:
