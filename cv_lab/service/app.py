@@ -362,7 +362,11 @@ class Service(_Door, _Life):
         self.max_inflight, self.max_held, self.poll, self.hung = max_inflight, max_held, poll, hung
         self.kept, self.guard = kept, guard
         self.truths, self.searching = PredictionLog(kept.folder, name='feedback') if kept else None, asyncio.Lock()
-        self.rollout = Rollout(self.models, of(challengers), plan or Plan(), kept) if challengers else None
+        self.rollout = (
+            Rollout(self.models, of(challengers), plan or Plan(), kept, lambda: self.inflight > 0)
+            if challengers
+            else None
+        )
         self.jobs = Jobs(jobs) if jobs else None
         table, paths = routes(bool(jobs)), {}
         for method, path, _, _, told, _ in table:

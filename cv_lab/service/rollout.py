@@ -6,10 +6,10 @@
 __all__ = ['Plan', 'chosen', 'signature', 'Trial', 'Rollout']
 
 # %% ../../nbs/68_service.rollout.ipynb #5153d22c
-import asyncio, hashlib, os
+import asyncio, hashlib, os, time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal
+from typing import Callable, Literal
 from pydantic import Field
 from ..spec import Strict
 from .models import Loaded, Models
@@ -71,7 +71,10 @@ def _lowest_priority():
 # %% ../../nbs/68_service.rollout.ipynb #39f96466
 class Rollout:
     "Challengers beside their champions."
-    def __init__(self, champions:Models, challengers:Models, plan:Plan, kept=None):
+    def __init__(self, champions:Models, challengers:Models, plan:Plan, kept=None,
+                 busy:Callable[[], bool]=lambda: False, # whether a client waits
+                 patience:float=1.): # seconds
+        self.busy, self.patience = busy, patience
         self.champions, self.challengers, self.default, self.kept = champions, challengers, plan, kept
         self.plans, self.trials, self.withdrawn = {}, {}, {}
         self.copies, self.pool, self._task = (
@@ -114,10 +117,17 @@ class Rollout:
     def failed(self, model:Loaded):
         if (c := self.challenger(model.name)) is model: self.trial(c).errors.append(1); self._judge(c)
 
+    async def _pause(self):
+        "Let clients go first, a second at most: a service that is never idle must learn of a bad challenger, too."
+        end = time.monotonic() + self.patience
+        while self.busy() and time.monotonic() < end: await asyncio.sleep(.002)
+
     async def _shadow(self):
         "Ask about copies, one by one: the challenger, or of its own answers the champion."
         try:
             while self.copies:
+                await self._pause()
+                if not self.copies: break
                 c, other, prepared, said, id = self.copies.popleft(); t = self.trial(c)
                 try: theirs = (await asyncio.get_running_loop().run_in_executor(self.pool, other.run, [prepared]))[0]
                 except Exception: theirs = None
