@@ -18,6 +18,7 @@ from typing import Iterator
 import bentoml, httpx
 from bentoml.models import BentoModel
 import cv_lab
+from .bench import read_prices
 from .core import BadInput, NotFound, Refusal, RunFailed, workspace
 from .service.app import Service
 from .service.calls import Call, Endpoint
@@ -159,6 +160,7 @@ def _settings() -> dict:
         guard=Guard(env('CVLAB_KEYS'), env('CVLAB_OPEN') == '1'),
         jobs=env('CVLAB_JOBS'),
         challengers=_challengers(env('CVLAB_CHALLENGER')),
+        prices=read_prices(env('CVLAB_PRICES')) if env('CVLAB_PRICES') else None,
     )
 
 

@@ -510,3 +510,17 @@ def test_masks_as_the_client_wants_them():
             and coco.decode(coco.frPyObjects(with_[0]['mask'], *shape)).tolist() == m.tolist()
         )
         assert without == [dict(label='a'), dict(label='b')] and Options().apply(said) is said
+
+
+def test_what_a_thousand_answers_cost_is_told_when_prices_are(toy):
+    async def cost(**settings):
+        async with serving(toy, **settings) as (service, http):
+            lines = (await http.get('/metrics')).text.splitlines()
+            return [l for l in lines if l.startswith('cvlab_cost_per_1000{')], service.models.pick(
+                None
+            ).batcher.per_item
+
+    prices = dict(currency='EUR', machines=dict(cpu=dict(per_hour=3.6, utilization=0.5)), per_kwh=0.0, example=False)
+    (line,), seconds = run(cost(prices=prices))
+    assert 'currency="EUR"' in line and float(line.split()[-1]) == pytest.approx(seconds * 1000 * 0.001 / 0.5)
+    assert run(cost())[0] == run(cost(prices=prices | dict(machines=dict(cuda=dict(per_hour=1)))))[0] == []

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.routing import Route, Router
 import cv_lab
+from ..bench import cost_per_1000
 from . import feedback, jobs as job_routes, kserve
 from .batching import Counts
 from .bodies import Limits, asked, options_of, read_body, read_json_body
@@ -103,7 +104,11 @@ async def metrics_text(service, call) -> bytes:
     m = service.metrics
     m.ready.set(service.ready and not service.draining)
     m.inflight.set(service.inflight)
-    for model in service.models.current.values(): model.metrics.queue.set(len(model.batcher.queue))
+    for model in service.models.current.values():
+        model.metrics.queue.set(len(model.batcher.queue))
+        pace, prices = model.batcher.per_item, service.prices
+        if prices and pace and (cost := cost_per_1000(1 / pace, prices, model.predictor.device)) is not None:
+            m.cost.labels(model.name, prices['currency']).set(cost)
     return await asyncio.to_thread(m.text)
 
 # %% ../../nbs/69_service.app.ipynb #b6ec6323
@@ -355,12 +360,14 @@ class Service(_Door, _Life):
                   poll:float=1.,            # seconds between looks at the sources; 0: never
                   hung:float=60.,           # seconds at one batch, after which the process counts as dead; 0: never
                   kept:PredictionLog|None=None, guard:Guard|None=None, jobs:str|Path|None=None,
-                  challengers:Source|None=None, plan:Plan|None=None):
+                  challengers:Source|None=None, plan:Plan|None=None,
+                  prices:dict|None=None):   # cv_lab.bench.read_prices; None: no cost among the metrics
         "Settings; before the start."
         of = lambda s: Models(s, self.metrics, device, max_batch, max_queue)
         self.models = of(self.source)
         self.max_inflight, self.max_held, self.poll, self.hung = max_inflight, max_held, poll, hung
         self.kept, self.guard = kept, guard
+        self.prices = prices
         self.truths, self.searching = PredictionLog(kept.folder, name='feedback') if kept else None, asyncio.Lock()
         self.rollout = (
             Rollout(self.models, of(challengers), plan or Plan(), kept, lambda: self.inflight > 0)

@@ -37,6 +37,9 @@ class Metrics:
         )
         self.queue = Gauge('cvlab_queue_depth', 'Images that wait', ['problem'], registry=r)
         self.inflight = Gauge('cvlab_inflight_requests', 'Requests being answered', registry=r)
+        self.cost = Gauge(
+            'cvlab_cost_per_1000', 'What 1,000 answers cost at the present pace', ['problem', 'currency'], registry=r
+        )
         self.ready = Gauge('cvlab_ready', '1: takes requests', registry=r)
         self.confidence = spread(
             'confidence',
