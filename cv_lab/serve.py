@@ -25,7 +25,7 @@ from .service.calls import Call, Endpoint
 from .service.faults import ClientGone, Fault, as_fault
 from .service.keys import Guard
 from .service.models import Models, Source, folders
-from .service.telemetry import PredictionLog, event, set_up_log
+from .service.telemetry import PredictionLog, event, set_up_log, span_writer
 
 # %% ../nbs/70_serve.ipynb #486f0bbf
 def from_registry(home:str|Path, alias:str='production') -> Source:
@@ -160,6 +160,7 @@ def _settings() -> dict:
         guard=Guard(env('CVLAB_KEYS'), env('CVLAB_OPEN') == '1'),
         jobs=env('CVLAB_JOBS'),
         challengers=_challengers(env('CVLAB_CHALLENGER')),
+        traced=span_writer() if env('OTEL_EXPORTER_OTLP_ENDPOINT') else None,
         prices=read_prices(env('CVLAB_PRICES')) if env('CVLAB_PRICES') else None,
     )
 

@@ -524,3 +524,24 @@ def test_what_a_thousand_answers_cost_is_told_when_prices_are(toy):
     (line,), seconds = run(cost(prices=prices))
     assert 'currency="EUR"' in line and float(line.split()[-1]) == pytest.approx(seconds * 1000 * 0.001 / 0.5)
     assert run(cost())[0] == run(cost(prices=prices | dict(machines=dict(cuda=dict(per_hour=1)))))[0] == []
+
+
+def test_a_request_is_a_trace_with_its_stages(toy):
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+    from cv_lab.service.telemetry import span_writer
+
+    spans, above = InMemorySpanExporter(), f'00-{"ab" * 16}-{"cd" * 8}-01'
+
+    async def go():
+        async with serving(toy, traced=span_writer(spans)) as (_, http):
+            await http.post('/v1/predict', content=grey(200), headers=dict(traceparent=above))
+        return spans.get_finished_spans()
+
+    found = {s.name: s for s in run(go()) if s.context.trace_id == int('ab' * 16, 16)}
+    whole = found.pop('POST /v1/predict')
+    assert list(found) == ['decode', 'queue', 'infer', 'encode'] and whole.parent.span_id == int('cd' * 8, 16)
+    assert whole.attributes['http.response.status_code'] == 200
+    parts = list(found.values())
+    assert all(p.parent.span_id == whole.context.span_id and p.start_time <= p.end_time for p in parts)
+    edges = [whole.start_time, *(t for p in parts for t in (p.start_time, p.end_time)), whole.end_time]
+    assert all(b - a > -1e5 for a, b in zip(edges, edges[1:]))  # in order, to a tenth of a millisecond

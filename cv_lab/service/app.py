@@ -56,7 +56,10 @@ async def predict(service, call:Call) -> bytes:
     model, (prepared,), (said,), (data,) = await _predict(service, call, False)
     if isinstance(prepared, Exception): raise prepared
     if isinstance(said, Exception): raise shown(said, service, model, call.id)
-    return _encoded(model, item(service, model, prepared, said, len(data), call.id) | dict(model=model.ref))
+    return _encoded(
+        service, call, model, item(service, model, prepared, said, len(data), call.id) | dict(model=model.ref)
+    )
+
 
 async def predict_batch(service, call:Call) -> bytes:
     "POST: many images."
@@ -65,12 +68,17 @@ async def predict_batch(service, call:Call) -> bytes:
     for i, (p, a, data) in enumerate(zip(prepared, answers, images)):
         if isinstance(a, Exception): out.append(dict(index=i) | envelope(shown(a, service, model, call.id), call.id))
         else: out.append(dict(index=i) | item(service, model, p, a, len(data), call.id))
-    return _encoded(model, dict(id=call.id, model=model.ref, predictions=out, failed=sum('error' in o for o in out)))
+    return _encoded(
+        service, call, model, dict(id=call.id, model=model.ref, predictions=out, failed=sum('error' in o for o in out))
+    )
 
-def _encoded(model:Loaded, said:dict) -> bytes:
+
+def _encoded(service, call:Call, model:Loaded, said:dict) -> bytes:
     start = time.perf_counter()
     out = encode(said)
-    model.metrics.stage['encode'].observe(time.perf_counter() - start)
+    end = time.perf_counter()
+    model.metrics.stage['encode'].observe(end - start)
+    if service.traced: call.spans.append(('encode', start, end))
     return out
 
 # %% ../../nbs/69_service.app.ipynb #e2efcdb0
@@ -306,7 +314,7 @@ class _Life:
         if self.jobs: await self.jobs.stop()
         if self.rollout: await self.rollout.stop()
         await self.models.stop()
-        for log in filter(None, (self.kept, self.truths)): await asyncio.to_thread(log.close)
+        for log in filter(None, (self.kept, self.truths, self.traced)): await asyncio.to_thread(log.close)
 
     async def _lifespan(self, receive, send):
         await receive()
@@ -361,13 +369,14 @@ class Service(_Door, _Life):
                   hung:float=60.,           # seconds at one batch, after which the process counts as dead; 0: never
                   kept:PredictionLog|None=None, guard:Guard|None=None, jobs:str|Path|None=None,
                   challengers:Source|None=None, plan:Plan|None=None,
+                  traced=None,              # cv_lab.service.telemetry.span_writer(); None: no traces
                   prices:dict|None=None):   # cv_lab.bench.read_prices; None: no cost among the metrics
         "Settings; before the start."
         of = lambda s: Models(s, self.metrics, device, max_batch, max_queue)
         self.models = of(self.source)
         self.max_inflight, self.max_held, self.poll, self.hung = max_inflight, max_held, poll, hung
         self.kept, self.guard = kept, guard
-        self.prices = prices
+        self.prices, self.traced = prices, traced
         self.truths, self.searching = PredictionLog(kept.folder, name='feedback') if kept else None, asyncio.Lock()
         self.rollout = (
             Rollout(self.models, of(challengers), plan or Plan(), kept, lambda: self.inflight > 0)

@@ -21,7 +21,7 @@ _METHODS = {m: m for m in ('GET', 'HEAD', 'POST', 'PUT', 'DELETE', 'PATCH', 'OPT
 
 class Call:
     "A request."
-    __slots__ = ('scope', 'receive', 'id', 'headers', 'start', 'extra', 'key', 'held')
+    __slots__ = ('scope', 'receive', 'id', 'headers', 'start', 'extra', 'key', 'held', 'spans')
     def __init__(self, scope, receive):
         self.scope, self.receive, self.headers, self.start, self.extra, self.key, self.held = (
             scope,
@@ -32,6 +32,7 @@ class Call:
             None,
             0,
         )
+        self.spans = [] # name, start, end of its parts, on the clock of time.perf_counter
         given = self.header('x-request-id'); self.id = given if _ID.match(given) else secrets.token_hex(8)
 
     def header(self, name: str, default: str = '') -> str:
@@ -98,6 +99,7 @@ class Endpoint:
         await send(dict(type='http.response.body', body=body if scope['method'] != 'HEAD' else b''))
         took = time.perf_counter() - call.start
         self._count(method, status); self._seconds.observe(took)
+        if self.service.traced: self.service.traced(call, self.route, method, status)
         if log.isEnabledFor(10):
             event(
                 'request',
@@ -164,6 +166,10 @@ async def work_on(
     try: works = model.batcher.submit(good, deadline)
     except Fault: m.items['refused'].inc(len(good)); raise
     found = iter(await answers_for(works, deadline, call and call.receive, busy and call is not None))
+    if call and service.traced:
+        w, decoded = works[0], works[0].since
+        call.spans += [('decode', start, decoded), ('queue', decoded, decoded + w.queued)]
+        call.spans.append(('infer', decoded + w.queued, decoded + w.queued + w.infer))
     answers = [p if isinstance(p, Exception) else next(found) for p in prepared]
     return prepared, [a if isinstance(a, Exception) else options.apply(a) for a in answers]
 

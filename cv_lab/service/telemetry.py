@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'Metrics', 'ModelMetrics', 'entropy', 'JsonLines', 'set_up_log', 'event', 'PredictionLog', 'image_summary',
-           'prediction_row']
+           'prediction_row', 'span_writer']
 
 # %% ../../nbs/65_service.telemetry.ipynb #2f6315ca
 import json, logging, math, os, sys, threading, time
@@ -198,3 +198,30 @@ def prediction_row(
         **seen,
         **more,
     )
+
+# %% ../../nbs/65_service.telemetry.ipynb #b857b803
+def span_writer(exporter=None): # OTLP over HTTP when None
+    "A function that makes the spans of a call that is over."
+    from opentelemetry.sdk.resources import Resource
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    from opentelemetry.trace import set_span_in_context
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+    if exporter is None:
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        exporter = OTLPSpanExporter()
+    named = {'service.name': os.environ.get('OTEL_SERVICE_NAME', 'cv_lab')}
+    provider = TracerProvider(resource=Resource.create(named))
+    provider.add_span_processor(BatchSpanProcessor(exporter))
+    tracer, above = provider.get_tracer('cv_lab.service'), TraceContextTextMapPropagator()
+    def write(call, route:str, method:str, status:int):
+        wall, now = time.time_ns(), time.perf_counter()
+        at = lambda t: wall - int(1e9 * (now - t))
+        about = {'http.route': route, 'http.response.status_code': status, 'cvlab.request_id': call.id}
+        caller = above.extract({'traceparent': call.header('traceparent')})
+        span = tracer.start_span(f'{method} {route}', caller, start_time=at(call.start), attributes=about)
+        for name, start, end in call.spans:
+            tracer.start_span(name, set_span_in_context(span), start_time=at(start)).end(at(end))
+        span.end(wall)
+    write.close = provider.shutdown
+    return write
