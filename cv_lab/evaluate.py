@@ -173,15 +173,27 @@ def _by_content(truth:pa.Table, predictions:pa.Table) -> dict[str, dict]:
     said = {r['id']: r for r in predictions.to_pylist()}
     return {s: said[i] for i, s in zip(truth['id'].to_pylist(), truth['sha256'].to_pylist()) if i in said}
 
+def _said_something(predictions:pa.Table, ids:list[str], threshold:float) -> np.ndarray: # (N,) bool
+    "Whether anything is said of an item, at or above its operating point."
+    def counts(a:dict) -> bool:
+        if a.get('label') is None and not a.get('text'): return False
+        if a.get('accepted') is not None: return a['accepted']
+        return a.get('score') is None or a['score'] >= threshold
+    said = dict(zip(predictions['id'].to_pylist(), predictions['annotations'].to_pylist()))
+    return np.array([any(map(counts, said[i] or [])) for i in ids], bool)
+
 def per_item(
     truth: pa.Table, predictions: pa.Table, problem: Problem
 ) -> np.ndarray:  # (N,) NaN where an item has no figure
-    "The primary metric of every item alone."
-    return _in_chunks(get_task(problem.task).score(truth, predictions, problem), np.eye(len(truth)))[
-        problem.metrics.primary
-    ]
+    "The primary metric of every item alone; of an item without objects, whether nothing is said there."
+    task, name = get_task(problem.task), problem.metrics.primary
+    each = np.array(_in_chunks(task.score(truth, predictions, problem), np.eye(len(truth)))[name], float)
+    if not hasattr(task, 'GEOMETRY'): return each
+    bare = np.array([not a for a in truth['annotations'].to_pylist()], bool) & np.isnan(each)
+    false = _said_something(predictions, truth['id'].to_pylist(), problem.decision.threshold)
+    return np.where(bare, np.where(false == task.METRICS[name], 0., 1.), each)
 
-
+# %% ../nbs/40_evaluate.ipynb #68bb0e6b
 def compare(truth:pa.Table, ours:pa.Table, theirs:pa.Table, problem:Problem,
             their_truth:pa.Table|None=None, # where their ids are of another dataset
             golden:Sequence[str]=(),         # content hashes of the golden set

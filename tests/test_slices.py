@@ -3,10 +3,11 @@
 import numpy as np, pyarrow as pa, pytest
 from scipy.stats import permutation_test
 
-from cv_lab.core import BadInput, digest
+from cv_lab.core import Annotation, BadInput, digest
 from cv_lab.data.facts import facts_of
 from cv_lab.data.manifest import PREDICTIONS, make_table
-from cv_lab.evaluate import compare, evaluate, write_evidence
+from cv_lab.evaluate import compare, evaluate, per_item, write_evidence
+from cv_lab.geometry import rle_encode
 from cv_lab.release import judge_rules
 from cv_lab.spec import Problem, Rule, parse_problem, select
 from cv_lab.weak import find_weak, slices_of, weak_slices
@@ -195,3 +196,36 @@ def test_weak_slices_of_a_model_and_items_that_got_worse():
         and not r['higher_is_better']
     )
     assert evaluate(truth, said(now), problem)['gaps'] == []
+
+
+@pytest.mark.parametrize('task, metric', [('detection', 'map50_95'), ('segmentation', 'mean_iou')])
+def test_a_new_false_object_where_there_is_none_is_a_regression(task, metric):
+    pixel = rle_encode(np.pad(np.ones((4, 4), bool), 6))
+    thing = lambda **kw: Annotation('a', bbox=(6, 6, 10, 10), mask=pixel, **kw)
+    crowd = thing(attributes=dict(iscrowd='1', ignore='1'))
+    ids = ['there', 'empty', 'still', 'faint', 'crowd']
+    truth = make_table(
+        [
+            dict(id=i, sha256=digest(i), width=16, height=16, annotations=a)
+            for i, a in zip(ids, ([thing()], [], [], [], [crowd]))
+        ]
+    )
+    table = lambda *said: pa.Table.from_pylist(
+        [dict(id=i, annotations=[a.said() for a in s]) for i, s in zip(ids, said)], schema=PREDICTIONS
+    )
+    sure, faint = thing(score=0.9, accepted=True), thing(score=0.3, accepted=False)
+    before = table([sure], [], [], [], [])
+    now = table([sure], [sure], [], [faint], [sure])
+    problem = Problem(
+        **BASE | dict(task=task, slices={}),
+        acceptance=[dict(metric=metric, at_least=0.1)],
+        metrics=dict(primary=metric),
+    )
+    same = np.testing.assert_allclose
+    same(per_item(truth, before, problem), [1, 1, 1, 1, np.nan])
+    same(per_item(truth, now, problem), [1, 0, 1, 1, np.nan])
+    c = compare(truth, now, before, problem, golden=[digest('empty'), digest('still')])
+    assert c['flips']['worse'] == ['empty'] == c['golden']['worse']
+    assert c['metrics']['golden_regressions']['value'] == 0.5 and c['metrics']['regressions']['value'] == 0.2
+    plain = table([thing(score=0.9)], [thing(score=0.9)], [], [thing(score=0.3)], [])  # somebody's, without `accepted`
+    if task == 'detection': same(per_item(truth, plain, problem), [1, 0, 1, 1, np.nan])
