@@ -9,7 +9,8 @@ from typer.testing import CliRunner
 from cv_lab.audit import Sealed
 from cv_lab.core import Annotation, BadInput, NotFound, read_json, write_atomic, write_json
 from cv_lab.data.files import look
-from cv_lab.data.formats import export_dataset
+from cv_lab.data.batches import import_into
+from cv_lab.data.formats import export_dataset, import_dataset
 from cv_lab.data.manifest import Dataset, load_dataset, make_table, save_dataset
 from cv_lab.data.versions import commit, freeze_golden, golden_changes, open_version, split_dataset, versions
 from cv_lab.data.withdraw import known_datasets, pending, plan_withdrawal, withdraw
@@ -225,3 +226,34 @@ def test_a_source_outside_is_only_listed(ws, tmp_path):
     withdraw(ws, consent='ada')
     assert (tmp_path / 'theirs/f0000.png').exists() and len(load_dataset(ws / 'data/far')) == 1
     assert str(ws/'data/far') in map(str, known_datasets(ws))
+
+
+def test_what_was_withdrawn_does_not_come_back(ws, tmp_path):
+    import zipfile
+    theirs = tmp_path / 'letter'
+    for split, seeds in (('train', (1, 40, 41)), ('test', (2, 42))):
+        (theirs / split / 'person').mkdir(parents=True)
+        for s in seeds: (theirs / split / f'person/{s}.png').write_bytes(png(s))
+    with zipfile.ZipFile(tmp_path / 'letter.zip', 'w') as z:
+        for p in theirs.rglob('*.png'): z.write(p, p.relative_to(theirs))
+    street, batch = ws / 'data/street', tmp_path / 'batch'
+    export_dataset(street, 'labelstudio', batch)  # went out before the letter came
+    before = import_dataset(theirs, 'imagefolder', ws / 'data/before')
+    assert len(before.dataset) == 5 and not len(before.quarantine)
+    withdraw(ws, consent='ada', outside=True)
+    for s, split in ((1, 'train'), (2, 'test')): (theirs / split / f'person/{s}.png').write_bytes(png(s))
+    for src, out, copy in ((theirs, 'a', False), (theirs, 'b', True), (tmp_path / 'letter.zip', 'c', False)):
+        r = import_dataset(src, 'imagefolder', ws / 'data' / out, copy=copy)
+        assert r.tally['left_out'] == {'withdrawn earlier': 2} and len(r.dataset) == 3, out
+        assert sorted(r.quarantine['item']) == ['test/person/2.png', 'train/person/1.png'] and names_left(ws) == []
+    assert (theirs / 'test/person/2.png').exists()  # a source of somebody else's is only read
+    assert 'withdrawn' in (ws / 'data/a/quarantine.csv').read_text()
+    done, _ = import_into(batch, street, 'labelstudio')
+    assert sorted(done.left_out.values()).count('withdrawn earlier') == 2 and not done.added
+    assert done.tally()['left_out']['withdrawn earlier'] == 2
+    far = import_dataset(theirs, 'imagefolder', tmp_path / 'far')  # outside, but from within the workspace
+    assert far.tally['left_out'] == {'withdrawn earlier': 2}
+    with pytest.MonkeyPatch.context() as m:
+        m.delenv('CVLAB_HOME')
+        m.chdir(tmp_path)
+        assert len(import_dataset(theirs, 'imagefolder', tmp_path / 'away').dataset) == 5  # another's business

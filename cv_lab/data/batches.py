@@ -12,6 +12,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Sequence
 import pyarrow as pa, pyarrow.compute as pc
+from ..audit import withdrawn
 from ..core import BadInput, inside, read_json, write_atomic
 from .files import ARCHIVES, unpack
 from .formats import get_format, import_dataset, natural, open_source, recognise
@@ -53,6 +54,7 @@ def _why_not(row:dict, had:dict|None, held:set, groups:dict) -> str: # '' when i
 def absorb(d:Dataset, labelled:pa.Table, # what came back, with people's annotations
            batch:str,                    # its name
            held:Sequence[str]=(),        # content hashes that must not change, from `ever_held`
+          gone:Sequence[str]=(),        # content hashes that were withdrawn
           ) -> Absorbed:
     "A dataset with the labels of a batch, and the batch's new items."
     t = d.table; some = t.filter(pc.is_in(t['sha256'], labelled['sha256'].combine_chunks()))
@@ -63,7 +65,7 @@ def absorb(d:Dataset, labelled:pa.Table, # what came back, with people's annotat
     out, rows = Absorbed(d, [], [], []), []
     for r in labelled.to_pylist():
         old = had.get(r['sha256'])
-        if why := _why_not(r, old, held, groups): out.left_out[r['id']] = why; continue
+        if why := 'withdrawn earlier' if r['sha256'] in gone else _why_not(r, old, held, groups): out.left_out[r['id']] = why; continue
         new = dict(r) if old is None else dict(old, annotations=r['annotations'])
         if old is None and new['id'] in taken: new['id'] = f'{batch}/{new["id"]}'
         taken.add(new['id'])
@@ -132,6 +134,7 @@ def finished(src:str|Path, format:str='auto', batch:str|Path|None=None, # the fo
             'batch',
             workers=workers,
             splits='keep',
+            gone=set(),  # `absorb` leaves out what was withdrawn, and says so
             **(dict(undone='drop') if tells else {}) | options,
         )
     except BadInput as e:
@@ -188,7 +191,7 @@ def import_into(src:str|Path, into:str|Path, # the finished batch; the folder of
     with tempfile.TemporaryDirectory() as tmp:
         back, undone = finished(src, format, batch, empty, workers, tmp, **options)
         name = about.get('name') or re.sub(r'[^\w-]+', '_', Path(src).stem) + f'-{back.version[:8]}'
-        out = absorb(d, back.table, name, ever_held(folder))
+        out = absorb(d, back.table, name, ever_held(folder), withdrawn(folder))
         out.undone = undone
         out.untouched = sum(
             dict(a['attributes'] or []).get('source') == 'auto'

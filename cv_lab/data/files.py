@@ -160,6 +160,7 @@ class Source:
     root: Path
     only: str|None = None # when a single file was named: that file
     quarantine: Quarantine = field(default_factory=Quarantine)
+    unpacked: bool = False # `root` is what an archive was unpacked to
 
     @cached_property
     def names(self) -> list[str]: # sorted

@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Iterable, Iterator, Literal
 import numpy as np, pandas as pd, pyarrow as pa, pyarrow.compute as pc, pyarrow.parquet as pq
 from tqdm import tqdm
-from ..audit import Log, log_of, record
+from ..audit import Log, log_of, record, withdrawn
 from ..core import Annotation, BadInput, Refusal, canonical_json, inside, write_atomic
 from .files import ARCHIVES, Look, Quarantine, Source, look_all, unpack
 from ..geometry import sound_rle
@@ -275,7 +275,13 @@ def _once(items:Iterable[Found], q:Quarantine) -> Iterator[Found]:
         else: seen.add(f.image); yield f
 
 def _settled(
-    reading: Reading, root: Path, images: Path | None, workers: int | None, q: Quarantine
+    reading: Reading,
+    root: Path,
+    images: Path | None,
+    workers: int | None,
+    q: Quarantine,
+    gone: set[str] = frozenset(),  # content hashes that were withdrawn
+    ours: bool = False,  # the files below `root` are only what was unpacked here
 ) -> Iterator[dict]:  # rows of the manifest
     "Every image found, once, looked at and checked; copied to `images` if given."
     def placed():
@@ -287,6 +293,10 @@ def _settled(
     here, there = tee(placed()); base = images or root
     looks = look_all((base/f.image for f in here), workers)
     for f, l in tqdm(zip(there, looks), 'images', reading.total, disable=None, unit='image', smoothing=.1):
+        if l.sha256 in gone:
+            q.drop(f.image, 'withdrawn earlier')
+            if images is not None or ours: (base/f.image).unlink()
+            continue
         if (row := _row(f, l, reading.clip, q)) is not None:
             if f.predictions: reading.predictions.append(dict(id=f.image, annotations=f.predictions))
             yield row
@@ -416,16 +426,13 @@ def open_source(src:str|Path, unpacked:str|Path) -> Source:
     if src.is_dir(): return Source(src.resolve())
     if not src.name.lower().endswith(ARCHIVES) or _is_shard(src): return Source(src.resolve().parent, src.name)
     root = unpack(src, unpacked); inner = [p for p in root.iterdir() if not p.name.startswith(('.', '__MACOSX'))]
-    return Source((inner[0] if len(inner) == 1 and inner[0].is_dir() else root).resolve())
+    return Source((inner[0] if len(inner) == 1 and inner[0].is_dir() else root).resolve(), unpacked=True)
 
 def _is_shard(src:Path) -> bool: return bool(re.search(r'\d{3,}\.tar$', src.name.lower())) # WebDataset: read as it is
 
-# %% ../../nbs/11_data.formats.ipynb #7d3242fb
-#| export
-
 # %% ../../nbs/11_data.formats.ipynb #ba8baaaa
 def _read_all(module:ModuleType, source:Source, options:dict, out:Path, copy:bool, workers:int|None,
-             ) -> tuple[Reading, list[pa.Table], Path|None]: # also: where the images were copied to
+              gone:set[str]) -> tuple[Reading, list[pa.Table], Path|None]: # also: where the images were copied to
     "What a reader yields, looked at and checked, a few thousand rows to a table."
     reading = module.read(source, **options)
     items = iter(reading.items)
@@ -433,7 +440,8 @@ def _read_all(module:ModuleType, source:Source, options:dict, out:Path, copy:boo
     packed = first is not None and first.data is not None
     reading.items = () if first is None else _chain(first, items)
     images = out/'images' if copy or packed else None
-    rows, tables = _settled(reading, source.root, images, workers, source.quarantine), []
+    rows = _settled(reading, source.root, images, workers, source.quarantine, gone, source.unpacked)
+    tables = []
     while part := list(islice(rows, 4096)): tables.append(make_table(part))
     return reading, tables, images
 
@@ -450,6 +458,7 @@ def import_dataset(src:str|Path,        # a folder, a file, or a zip or tar of o
                    workers:int|None=None, # processes that look at images; all cores when None
                    copy:bool=False,     # copy the images into `out`; else they stay where they are
                    splits:Literal['assign', 'keep']='assign', # items without a split get one, or stay without
+                   gone:set[str]|None=None, # content hashes to leave out; None: what was withdrawn from the workspace
                    **options) -> ImportResult: # options of the format's `read`
     "Make a dataset of somebody's files: keep what is good, set the rest aside with reasons."
     out = Path(out).resolve()
@@ -459,7 +468,9 @@ def import_dataset(src:str|Path,        # a folder, a file, or a zip or tar of o
     module = get_format(fmt)
     _check_options(f'import of {fmt}', module.read, options)
     try:
-        reading, tables, images = _read_all(module, source, options, out, copy, workers)
+        reading, tables, images = _read_all(
+            module, source, options, out, copy, workers, withdrawn(out) if gone is None else gone
+        )
     except Refusal:
         raise
     except Exception as e:  # damage that no reader foresaw is still no traceback
