@@ -1,5 +1,5 @@
 "The order of the house: which page may use which, what stands behind each module, and what a page looks like."
-import ast, json, os, re, subprocess, sys
+import ast, json, os, re, subprocess, sys, warnings
 from pathlib import Path
 
 import pytest
@@ -46,6 +46,13 @@ def test_the_numbers_are_the_order_of_import():
         if MODULES[other].name >= MODULES[name].name
     ]
     assert not wrong, wrong
+
+
+def test_no_module_warns_when_it_is_compiled():
+    for p in (ROOT / 'cv_lab').rglob('*.py'):
+        with warnings.catch_warnings():
+            warnings.simplefilter('error')
+            compile(p.read_text(encoding='utf8'), str(p), 'exec')
 
 
 def test_there_is_no_cycle():

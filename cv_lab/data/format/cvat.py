@@ -163,7 +163,7 @@ def _set_place(e:ET.Element, kind:str, a, turned:tuple|None=None) -> None: # tur
         for k, v in dict(left=x1, top=y1, width=x2 - x1, height=y2 - y1).items(): e.set(k, str(v))
 
 # %% ../../../nbs/11f_data.format.cvat.ipynb #50e17d6f
-_SOUND = dict(occluded='1', source='[a-z-]+', group_id='[1-9]\d*', z_order='-?[1-9]\d*') # what CVAT accepts there
+_SOUND = dict(occluded='1', source='[a-z-]+', group_id=r'[1-9]\d*', z_order=r'-?[1-9]\d*') # what CVAT accepts there
 _num = lambda v: f'{v:.12g}'
 
 def _element(a, width:int, height:int) -> ET.Element|None:
