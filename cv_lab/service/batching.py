@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Work', 'Counts', 'Batcher', 'each_alone']
 
-# %% ../../nbs/64_service.batching.ipynb #bb591619
+# %% ../../nbs/64_service.batching.ipynb #c3
 import asyncio, time
 from collections import deque
 from concurrent.futures import Executor
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Callable
 from .faults import Fault
 
-# %% ../../nbs/64_service.batching.ipynb #7f9d6892
+# %% ../../nbs/64_service.batching.ipynb #c5
 @dataclass(eq=False, slots=True)
 class Work:
     "One image on its way to the model."
@@ -30,72 +30,79 @@ class Counts:
     "What became of the work."
     ran: int = 0; batches: int = 0; expired: int = 0; abandoned: int = 0; refused: int = 0; alone: int = 0
 
-# %% ../../nbs/64_service.batching.ipynb #e1a8b260
-class Batcher:
+# %% ../../nbs/64_service.batching.ipynb #c7
+class _Line:
+    "What waits for the device, and how long that will take."
+    def __init__(self, max_batch:int, max_queue:int): # images
+        self.max_batch, self.max_queue, self.queue, self.counts = max_batch, max_queue, deque(), Counts()
+        self.per_item, self.running = 0., 0 # seconds an image took lately; images on the device
+
+    @property
+    def busy(self) -> bool: return bool(self.running or self.queue)
+
+    def wait(self, more:int=0) -> float: # seconds
+        "How long what is here already will take, and more."
+        return (len(self.queue) + self.running + more)*self.per_item
+
+    def admit(self, n:int, now:float, deadline:float):
+        "Refuse `n` images for which there is no room or no time."
+        full = self.queue and len(self.queue) + n > self.max_queue
+        if not full and now + 1.25*self.wait(n) <= deadline: return
+        self.counts.refused += n
+        raise Fault(
+            'overloaded',
+            f'{len(self.queue)} images wait already',
+            'an answer in time',
+            'try again after Retry-After',
+            retry_after=self.wait(),
+        )
+
+# %% ../../nbs/64_service.batching.ipynb #c10
+def _take(line:_Line) -> list[Work]:
+    "The next batch: what nobody waits for any more is left out."
+    batch, now = [], time.monotonic()
+    while line.queue and len(batch) < line.max_batch:
+        w = line.queue.popleft()
+        if w.done.done(): line.counts.abandoned += 1
+        elif now <= w.deadline: w.queued = now - w.since; batch.append(w)
+        else:
+            line.counts.expired += 1
+            what = 'the deadline passed while the image waited'
+            w.done.set_exception(Fault('deadline', what, 'an earlier turn', 'allow more time, or send less'))
+    return batch
+
+# %% ../../nbs/64_service.batching.ipynb #c13
+class Batcher(_Line):
     "A bounded queue before one function that answers a batch."
     def __init__(self, run:Callable[[list], list], # inputs -> one answer or exception each; runs in `pool`
                  pool:Executor,                    # one thread per device, shared by the models on it
                  max_batch:int=8,                  # best for the device
                  max_queue:int=256,                # images
                  observe:Callable[[list[Work]], None]|None=None): # told of each batch
-        self.run, self.pool, self.max_batch, self.max_queue, self.observe = run, pool, max_batch, max_queue, observe
-        self.queue, self.counts, self.per_item, self.running, self._task = deque(), Counts(), 0., 0, None
+        super().__init__(max_batch, max_queue)
+        self.run, self.pool, self.observe, self._task = run, pool, observe, None
         self.began = 0. # when the batch under way went to the device
-
-    @property
-    def busy(self) -> bool: return bool(self.running or self.queue)
 
     def at_it(self) -> float: # seconds
         "How long the device has been at the batch under way."
         return time.monotonic() - self.began if self.running else 0.
 
-    def wait(self, more:int=0) -> float: # seconds
-        "How long what is here already will take, and more."
-        return (len(self.queue) + self.running + more)*self.per_item
-
     def submit(self, xs:list, deadline:float) -> list[Work]:
         "Queue images that belong together; all of them or none."
         now = time.monotonic()
-        if len(self.queue) + len(xs) > self.max_queue and self.queue or now + 1.25*self.wait(len(xs)) > deadline:
-            self.counts.refused += len(xs)
-            raise Fault(
-                'overloaded',
-                f'{len(self.queue)} images wait already',
-                'an answer in time',
-                'try again after Retry-After',
-                retry_after=self.wait(),
-            )
+        self.admit(len(xs), now, deadline)
         loop = asyncio.get_running_loop()
         works = [Work(x, loop.create_future(), deadline, now) for x in xs]
         self.queue.extend(works)
         if self._task is None: self._task = loop.create_task(self._drain())
         return works
 
-    def _take(self) -> list[Work]:
-        "The next batch: what nobody waits for any more is left out."
-        batch, now = [], time.monotonic()
-        while self.queue and len(batch) < self.max_batch:
-            w = self.queue.popleft()
-            if w.done.done(): self.counts.abandoned += 1
-            elif now > w.deadline:
-                self.counts.expired += 1
-                w.done.set_exception(
-                    Fault(
-                        'deadline',
-                        'the deadline passed while the image waited',
-                        'an earlier turn',
-                        'allow more time, or send less',
-                    )
-                )
-            else: w.queued = now - w.since; batch.append(w)
-        return batch
-
     async def _drain(self):
         "Run batches until the queue is empty."
         loop = asyncio.get_running_loop()
         try:
             while self.queue:
-                if not (batch := self._take()): continue
+                if not (batch := _take(self)): continue
                 self.running, self.began = len(batch), time.monotonic()
                 try: answers = await loop.run_in_executor(self.pool, self.run, [w.x for w in batch])
                 except Exception as e: answers = [e]*len(batch)
@@ -116,7 +123,7 @@ class Batcher:
     async def close(self): # when everything that was queued is answered
         while self._task is not None: await asyncio.wait([self._task])
 
-# %% ../../nbs/64_service.batching.ipynb #51a2a9df
+# %% ../../nbs/64_service.batching.ipynb #c20
 def each_alone(run:Callable[[list], list]) -> Callable[[list], list]:
     "`run`, with the batch taken apart when it fails."
     def careful(xs:list) -> list:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Source', 'toy_model', 'folders', 'cores', 'pick_device', 'problem_of', 'header_pixels', 'Loaded', 'Models']
 
-# %% ../../nbs/66_service.models.ipynb #7eb0bb57
+# %% ../../nbs/66_service.models.ipynb #c3
 import asyncio, io, os, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,15 +21,10 @@ from .bodies import Limits
 from .faults import Fault
 from .telemetry import Metrics, ModelMetrics, event, image_summary
 
-# %% ../../nbs/66_service.models.ipynb #fac73756
-def toy_model(folder:str|Path, gain:float=.05, problem:str='brightness', size:int=8) -> Path: # the folder
-    "A model folder that answers by brightness."
-    import onnx
+# %% ../../nbs/66_service.models.ipynb #c5
+def _brightness(gain:float, size:int): # an ONNX model: (n, 3, size, size) uint8 -> (n, 2) float32
+    "A graph that compares the mean of an image with the middle of the scale."
     from onnx import TensorProto as T, helper as h, numpy_helper as nh
-    from cv_lab.image import Preprocess
-    from cv_lab.tasks import classification
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     const = lambda name, v: nh.from_array(np.asarray(v), name)
     nodes = [
         h.make_node('Cast', ['images'], ['x'], to=T.FLOAT),
@@ -38,30 +33,30 @@ def toy_model(folder:str|Path, gain:float=.05, problem:str='brightness', size:in
         h.make_node('Sub', ['u', 'middle'], ['c']),
         h.make_node('Mul', ['c', 'signs'], ['logits']),
     ]
+    numbers = dict(axes=[1, 2, 3], one=[1], middle=np.float32(128), signs=np.float32([[-gain, gain]]))
     graph = h.make_graph(
         nodes,
         'brightness',
         [h.make_tensor_value_info('images', T.UINT8, ['n', 3, size, size])],
         [h.make_tensor_value_info('logits', T.FLOAT, ['n', 2])],
-        [
-            const('axes', [1, 2, 3]),
-            const('one', [1]),
-            const('middle', np.float32(128)),
-            const('signs', np.float32([[-gain, gain]])),
-        ],
+        [const(name, v) for name, v in numbers.items()],
     )
-    onnx.save(h.make_model(graph, opset_imports=[h.make_opsetid('', 18)], ir_version=10), folder/'model.onnx')
-    describe_model(
-        folder,
-        problem,
-        'classification',
-        ['dark', 'bright'],
-        classification.Config(image=Preprocess(size, size)),
-        dict(min_confidence=0.7),
-    )
+    return h.make_model(graph, opset_imports=[h.make_opsetid('', 18)], ir_version=10)
+
+# %% ../../nbs/66_service.models.ipynb #c8
+def toy_model(folder:str|Path, gain:float=.05, problem:str='brightness', size:int=8) -> Path: # the folder
+    "A model folder that answers by brightness."
+    import onnx
+    from cv_lab.image import Preprocess
+    from cv_lab.tasks import classification
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    onnx.save(_brightness(gain, size), folder/'model.onnx')
+    settings = classification.Config(image=Preprocess(size, size))
+    describe_model(folder, problem, 'classification', ['dark', 'bright'], settings, dict(min_confidence=0.7))
     return folder
 
-# %% ../../nbs/66_service.models.ipynb #f733b87e
+# %% ../../nbs/66_service.models.ipynb #c11
 Source = Callable[[], dict[str, Path]] # problem -> folder
 
 def folders(*paths:str|Path) -> Source:
@@ -71,7 +66,7 @@ def folders(*paths:str|Path) -> Source:
         return {read_json(p/'model.json')['problem']: p for p in at}
     return look
 
-# %% ../../nbs/66_service.models.ipynb #b81c0678
+# %% ../../nbs/66_service.models.ipynb #c14
 def cores() -> int: return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 def pick_device(wanted:str='auto') -> str:
@@ -84,7 +79,7 @@ def problem_of(folder:Path) -> Problem|None:
     "The problem file that travels with a bundle."
     return next((load_problem(p) for p in (folder/'problem.yaml', folder/'problem.json') if p.is_file()), None)
 
-# %% ../../nbs/66_service.models.ipynb #b2570e44
+# %% ../../nbs/66_service.models.ipynb #c16
 def header_pixels(data:bytes, most:int) -> int: # more than `most`: a fault
     "How many pixels the header of an image file says."
     if not data: return 0
@@ -93,7 +88,7 @@ def header_pixels(data:bytes, most:int) -> int: # more than `most`: a fault
     im = open_image(data, most)
     return im.width*im.height
 
-# %% ../../nbs/66_service.models.ipynb #5c93b1a3
+# %% ../../nbs/66_service.models.ipynb #c19
 def _warm(model) -> list[dict]: # answers for a grey image
     "Walk the whole way once per image format, and measure what one image costs."
     for f in FORMATS:
@@ -119,28 +114,20 @@ def _still_golden(model):
             'release the run again, on this kind of hardware',
         )
 
-# %% ../../nbs/66_service.models.ipynb #b6f94885
-class Loaded:
-    "A bundle that answers."
+# %% ../../nbs/66_service.models.ipynb #c22
+class _Way:
+    "From the bytes of an image to an answer, with one bundle."
 
-    def __init__(self, folder:str|Path, pool, metrics:Metrics|None=None, device:str='auto', threads:int|None=None,
-                 max_batch:int|None=None, max_queue:int=256):
+    def __init__(self, folder:str|Path, device:str='auto', threads:int|None=None):
         self.folder = folder = Path(folder).resolve()
         self.predictor = p = Predictor(folder, pick_device(device), threads or max(1, cores() - 1))
-        self.name, self.version, self.since = p.problem_name, folder.name, time.time()
-        sums = folder / 'checksums.json'
-        self.digest = digest(read_json(sums)) if sums.is_file() else p.digest  # of the bundle, as in the registry
         self.problem = problem_of(folder)
         self.limits = Limits.of(self.problem.serving if self.problem else Serving())
-        size = max_batch or (8 if p.device == 'cpu' else self.limits.images)
-        self.metrics = ModelMetrics(metrics or Metrics(), self.name, self.digest, p.classes)
-        self.ref = dict(problem=self.name, version=self.version, digest=self.digest)
-        self.batcher = Batcher(each_alone(self.run), pool, size, max_queue, self._observe)
         self.small = p.image.height*p.image.width <= 1 << 16
 
-    def run(self, xs:list[Prepared]) -> list[dict]:
-        "Answers for inputs; the only place where the network is called."
-        return [s.said(self.predictor.classes) for s in self.predictor.answers(xs)]
+    def pixels_in(self, data:bytes) -> int:
+        "How many pixels the header says, within the limit."
+        return header_pixels(data, self.limits.pixels)
 
     def prepare(self, data:bytes) -> Prepared:
         "The network's input: the same lines as in training."
@@ -150,9 +137,25 @@ class Loaded:
             )
         return self.predictor.prepare(data, self.limits.pixels)
 
-    def pixels_in(self, data:bytes) -> int:
-        "How many pixels the header says, within the limit."
-        return header_pixels(data, self.limits.pixels)
+    def run(self, xs:list[Prepared]) -> list[dict]:
+        "Answers for inputs; the only place where the network is called."
+        return [s.said(self.predictor.classes) for s in self.predictor.answers(xs)]
+
+# %% ../../nbs/66_service.models.ipynb #c25
+class Loaded(_Way):
+    "A bundle that answers."
+
+    def __init__(self, folder:str|Path, pool, metrics:Metrics|None=None, device:str='auto', threads:int|None=None,
+                 max_batch:int|None=None, max_queue:int=256):
+        super().__init__(folder, device, threads)
+        folder, p = self.folder, self.predictor
+        self.name, self.version, self.since = p.problem_name, folder.name, time.time()
+        sums = folder / 'checksums.json'
+        self.digest = digest(read_json(sums)) if sums.is_file() else p.digest  # of the bundle, as in the registry
+        size = max_batch or (8 if p.device == 'cpu' else self.limits.images)
+        self.metrics = ModelMetrics(metrics or Metrics(), self.name, self.digest, p.classes)
+        self.ref = dict(problem=self.name, version=self.version, digest=self.digest)
+        self.batcher = Batcher(each_alone(self.run), pool, size, max_queue, self._observe)
 
     def _observe(self, batch:list[Work]):
         m = self.metrics
@@ -182,7 +185,7 @@ class Loaded:
             limits=dict(max_image_bytes=most.image_bytes, max_pixels=most.pixels, max_images=most.images),
         )
 
-# %% ../../nbs/66_service.models.ipynb #8eb9160d
+# %% ../../nbs/66_service.models.ipynb #c28
 def _named(current:dict[str, Loaded], name:str|None) -> Loaded:
     "The model of a problem; without a name, the only one."
     if name is None and len(current) == 1: return next(iter(current.values()))
@@ -194,15 +197,44 @@ def _named(current:dict[str, Loaded], name:str|None) -> Loaded:
         raise Fault('bad_input', 'there are several models', f'one of: {there}', 'use /v1/models/{problem}/predict')
     raise Fault('not_found', f'there is no model {name[:60]!r}', f'one of: {there}', 'see /v1/models')
 
-# %% ../../nbs/66_service.models.ipynb #576762da
-class Models:
+# %% ../../nbs/66_service.models.ipynb #c31
+class _Table:
+    "The models that answer now, and the candidates that were refused."
+    def __init__(self, metrics:Metrics): self.metrics, self.current, self.refused, self.swaps = metrics, {}, {}, 0
+
+    def pick(self, name:str|None) -> Loaded:
+        "The model of a problem; without a name, the only one."
+        return _named(self.current, name)
+
+    def settled(self, name:str, folder:Path) -> bool:
+        "Whether this candidate answers already, or was refused."
+        old = self.current.get(name)
+        return old and old.folder == folder or self.refused.get(name, {}).get('folder') == folder
+
+    def _put(self, name:str, new:Loaded):
+        old = self.current.get(name)
+        self.current = self.current | {name: new}
+        self.refused.pop(name, None)
+        self.swaps += 1
+        self.metrics.swaps.labels(name, 'done').inc()
+        self.metrics.loaded_at.labels(name, new.digest[:12]).set(new.since)
+        event('model loaded', problem=name, version=new.version, digest=new.digest, before=old and old.digest)
+
+    def _refuse(self, name:str, folder:Path, e:Exception):
+        reason = (e.what if isinstance(e, Refusal) else f'{type(e).__name__}: {e}')[:500]
+        self.refused[name] = dict(folder=folder, version=folder.name, reason=reason)
+        self.metrics.swaps.labels(name, 'refused').inc()
+        event('model refused', 40, problem=name, version=folder.name, reason=reason)
+
+# %% ../../nbs/66_service.models.ipynb #c34
+class Models(_Table):
     "The models of a service."
 
     def __init__(self, source:Source, metrics:Metrics|None=None, device:str='auto', max_batch:int|None=None,
                  max_queue:int=256):
-        self.source, self.metrics = source, metrics or Metrics()
+        super().__init__(metrics or Metrics())
+        self.source = source
         self.settings = dict(device=device, max_batch=max_batch, max_queue=max_queue)
-        self.current, self.refused, self.swaps = {}, {}, 0
         self.device_pool = ThreadPoolExecutor(1, 'device')
         self.decode_pool = ThreadPoolExecutor(cores(), 'decode')
         self._one_at_a_time, self.big = asyncio.Lock(), asyncio.Semaphore(1)
@@ -218,33 +250,14 @@ class Models:
         async with self._one_at_a_time:
             want, changed = await asyncio.to_thread(self.source), []
             for name, folder in want.items():
-                old = self.current.get(name)
-                if old and old.folder == folder or self.refused.get(name, {}).get('folder') == folder: continue
+                if self.settled(name, folder): continue
                 try: new = await asyncio.to_thread(self.load, folder)
                 except Exception as e:
                     self._refuse(name, folder, e)
                     continue
-                self._put(name, new, old)
+                self._put(name, new)
                 changed.append(name)
             return changed
-
-    def _put(self, name:str, new:Loaded, old:Loaded|None):
-        self.current = self.current | {name: new}
-        self.refused.pop(name, None)
-        self.swaps += 1
-        self.metrics.swaps.labels(name, 'done').inc()
-        self.metrics.loaded_at.labels(name, new.digest[:12]).set(new.since)
-        event('model loaded', problem=name, version=new.version, digest=new.digest, before=old and old.digest)
-
-    def _refuse(self, name:str, folder:Path, e:Exception):
-        reason = (e.what if isinstance(e, Refusal) else f'{type(e).__name__}: {e}')[:500]
-        self.refused[name] = dict(folder=folder, version=folder.name, reason=reason)
-        self.metrics.swaps.labels(name, 'refused').inc()
-        event('model refused', 40, problem=name, version=folder.name, reason=reason)
-
-    def pick(self, name:str|None) -> Loaded:
-        "The model of a problem; without a name, the only one."
-        return _named(self.current, name)
 
     async def start(self):
         "The first load: without any model there is nothing to serve."
