@@ -147,7 +147,7 @@ class Walk:
             for d, n, p, t in zip(found, network, after, truth):
                 d |= {'network': _apart(differences(n, t)), 'post-processing': _apart(differences(p, t))}
             for o, m in zip(said, meant):
-                self.outputs = {k: max(getattr(self, 'outputs', {}).get(k, 0.0), _floats(o[k], m[k])) for k in o}
+                self.outputs = {k: max(getattr(self, 'outputs', {}).get(k, 0.0), _floats(o[k], m[k])) for k in o if k in m}
         return found, answer, truth
 
 # %% ../nbs/47_parity.ipynb #6685324f

@@ -174,6 +174,7 @@ class Predictor:
             some = todo[i : i + at_once]
             outputs = (infer or self.infer)(np.stack([pixels for _, _, pixels, _ in some]))
             said = self.task.decode(outputs, self.cfg, self.classes, self.thresholds)
+            for p, place in zip(said, outputs.get('embedding', ())): p.embedding = place.ravel() # of a graph that has this output
             for (k, window, _, place), p in zip(some, said, strict=True): found[k].append((window, in_image(p, place)))
         return [joined(f, p.place.width, p.place.height) if p.parts else f[0][1] for f, p in zip(found, prepared)]
 

@@ -173,6 +173,10 @@ class Serving(Strict):
     max_image_mb: float = Field(10, gt=0, le=100)
     max_pixels: int = Field(20_000_000, ge=1)
     max_batch: int = Field(64, ge=1, le=1024)
+    keep_images: float = Field(0., ge=0, le=1)     # share of the images asked about that is stored; 0: never any
+    keep_embeddings: float = Field(0., ge=0, le=1) # and of what the network made of them
+    keep_days: int = Field(30, ge=1)               # then they are deleted
+    keep_mb: float = Field(500, gt=0)              # of both; the oldest go first
 
 # %% ../nbs/01_spec.ipynb #f7ca9808
 class Range(Strict):
@@ -247,7 +251,9 @@ class Problem(Strict):
 
     @cached_property
     def digest(self) -> str:
-        return digest(self.model_dump(mode='json', exclude={'sweep'}))  # where one looked is no part of what is asked
+        kept = {'keep_images', 'keep_embeddings', 'keep_days', 'keep_mb'}
+        left_out = {'sweep': True, 'serving': kept} # where one looked, and what one keeps, is no part of what is asked
+        return digest(self.model_dump(mode='json', exclude=left_out))
 
 # %% ../nbs/01_spec.ipynb #acbbab32
 def _line(node:yaml.Node, loc:tuple) -> int:
@@ -357,6 +363,7 @@ data:              # what a dataset must be before anything is trained on it
   no_gps: false          # true: no file may say where it was taken; cvlab data strip
 
 serving: {{max_image_mb: 10, max_pixels: 20000000, max_batch: 64}}
+  # keep_images: 0.01 would let the service store every hundredth image asked about, for the next labelling batch
 
 optimize: {{lose_at_most: 0.01, slice_lose_at_most: 0.03}} # what a quantised or pruned form may lose of {primary}
 

@@ -59,7 +59,12 @@ def joined(found:Sequence[tuple[Window, Prediction]], # predictions in pixels of
         for a, page, score, n in regions.values()
         if n
     ]
-    return Prediction(said + sorted(objects, key=lambda a: -(a.score or 0)), accepted=all(p.accepted for _, p in found))
+    places = [p.embedding for _, p in found if p.embedding is not None]
+    return Prediction(
+        said + sorted(objects, key=lambda a: -(a.score or 0)),
+        accepted=all(p.accepted for _, p in found),
+        embedding=np.mean(places, 0) if places else None,
+    )
 
 def _hull(polygon) -> list[float]:
     p = np.concatenate([np.reshape(r, (-1, 2)) for r in polygon])

@@ -1,14 +1,18 @@
-"Feedback: the truth about a prediction, sent by a client, kept beside the log, joined by the monitor."
+"Feedback: the truth about a prediction, kept beside the log, joined by the monitor; and the images that may be kept."
 
-import asyncio, io, json
+import asyncio, io, json, os, time
 
 import httpx, pytest
 from PIL import Image
 
 from cv_lab.client import AsyncClient, ServiceFault
+from cv_lab.core import digest
+from cv_lab.data.seen import forget, kept_embeddings, kept_images, seen_dataset
+from cv_lab.spec import Serving
 from cv_lab.monitor import read_log, read_truths, told
 from cv_lab.service.app import Service
 from cv_lab.service.models import folders, toy_model
+from cv_lab.service.samples import Samples, clean_copy
 from cv_lab.service.telemetry import PredictionLog
 
 
@@ -68,3 +72,128 @@ def test_truths_are_checked_kept_and_joined(tmp_path):
 def test_without_a_log_nothing_can_be_told(tmp_path):
     model = toy_model(tmp_path / 'toy')
     assert session(None, model, lambda client: fault(client.feedback('0' * 24, 'dark'))) == (404, 'not_found')
+
+
+# ---- images and embeddings
+
+PROBLEM = """\
+name: brightness
+task: classification
+classes: [dark, bright]
+owner: a test
+intended_use: a test
+acceptance: [{metric: accuracy, at_least: 0.5}]
+serving: {%s}
+"""
+
+
+def allowed(folder, serving, embedding=False):
+    "A toy model whose problem file says what may be kept; with an output `embedding` if wanted."
+    model = toy_model(folder)
+    (model / 'problem.yaml').write_text(PROBLEM % serving)
+    if embedding:
+        import onnx
+        graph = onnx.load(model / 'model.onnx')
+        graph.graph.node.append(onnx.helper.make_node('Identity', ['m'], ['embedding']))
+        graph.graph.output.append(onnx.helper.make_tensor_value_info('embedding', onnx.TensorProto.FLOAT, ['n']))
+        onnx.save(graph, model / 'model.onnx')
+    return model
+
+
+async def ask_some(client, n=12):
+    said = [await client.predict(grey(10 + 20 * i)) for i in range(n)]
+    many = await client.predict_many([grey(5), grey(250)])
+    assert not any('embedding' in a.model_dump_json() for a in [*said, many])
+    return [a.id for a in [*said, *many.predictions]]
+
+
+@pytest.mark.parametrize('serving', [None, '', 'keep_days: 5', 'keep_images: 0, keep_embeddings: 0'])
+def test_nothing_is_written_where_the_problem_file_does_not_allow_it(tmp_path, serving):
+    model = toy_model(tmp_path / 'toy') if serving is None else allowed(tmp_path / 'toy', serving, True)
+    session(tmp_path / 'log', model, ask_some)
+    assert [p.name.split('-')[0] for p in (tmp_path / 'log').rglob('*')] == ['predictions']
+    assert 'sha256' not in next((tmp_path / 'log').glob('*')).read_text()
+
+
+def test_what_the_problem_file_allows_is_kept_for_its_owner_alone(tmp_path):
+    model = allowed(tmp_path / 'toy', 'keep_images: 1, keep_embeddings: 1', embedding=True)
+    log = tmp_path / 'log'
+    ids = session(log, model, ask_some)
+    images, places = kept_images(log), kept_embeddings(log)
+    assert sorted(images) == sorted(places) == sorted(ids)
+    assert {oct(p.stat().st_mode & 0o777) for p in log.rglob('*') if p.is_file()} == {'0o600'}
+    assert {oct(p.stat().st_mode & 0o777) for p in [log, *log.rglob('*')] if p.is_dir()} == {'0o700'}
+    assert places[ids[3]] == [70] and Image.open(images[ids[3]]).getpixel((0, 0)) == (70, 70, 70)
+    lines = {r['id']: r for f in log.glob('predictions-*') for r in map(json.loads, f.read_text().splitlines())}
+    assert lines[ids[3]]['sha256'] == digest(grey(70)) and 'embedding' not in lines[ids[3]]
+
+
+def test_a_graph_without_an_embedding_stores_none(tmp_path):
+    ids = session(tmp_path / 'log', allowed(tmp_path / 'toy', 'keep_images: 1, keep_embeddings: 1'), ask_some)
+    assert sorted(kept_images(tmp_path / 'log')) == sorted(ids) and not kept_embeddings(tmp_path / 'log')
+
+
+def test_no_metadata_is_kept():
+    exif, b = Image.Exif(), io.BytesIO()
+    exif[0x010F], exif[0x8825] = 'somebody', {1: 'N', 2: (52.0, 31.0, 12.0)}
+    Image.effect_noise((40, 30), 50).convert('RGB').save(
+        b, 'JPEG', exif=exif, comment=b'secret', icc_profile=b'profile' * 30
+    )
+    for data in (b.getvalue() + b'behind the end', grey(3)):
+        copy, suffix = clean_copy(data, 10_000)
+        again = Image.open(io.BytesIO(copy))
+        assert not again.getexif() and not {'exif', 'comment', 'icc_profile'} & again.info.keys()
+        assert not any(w in copy for w in (b'somebody', b'secret', b'behind', b'profile'))
+
+
+def test_samples_rotate_by_age_and_size_and_survive_a_disk_that_fails(tmp_path):
+    ids = [digest(str(i))[:24] for i in range(60)]
+    noise = io.BytesIO()
+    Image.effect_noise((64, 64), 60).save(noise, 'PNG')
+    s = Samples(tmp_path)
+    for i in ids: s.add(i, 'p', Serving(keep_images=1, keep_mb=0.1), noise.getvalue(), 10_000)
+    s.close(60)
+    left = kept_images(tmp_path)
+    assert 0 < sum(p.stat().st_size for p in left.values()) <= 1e5 and ids[-1] in left and ids[0] not in left
+    old = next(iter(left.values()))
+    os.utime(old, (0, time.time() - 3 * 86400))
+    s = Samples(tmp_path)  # nothing more may be kept, and what is there goes by its age all the same
+    s.follow('p', Serving(keep_days=2))
+    s.close(60)
+    assert not old.exists() and len(kept_images(tmp_path)) == len(left) - 1
+    (tmp_path / 'samples/full').write_text('no folder can be made here')
+    s = Samples(tmp_path)
+    s.add(ids[0], 'full', Serving(keep_images=1), noise.getvalue(), 10_000)
+    s.add(ids[1], 'p', Serving(keep_images=1), noise.getvalue(), 10_000)
+    s.close(60)
+    assert s.count.labels('image', 'failed')._value.get() == 1 and ids[1] in kept_images(tmp_path) and s.held == 0
+    s = Samples(tmp_path, max_waiting=10)
+    assert not s.add(ids[2], 'p', Serving(keep_images=1), noise.getvalue(), 10_000)
+    assert s.count.labels('image', 'dropped')._value.get() == 1
+
+
+def test_forgetting_takes_the_image_and_every_line(tmp_path):
+    model, log = allowed(tmp_path / 'toy', 'keep_images: 1, keep_embeddings: 1', embedding=True), tmp_path / 'log'
+
+    async def first(client):
+        ids = await ask_some(client)
+        await client.feedback(ids[0], 'dark')
+        return ids
+
+    ids = session(log, model, first)
+    sizes = {p: p.stat().st_size for p in log.rglob('*.jsonl')}
+    assert forget(log, [ids[0], 'f' * 24]) == dict(images=1, lines=3)
+    assert not any(ids[0].encode() in p.read_bytes() or ids[0] in p.name for p in log.rglob('*') if p.is_file())
+    assert sizes == {p: p.stat().st_size for p in log.rglob('*.jsonl')}
+    assert len(kept_images(log)) == len(ids) - 1 == len(read_log(log))
+
+
+def test_stored_images_become_a_dataset_without_those_that_are_known(tmp_path):
+    log = tmp_path / 'log'
+    ids = session(log, allowed(tmp_path / 'toy', 'keep_images: 1'), ask_some)
+    session(log, allowed(tmp_path / 'toy', 'keep_images: 1'), lambda client: client.feedback(ids[2], 'bright'))
+    d = seen_dataset(log, tmp_path / 'seen', known=frozenset([digest(grey(10)), digest(grey(30))]))
+    assert d.table['id'].to_pylist() == sorted(set(ids) - set(ids[:2]))
+    rows = {r['id']: r for r in d.table.to_pylist()}
+    assert [(a['label'], a['annotator']) for a in rows[ids[2]]['annotations']] == [('bright', 'feedback')]
+    assert all(digest(d.read(r['uri'])) == r['sha256'] for r in rows.values())

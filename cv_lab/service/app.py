@@ -35,6 +35,7 @@ from cv_lab.service.openapi import (
     operation,
 )
 from .rollout import Plan, Rollout
+from .samples import Samples
 from .telemetry import Metrics, PredictionLog, event
 
 # %% ../../nbs/69_service.app.ipynb #a49028d7
@@ -57,7 +58,7 @@ async def predict(service, call:Call) -> bytes:
     if isinstance(prepared, Exception): raise prepared
     if isinstance(said, Exception): raise shown(said, service, model, call.id)
     return _encoded(
-        service, call, model, item(service, model, prepared, said, len(data), call.id) | dict(model=model.ref)
+        service, call, model, item(service, model, prepared, said, data, call.id) | dict(model=model.ref)
     )
 
 
@@ -67,7 +68,7 @@ async def predict_batch(service, call:Call) -> bytes:
     out = []
     for i, (p, a, data) in enumerate(zip(prepared, answers, images)):
         if isinstance(a, Exception): out.append(dict(index=i) | envelope(shown(a, service, model, call.id), call.id))
-        else: out.append(dict(index=i) | item(service, model, p, a, len(data), call.id))
+        else: out.append(dict(index=i) | item(service, model, p, a, data, call.id))
     return _encoded(
         service, call, model, dict(id=call.id, model=model.ref, predictions=out, failed=sum('error' in o for o in out))
     )
@@ -275,7 +276,9 @@ class _Life:
         "Load, warm, open the door."
         await self.models.start()
         if self.rollout: await self.rollout.challengers.refresh()
-        for model in self.models.current.values(): await self._rehearse(model)
+        for model in self.models.current.values():
+            await self._rehearse(model)
+            if self.samples and model.problem: self.samples.follow(model.name, model.problem.serving)
         self.ready = True
         self._watch = asyncio.create_task(self._look())
         if self.jobs: self.jobs.start(self)
@@ -314,7 +317,7 @@ class _Life:
         if self.jobs: await self.jobs.stop()
         if self.rollout: await self.rollout.stop()
         await self.models.stop()
-        for log in filter(None, (self.kept, self.truths, self.traced)): await asyncio.to_thread(log.close)
+        for log in filter(None, (self.kept, self.truths, self.samples, self.traced)): await asyncio.to_thread(log.close)
 
     async def _lifespan(self, receive, send):
         await receive()
@@ -377,6 +380,7 @@ class Service(_Door, _Life):
         self.max_inflight, self.max_held, self.poll, self.hung = max_inflight, max_held, poll, hung
         self.kept, self.guard = kept, guard
         self.prices, self.traced = prices, traced
+        self.samples = Samples(kept.folder, self.metrics) if kept else None
         self.truths, self.searching = PredictionLog(kept.folder, name='feedback') if kept else None, asyncio.Lock()
         self.rollout = (
             Rollout(self.models, of(challengers), plan or Plan(), kept, lambda: self.inflight > 0)
@@ -411,7 +415,7 @@ class Service(_Door, _Life):
         (prepared,), (said,) = await work_on(self, model, [image], options_of({}), deadline)
         if isinstance(prepared, Exception): raise prepared
         if isinstance(said, Exception): raise shown(said, self, model)
-        return item(self, model, prepared, said, len(image)) | dict(model=model.ref)
+        return item(self, model, prepared, said, image) | dict(model=model.ref)
 
     async def __call__(self, scope, receive, send):
         if scope['type'] == 'lifespan': return await self._lifespan(receive, send)

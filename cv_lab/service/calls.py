@@ -8,7 +8,7 @@ __all__ = ['Call', 'Endpoint', 'encode', 'prepare_all', 'answers_for', 'work_on'
 # %% ../../nbs/68_service.calls.ipynb #d5d22b3f
 import asyncio, json, re, secrets, time
 from contextlib import nullcontext
-from ..core import Refusal
+from ..core import Refusal, digest
 from .batching import Work
 from .bodies import Options
 from .faults import ClientGone, Fault, as_fault, error_response
@@ -173,15 +173,18 @@ async def work_on(
     answers = [p if isinstance(p, Exception) else next(found) for p in prepared]
     return prepared, [a if isinstance(a, Exception) else options.apply(a) for a in answers]
 
-def item(service, model:Loaded, prepared, said:dict, size:int, request_id:str='') -> dict:
+def item(service, model:Loaded, prepared, said:dict, data:bytes, request_id:str='') -> dict:
     "One answer, counted and kept."
     id, place, seen = secrets.token_hex(12), prepared.place, image_summary(prepared.pixels); m = model.metrics
-    spread = m.answer(said)
+    spread, embedding = m.answer(said), said.pop('embedding', None)
     m.brightness.observe(seen['brightness'])
     m.contrast.observe(seen['contrast'])
-    m.bytes.observe(size)
+    m.bytes.observe(len(data))
     if service.kept:
-        service.kept.add(prediction_row(id, model.name, model.digest, said, seen, size, spread, request_id=request_id))
+        more, allowed = dict(request_id=request_id), model.problem and model.problem.serving
+        image_kept = service.samples.add(id, model.name, allowed, data, model.limits.pixels, embedding)
+        if image_kept: more['sha256'] = digest(data)
+        service.kept.add(prediction_row(id, model.name, model.digest, said, seen, len(data), spread, **more))
     if service.rollout: service.rollout.answered(model, prepared, said, id)
     return dict(id=id, **said, image=dict(width=place.width, height=place.height))
 

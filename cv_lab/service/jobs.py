@@ -237,7 +237,7 @@ class Jobs:
                     line = (
                         envelope(shown(said, service, model), job.id)
                         if isinstance(said, Exception)
-                        else item(service, model, p, said, len(d), job.id) | dict(model=model.ref)
+                        else item(service, model, p, said, d, job.id) | dict(model=model.ref)
                     )
                     out.write(encode(dict(index=i) | line) + b'\n')
                 out.flush(); os.fsync(out.fileno()); at += len(files)

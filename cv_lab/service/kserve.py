@@ -152,7 +152,7 @@ async def infer(service, call:Call) -> bytes:
         prepared, answers = await work_on(service, model, images, options_of({}), deadline, call)
     for i, a in enumerate(answers):
         if isinstance(a, Exception): e = shown(a, service, model, call.id); e.what = f'image {i}: {e.what}'; raise e
-    items = [item(service, model, p, a, len(d), call.id) for p, a, d in zip(prepared, answers, images)]
+    items = [item(service, model, p, a, d, call.id) for p, a, d in zip(prepared, answers, images)]
     outputs, binary = _wanted(asked, tensors(items, model.predictor.classes))
     body, head = packed(
         dict(

@@ -115,6 +115,9 @@ def _still_golden(model):
         )
 
 # %% ../../nbs/66_service.models.ipynb #c22
+def _placed(said:dict, embedding) -> dict: # no part of an answer: `item` takes it out
+    return said if embedding is None else said | dict(embedding=embedding.tolist())
+
 class _Way:
     "From the bytes of an image to an answer, with one bundle."
 
@@ -123,6 +126,7 @@ class _Way:
         self.predictor = p = Predictor(folder, pick_device(device), threads or max(1, cores() - 1))
         self.problem = problem_of(folder)
         self.limits = Limits.of(self.problem.serving if self.problem else Serving())
+        self.keeps_places = bool(self.problem and self.problem.serving.keep_embeddings)
         self.small = p.image.height*p.image.width <= 1 << 16
 
     def pixels_in(self, data:bytes) -> int:
@@ -139,7 +143,10 @@ class _Way:
 
     def run(self, xs:list[Prepared]) -> list[dict]:
         "Answers for inputs; the only place where the network is called."
-        return [s.said(self.predictor.classes) for s in self.predictor.answers(xs)]
+        found = self.predictor.answers(xs)
+        said = [s.said(self.predictor.classes) for s in found]
+        if self.keeps_places: said = [_placed(a, s.embedding) for a, s in zip(said, found)]
+        return said
 
 # %% ../../nbs/66_service.models.ipynb #c25
 class Loaded(_Way):
