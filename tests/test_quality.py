@@ -162,8 +162,18 @@ def test_rules_of_the_problem(tmp_path):
     )
     assert (
         verdicts(require_license=True)['a licence for every item'] == 'fail'
-        and verdicts()['a licence for every item'] == 'pass'
+        and verdicts(no_gps=True)['no file says where it was taken'] == 'pass'
     )
+    usual = verdicts(no_expired=False)  # what nobody asked for is no rule, and passes nothing
+    assert list(usual) == [
+        'items that can be read',
+        'files as imported',
+        'nothing shared between splits',
+        'labels are classes',
+        'training items of each class',
+    ]
+    every = verdicts(require_license=True, require_consent=True, require_source=True, no_gps=True)
+    assert len(every) == len(usual) + 5 and every.items() >= usual.items()
 
 
 def test_report_is_json(planted):

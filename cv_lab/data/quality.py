@@ -379,7 +379,7 @@ def class_counts(
 def judge_data(
     rules: DataRules, t: pa.Table, findings: pd.DataFrame, counts: pd.DataFrame
 ) -> list[dict]:  # rule, verdict, said, expected
-    "The data rules of a problem, judged."
+    "The data rules that a problem asks for, judged."
     n = {k: findings.loc[findings['kind'] == k, 'id'].nunique() for k in KINDS}; items = max(len(t), 1)
     leaked = findings.loc[
         findings['kind'].isin(['leaked_group', 'leaked_content'] + ['leaked_near'] * (not rules.allow_near_duplicates)),
@@ -405,7 +405,7 @@ def judge_data(
             rules.allow_leaks or not leaked,
             f'{leaked} items leak'
             + (f', {n["leaked_near"]} items are nearly like one of another split' if n['leaked_near'] else ''),
-            'any number' if rules.allow_leaks else 'none',
+            'any number: the problem allows leaks' if rules.allow_leaks else 'none',
         ),
         rule('labels are classes', not n['unknown_label'], f'{n["unknown_label"]} items with other labels', 'none'),
         rule(
@@ -415,12 +415,15 @@ def judge_data(
             f'at least {rules.min_per_class}',
         ),
         *term_rules(rules, t),
-        rule(
-            'no file says where it was taken',
-            not rules.no_gps or not len(gps),
-            f'{len(gps)} do' + (f': {", ".join(gps[:3])}' if len(gps) else ''),
-            'none' if rules.no_gps else 'any number',
-        ),
+        *[
+            rule(
+                'no file says where it was taken',
+                not len(gps),
+                f'{len(gps)} do' + (f': {", ".join(gps[:3])}' if len(gps) else ''),
+                'none',
+            )
+        ]
+        * rules.no_gps,
     ]
 
 # %% ../../nbs/12_data.quality.ipynb #18e660b5

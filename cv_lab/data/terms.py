@@ -80,22 +80,18 @@ def _named(t:pa.Table, mask:np.ndarray, what:str) -> str:
     return f'{len(ids)} {what}' + (f': {first}' + (', ...' if len(ids) > 3 else '') if len(ids) else '')
 
 def term_rules(rules:DataRules, t:pa.Table, today:date|None=None) -> list[dict]: # rule, verdict, said, expected
-    "The rules of a problem about terms, judged; what is said names the items."
-    def row(rule, asked, mask, what):
+    "The rules about terms that a problem asks for, judged; what is said names the items."
+    def row(rule, mask, what):
         return dict(
-            rule=rule,
-            verdict='fail' if asked and mask.any() else 'pass',
-            said=_named(t, mask, what),
-            expected='none' if asked else 'any number',
+            rule=rule, verdict='fail' if mask.any() else 'pass', said=_named(t, mask, what), expected='none'
         )
 
     lacks = lambda k: pc.equal(pc.fill_null(t[k], ''), '').to_numpy(zero_copy_only=False)
-    return [
-        row('a licence for every item', rules.require_license, lacks('license'), 'without'),
-        row('a consent for every item', rules.require_consent, lacks('consent'), 'without'),
-        row('a source for every item', rules.require_source, lacks('source'), 'without'),
-        row('nothing past its retention date', rules.no_expired, expired(t, today), 'are'),
+    named = dict(license='a licence', consent='a consent', source='a source')
+    out = [
+        row(f'{v} for every item', lacks(k), 'without') for k, v in named.items() if getattr(rules, f'require_{k}')
     ]
+    return out + [row('nothing past its retention date', expired(t, today), 'are')] * rules.no_expired
 
 # %% ../../nbs/10d_data.terms.ipynb #7ba5ed7a
 def refuse_terms(rules:DataRules, t:pa.Table, today:date|None=None) -> None:
