@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['IMAGE', 'ANSWER', 'read_log', 'features', 'kernel', 'mmd', 'told_apart', 'Drift', 'drift', 'draw_drift',
-           'read_truths', 'told', 'watch']
+           'read_truths', 'told', 'leading', 'watch']
 
 # %% ../nbs/80_monitor.ipynb #7468e524
-import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np, pandas as pd
 from .core import BadInput, NotFound
+from .data.seen import kept_embeddings, log_lines
 
 # %% ../nbs/80_monitor.ipynb #0733335c
 IMAGE, ANSWER = (
@@ -29,15 +29,11 @@ def _row(r:dict) -> dict:
 
 def read_log(folder:str|Path) -> pd.DataFrame: # a row per prediction, in the order of time
     "The prediction log of a service."
-    files, rows = sorted(Path(folder).glob('predictions-*.jsonl')), []
-    if not files:
+    if not any(Path(folder).glob('predictions-*.jsonl')):
         raise NotFound(
             f'{folder} has no predictions-*.jsonl', 'the folder that CVLAB_TELEMETRY names', 'start the service with it'
         )
-    for line in (l for f in files for l in f.read_text(encoding='utf8', errors='replace').splitlines()):
-        try: r = json.loads(line)
-        except ValueError: continue
-        if isinstance(r, dict) and 'digest' in r and 'brightness' in r: rows.append(_row(r))
+    rows = [_row(r) for r in log_lines(folder, 'predictions-*.jsonl') if 'digest' in r and 'brightness' in r]
     if not rows:
         raise NotFound(f'{folder} has no prediction in it', 'lines of predictions', 'wait until there are some')
     return pd.DataFrame(rows).sort_values('time', ignore_index=True)
@@ -99,12 +95,15 @@ class Drift:
     auc: float
     moved: dict[str, float]           # figure: KS distance; those that moved, most first
     reference: int; present: int      # lines
+    embeddings: 'Drift|None' = None   # of what the network made of the images, where it was stored
 
     def __str__(self) -> str:
         what = 'DRIFT' if self.alarm else 'no drift'
+        more = f'; embeddings: {self.embeddings}' if self.embeddings else ''
         return (
             f'{what}: p {self.p_mmd:.3f} (MMD), {self.p_classifier:.3f} (classifier, AUC {self.auc:.2f}), {self.present} lines against {self.reference}'
             + (f'; moved: {", ".join(self.moved)}' if self.moved else '')
+            + more
         )
 
 
@@ -170,9 +169,7 @@ def draw_drift(reference:pd.DataFrame, present:pd.DataFrame, found:Drift): # mat
 def read_truths(folder:str|Path) -> dict[str, str|list[str]]: # prediction -> its label, or those of all annotations
     "What clients said at `/v1/feedback`; of what was said twice, the last."
     out = {}
-    for line in (l for f in sorted(Path(folder).glob('feedback-*.jsonl')) for l in f.read_text('utf8').splitlines()):
-        try: r = json.loads(line)
-        except ValueError: continue
+    for r in log_lines(folder, 'feedback-*.jsonl'):
         labels = [a['label'] for a in r.get('annotations') or () if a.get('label') is not None]
         if r.get('label') or labels or r.get('annotations') == []: out[r['id']] = r.get('label') or labels
     return out
@@ -195,6 +192,18 @@ def told(log:pd.DataFrame, truth:dict[str, str|list[str]]) -> pd.DataFrame: # di
     return pd.DataFrame(out)
 
 # %% ../nbs/80_monitor.ipynb #a01c6699
+def leading(x:np.ndarray, # (N, D)
+            most:int=8) -> np.ndarray: # (N, up to `most`)
+    "The directions in which points spread most."
+    x = x - x.mean(0)
+    u, s, _ = np.linalg.svd(x, full_matrices=False)
+    return (u*s)[:, :min(most, int((s > 1e-6*max(s[0], 1e-12)).sum()) or 1)]
+
+def _places(folder:str|Path, log:pd.DataFrame, last:int) -> np.ndarray: # (N, D)
+    there = kept_embeddings(folder)
+    rows = [there[i] for i in log['id'] if i in there][-last:]
+    return np.array(rows, float) if len({len(r) for r in rows}) == 1 else np.empty((0, 0))
+
 def watch(
     reference: str | Path,
     present: str | Path,  # folders of prediction logs
@@ -203,8 +212,17 @@ def watch(
     seed: int = 0,
 ) -> tuple[Drift, pd.DataFrame, pd.DataFrame]:  # the verdict, and the lines it is about
     "Compare two logs."
-    a, b = read_log(reference).tail(last), read_log(present).tail(last); one = len({*a['digest'], *b['digest']}) == 1
+    a, b = read_log(reference), read_log(present); one = len({*a.tail(last)['digest'], *b.tail(last)['digest']}) == 1
+    places = [_places(folder, t, last) for folder, t in ((reference, a), (present, b))] if one else []
+    seen = None
+    if places and min(map(len, places)) >= 20 and len({p.shape[1] for p in places}) == 1:
+        x = leading(np.vstack(places))
+        names = [f'direction {i + 1}' for i in range(x.shape[1])]
+        seen = drift(x[:len(places[0])], x[len(places[0]):], names, alpha/2, seed=seed)
+    a, b = a.tail(last), b.tail(last)
     (x, names), (y, others) = (features(t, IMAGE + (ANSWER if one else ())) for t in (a, b))
     both = [n for n in names if n in others]
     pick = lambda v, of: v[:, [of.index(n) for n in both]]
-    return drift(pick(x, names), pick(y, others), both, alpha, seed=seed), a, b
+    found = drift(pick(x, names), pick(y, others), both, alpha/2 if seen else alpha, seed=seed)
+    if seen: found = replace(found, alarm=found.alarm or seen.alarm, alpha=alpha, embeddings=seen)
+    return found, a, b

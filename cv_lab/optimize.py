@@ -19,6 +19,7 @@ from .core import BadInput, NotFound, digest, file_digest, read_json, write_atom
 from .data.manifest import Dataset
 from .data.versions import golden_of
 from .evaluate import write_comparison, write_evidence
+from .mining import with_embedding
 from .parity import Checkpoint, checkpoint_network, parity, side_by_side
 from .predict import Predictor, calibrate, describe_model, predict_table, write_golden
 from .spec import Problem
@@ -51,10 +52,12 @@ def export_onnx(net:torch.nn.Module, height:int, width:int, path:str|Path) -> Pa
 def export_run(run:Run, problem:Problem, force:bool=False) -> Path: # the folder `export/`
     "Export a run, with what is needed to use it. What is exported already is kept."
     out, note = run.path/'export', run.path/'export/.exported.json'
-    weights = run.done['weights']
-    if force or not note.exists() or read_json(note).get('weights') != weights:
+    what = dict(weights=run.done['weights'], opset=OPSET)
+    if problem.serving.keep_embeddings: what['embedding'] = True # an output of the graph, see service.samples
+    if force or not note.exists() or read_json(note) != what:
         net, cfg = checkpoint_network(run)
         export_onnx(net, cfg.image.height, cfg.image.width, out/'model.onnx')
+        if 'embedding' in what: write_atomic(out/'model.onnx', with_embedding(out/'model.onnx'))
         describe_model(
             out,
             problem.name,
@@ -64,7 +67,7 @@ def export_run(run:Run, problem:Problem, force:bool=False) -> Path: # the folder
             dict(temperature=1.0, threshold=problem.decision.threshold, min_confidence=0.0),
             problem.multilabel,
         )
-        write_json(note, dict(weights=weights, opset=OPSET))
+        write_json(note, what)
     return out
 
 # %% ../nbs/50_optimize.ipynb #f3b145fb

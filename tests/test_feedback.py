@@ -4,11 +4,15 @@ import asyncio, io, json, os, time
 
 import httpx, pytest
 from PIL import Image
+from typer.testing import CliRunner
 
 from cv_lab.client import AsyncClient, ServiceFault
-from cv_lab.core import digest
+from cv_lab.cli.monitor import app
+from cv_lab.core import Annotation, digest
+from cv_lab.data.manifest import Dataset, load_dataset, make_table, save_dataset
 from cv_lab.data.seen import forget, kept_embeddings, kept_images, seen_dataset
 from cv_lab.spec import Serving
+from cv_lab.data.withdraw import withdraw
 from cv_lab.monitor import read_log, read_truths, told
 from cv_lab.service.app import Service
 from cv_lab.service.models import folders, toy_model
@@ -197,3 +201,31 @@ def test_stored_images_become_a_dataset_without_those_that_are_known(tmp_path):
     rows = {r['id']: r for r in d.table.to_pylist()}
     assert [(a['label'], a['annotator']) for a in rows[ids[2]]['annotations']] == [('bright', 'feedback')]
     assert all(digest(d.read(r['uri'])) == r['sha256'] for r in rows.values())
+
+
+def test_from_the_service_to_the_next_version_and_out_again(tmp_path, monkeypatch):
+    root = tmp_path / 'ws'
+    (root / 'problems').mkdir(parents=True)
+    (root / 'settings.ini').touch()
+    monkeypatch.setenv('CVLAB_HOME', str(root))
+    (root / 'data/greys/images').mkdir(parents=True)
+    rows = []
+    for split, level in (('train', 0), ('val', 40), ('test', 50)):
+        (root / f'data/greys/images/{split}.png').write_bytes(grey(level))
+        about = dict(split=split, sha256=digest(grey(level)), annotations=[Annotation('dark')], width=20, height=20)
+        rows.append(dict(id=split, uri=f'{split}.png', **about))
+    save_dataset(Dataset(make_table(rows), 'greys', root / 'data/greys/images', ['dark', 'bright']), root / 'data/greys')
+    log, model = root / 'log', allowed(tmp_path / 'toy', 'keep_images: 1, keep_embeddings: 1', embedding=True)
+    ids = session(log, model, ask_some)
+    session(log, model, lambda client: client.feedback(ids[2], 'dark'))  # grey 50: an item of the test split
+    session(log, model, lambda client: client.feedback(ids[9], 'bright'))
+    run = CliRunner().invoke(app, ['seen', str(log), '--out', str(root / 'seen'), '--into', str(root / 'data/greys')])
+    assert run.exit_code == 0, run.output
+    now = load_dataset(root / 'data/greys').table.to_pylist()
+    assert [r['id'] for r in now] == ['train', 'val', 'test', ids[9]] and now[3]['split'] == 'train'
+    assert now[3]['annotations'][0]['label'] == 'bright' and ids[2] not in load_dataset(root / 'seen').table['id'].to_pylist()
+    # the person in it takes back their consent: the log loses it too, also what was asked about a picture of the dataset
+    withdraw(root, [ids[9], 'test'], datasets=[root / 'data/greys'], reason='asked', by='ada')
+    left = [p for p in root.rglob('*') if p.is_file() and 'audit' not in p.parts]
+    for gone in (ids[9], ids[2]): assert not any(gone in p.name or gone.encode() in p.read_bytes() for p in left)
+    assert ids[5] in kept_images(log) and len(read_log(log)) == len(ids) - 2

@@ -19,6 +19,7 @@ from cv_lab.mining import (
     choose,
     disagreement,
     embedding_graph,
+    with_embedding,
     entropy,
     free_items,
     k_centre,
@@ -133,6 +134,11 @@ def test_a_place_is_found_in_any_graph(tmp_path, kind):
         and got.shape[:2] == (2, 4)
         and np.array_equal(got, conv)
     )
+    s = ort.InferenceSession(with_embedding(tmp_path / 'm.onnx'))
+    names = [o.name for o in s.get_outputs()]
+    assert names == [out[0].name, 'embedding']
+    place = dict(zip(names, s.run(None, {'images': x})))['embedding']
+    np.testing.assert_allclose(place, got.reshape(2, 4, -1).mean(2), rtol=1e-6)
 
 
 def test_what_is_held_out_is_not_asked_for(tmp_path):

@@ -1,5 +1,5 @@
 "Drift: the statistics against others' implementations, planted changes, and a log that was cut short."
-import json
+import json, shutil
 
 import numpy as np, pytest
 from scipy.spatial.distance import pdist, squareform
@@ -79,7 +79,18 @@ def test_logs(tmp_path):
     assert not watch(tmp_path / 'then', tmp_path / 'now', alpha=0.02)[0].alarm
     found = watch(tmp_path / 'then', tmp_path / 'dark', alpha=0.02)[0]
     assert found.alarm and list(found.moved) == ['brightness']
+    for day, shift in dict(then=0, now=0, dark=0, other=2).items():  # embeddings see what the figures do not
+        if day == 'other': shutil.copytree(tmp_path / 'now', tmp_path / day)
+        at = tmp_path / day / 'samples/digits/2026-11-30'
+        at.mkdir(parents=True, exist_ok=True)
+        places = rng.normal(0, 1, (60, 40)) * np.linspace(3, 0.1, 40) + shift
+        rows = [dict(id=f'p{i}', embedding=p.tolist()) for i, p in enumerate(places[::2])]
+        (at / 'embeddings.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    quiet, moved = (watch(tmp_path / 'then', tmp_path / day, alpha=0.02)[0] for day in ('now', 'other'))
+    assert not quiet.alarm and quiet.embeddings.present == 30 and 'embeddings: no drift' in str(quiet)
+    assert moved.alarm and moved.embeddings.alarm and not moved.moved and 'embeddings: DRIFT' in str(moved)
     (tmp_path / 'dark/predictions-2.jsonl').write_text(line(1, 60, 'b' * 64))
+    assert watch(tmp_path / 'then', tmp_path / 'dark')[0].embeddings is None  # of other weights: another space
     assert 'moved: brightness' in str(watch(tmp_path / 'then', tmp_path / 'dark')[0])  # other weights: images alone
     t = told(log, {f'p{i}': '7' if i < 8 else '1' for i in range(10)}).iloc[0]
     assert (t.n, t.right) == (10, 0.8) and (t.low, t.high) == pytest.approx(

@@ -14,7 +14,7 @@ from cv_lab.core import BadInput, NotAccepted, NotFound, file_digest, read_json,
 from cv_lab.parity import parity, within
 from cv_lab.predict import Predictor, predict_table
 from cv_lab.release import Registry, judge_rules, make_bundle, opponents, write_gate
-from cv_lab.spec import Problem, parse_problem
+from cv_lab.spec import Problem, Serving, parse_problem
 from cv_lab.tasks import classification
 
 TEXT = '''
@@ -156,6 +156,23 @@ def test_a_neighbour_that_changes_an_answer_is_seen(made):
     model.infer = lambda x: {k: v * (1 + 0.001 * (len(x) > 1)) for k, v in whole(x).items()}
     model.runtime = dict(precision='int8'); p = parity(run, model, data.table.slice(0, 8), data.read, PROBLEM)
     assert p['stage'] == 'network' and 'neighbours' in p['said']
+
+
+def test_an_embedding_for_the_service_is_an_output_and_changes_nothing(made, tmp_path):
+    from cv_lab.optimize import export_run
+    from cv_lab.train import Run
+
+    run, data = made
+    shutil.copytree(run.path, tmp_path / 'run')
+    again = Run(tmp_path / 'run')
+    export_run(again, PROBLEM.model_copy(update=dict(serving=Serving(keep_embeddings=0.1))))
+    model, rows = Predictor(again.path / 'export', 'cpu', 1), data.split('test')
+    said = predict_table(model, rows, data.read)
+    assert {len(e) for e in said['embedding'].to_pylist()} == {16}
+    without = predict_table(Predictor(run.path / 'export', 'cpu', 1), rows, data.read)
+    assert parity(run, model, rows, data.read, PROBLEM, judged=without)['ok']
+    export_run(again, PROBLEM)
+    assert predict_table(Predictor(again.path / 'export', 'cpu', 1), rows, data.read)['embedding'].null_count == len(rows)
 
 
 def test_the_budget_is_the_problem_files(made):

@@ -16,6 +16,7 @@ from ..audit import Sealed, record
 from ..core import BadInput, Damaged, NotFound, Refusal, digest, file_digest, read_json, write_atomic, write_json
 from .manifest import load_dataset
 from .rewrite import finish
+from .seen import forget, log_lines
 from .versions import became, drop_everywhere
 
 # %% ../../nbs/13c_data.withdraw.ipynb #0c8f74ff
@@ -398,6 +399,13 @@ def _named_in(plan:Plan, root:Path) -> Iterator[tuple[Path, _Names]]:
                 yield p, next((made[a] for a in p.parents if a in made), other)
 
 
+def _logged(plan:Plan, root:Path) -> dict[Path, set[str]]: # folder -> predictions
+    "Logs of a service that stored one of the pictures, or were asked about it."
+    logs = {p.parent for p in _walk(root, root) if p.name.startswith('predictions-') and p.suffix == '.jsonl'}
+    asked = lambda log: {r.get('id') for r in log_lines(log, 'predictions-*.jsonl') if r.get('sha256') in plan.shas}
+    stored = lambda log: {Path(f).stem for f in plan.files if Path(f).is_relative_to(log/'samples')}
+    return {log: ids for log in logs if (ids := asked(log) | stored(log))}
+
 def _carry_out(plan:Plan, outside:bool) -> None:
     root = Path(plan.root)
     stems = {
@@ -408,6 +416,7 @@ def _carry_out(plan:Plan, outside:bool) -> None:
         if Path(f).is_relative_to(e['to'])
     }
     for f in [*plan.files, *(plan.outside if outside else [])]: Path(f).unlink(missing_ok=True)
+    for log, ids in _logged(plan, root).items(): forget(log, sorted(ids))
     for to, stem in stems:
         for p in [p for p in _walk(to, root) if p.stem == stem]:
             p.unlink()  # labels beside an exported picture
