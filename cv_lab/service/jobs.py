@@ -18,7 +18,7 @@ from .telemetry import event
 
 MAX_IMAGES, MAX_BYTES, KEEP_SECONDS = 10_000, 2_000_000_000, 86_400.
 
-# %% ../../nbs/68_service.jobs.ipynb #4fc39b80
+# %% ../../nbs/68_service.jobs.ipynb #7a944c5a
 class _ToDisk(_Form):
     "A form whose images become files."
 
@@ -28,11 +28,8 @@ class _ToDisk(_Form):
 
     def on_part_begin(self): super().on_part_begin(); self.parts.append(None); self.file, self.size = None, 0
     def on_headers_finished(self):
-        self.name = (
-            parse_options_header(self.head.get(b'content-disposition', b''))[1]
-            .get(b'name', b'')
-            .decode('utf8', 'replace')[:64]
-        )
+        said = parse_options_header(self.head.get(b'content-disposition', b''))[1]
+        self.name = said.get(b'name', b'').decode('utf8', 'replace')[:64]
         if self.name == 'images':
             self.file = open(self.folder / f'{self.images:05}', 'wb')
             self.images += 1
@@ -56,20 +53,12 @@ class _ToDisk(_Form):
         if self.file: self.file.close(); self.file = None
         else: self.options[self.name] = b''.join(self.data).decode('utf8', 'replace')
 
-async def receive_form(
-    call: Call, folder: Path, image_bytes: int, seconds: float = 600.0
-) -> tuple[int, Options]:  # images, options
-    "Read a form of images to the disk."
-    kind = call.header('content-type'); boundary = parse_options_header(kind)[1].get(b'boundary')
-    if not kind.lower().startswith('multipart/form-data') or not boundary:
-        raise Fault(
-            'unsupported_media_type',
-            f'the content type is {kind[:60]!r}',
-            'multipart/form-data with a boundary',
-            'send a form with the images',
-        )
-    form = _ToDisk(folder, image_bytes)
-    parser = MultipartParser(boundary, {n: getattr(form, n) for n in dir(form) if n.startswith('on_')})
+    def parser(self, boundary:bytes) -> MultipartParser:
+        return MultipartParser(boundary, {n: getattr(self, n) for n in dir(self) if n.startswith('on_')})
+
+# %% ../../nbs/68_service.jobs.ipynb #194085df
+async def _pour(call:Call, parser:MultipartParser, seconds:float):
+    "The body into the parser, piece by piece."
     size = 0
     try:
         async with asyncio.timeout(seconds):
@@ -87,12 +76,20 @@ async def receive_form(
             'slow_body', f'{size} bytes came in {seconds:g} s', 'the whole body by then', 'make several jobs'
         ) from None
     except (FormParserError, ValueError) as e:
-        raise Fault(
-            'malformed',
-            f'the form cannot be read: {str(e)[:100]}',
-            'multipart/form-data',
-            'let your HTTP library build the form',
-        ) from None
+        what = f'the form cannot be read: {str(e)[:100]}'
+        raise Fault('malformed', what, 'multipart/form-data', 'let your HTTP library build the form') from None
+
+async def receive_form(
+    call: Call, folder: Path, image_bytes: int, seconds: float = 600.0
+) -> tuple[int, Options]:  # images, options
+    "Read a form of images to the disk."
+    kind = call.header('content-type'); boundary = parse_options_header(kind)[1].get(b'boundary')
+    if not kind.lower().startswith('multipart/form-data') or not boundary:
+        what = f'the content type is {kind[:60]!r}'
+        wanted = 'multipart/form-data with a boundary'
+        raise Fault('unsupported_media_type', what, wanted, 'send a form with the images')
+    form = _ToDisk(folder, image_bytes)
+    try: await _pour(call, form.parser(boundary), seconds)
     finally:
         if form.parts and form.file: form.file.close()
     if not form.ended: raise Fault('malformed', 'the form is cut short', 'its last boundary', 'send it again')
@@ -136,29 +133,18 @@ class Job:
         self.change(status=status, ended=round(time.time(), 3), **more)
         shutil.rmtree(self.folder / 'images', ignore_errors=True)
 
-# %% ../../nbs/68_service.jobs.ipynb #e83b9eb1
+# %% ../../nbs/68_service.jobs.ipynb #24755251
 _JOB = re.compile(r'[0-9a-f]{32}\Z')
 
-class Jobs:
-    "All jobs of a service."
-
-    def __init__(self, folder: str | Path):
-        self.folder, self._task, self._wake = Path(folder), None, asyncio.Event()
-        self.folder.mkdir(parents=True, exist_ok=True)
+class _Shelf:
+    "The jobs in a folder."
+    def __init__(self, folder: str | Path): self.folder = Path(folder); self.folder.mkdir(parents=True, exist_ok=True)
 
     def find(self, id:str, owner:str|None) -> Job:  # of that owner
-        if (
-            _JOB.match(id)
-            and (self.folder / id / 'job.json').is_file()
-            and (job := Job(self.folder / id)).about['owner'] == owner
-        ):
-            return job
-        raise Fault(
-            'not_found',
-            'there is no such job',
-            'the id of one of your jobs',
-            'check the id; results are kept for a day',
-        )
+        job = Job(self.folder/id) if _JOB.match(id) else None
+        if job and (job.folder/'job.json').is_file() and job.about['owner'] == owner: return job
+        wanted, mend = 'the id of one of your jobs', 'check the id; results are kept for a day'
+        raise Fault('not_found', 'there is no such job', wanted, mend)
 
     async def create(self, service, call:Call) -> Job:
         "Take a job in."
@@ -168,27 +154,13 @@ class Jobs:
         (part / 'images').mkdir(parents=True)
         try:
             total, options = await receive_form(call, part/'images', model.limits.image_bytes)
-            write_json(
-                part / 'job.json',
-                dict(
-                    status='waiting',
-                    problem=model.name,
-                    total=total,
-                    options=options.model_dump(),
-                    owner=call.key,
-                    created=round(time.time(), 3),
-                ),
-            )
+            about = dict(status='waiting', problem=model.name, total=total, options=options.model_dump(), owner=call.key)
+            write_json(part/'job.json', about | dict(created=round(time.time(), 3)))
             os.rename(part, self.folder/id)
         finally: shutil.rmtree(part, ignore_errors=True)
-        self._wake.set(); return Job(self.folder/id)
+        return Job(self.folder/id)
 
-    def start(self, service): self._task = asyncio.create_task(self._work(service))
-
-    async def stop(self):
-        if self._task: self._task.cancel(); await asyncio.wait([self._task])
-
-    def _waiting(self) -> list[Job]:
+    def waiting(self) -> list[Job]:
         "Unfinished jobs, oldest first; what is too old goes."
         out = []
         for path in self.folder.glob('*/job.json'):
@@ -197,10 +169,49 @@ class Jobs:
             elif time.time() - a.get('ended', 0) > KEEP_SECONDS: shutil.rmtree(job.folder, ignore_errors=True)
         return [j for _, j in sorted(out, key=lambda p: p[0])]
 
+# %% ../../nbs/68_service.jobs.ipynb #c623950f
+def _line(service, model, prepared, said, data:bytes, id:str) -> dict: # said: an answer or an exception
+    "The result of one image."
+    if isinstance(said, Exception): return envelope(shown(said, service, model), id)
+    return item(service, model, prepared, said, data, id) | dict(model=model.ref)
+
+async def _work_off(service, job:Job):
+    "From the last whole line on."
+    a = job.change(status='running')
+    options = options_of({k: v for k, v in a['options'].items() if v is not None})
+    at, images = job.whole_lines(), job.images()
+    with open(job.folder/'results.jsonl', 'ab') as out:
+        while at < len(images):
+            model = service.models.pick(a['problem'])
+            while model.batcher.busy: await asyncio.sleep(.005)
+            files = [p.read_bytes() for p in images[at:at + model.batcher.max_batch]]
+            try: prepared, answers = await work_on(service, model, files, options, time.monotonic() + 60)
+            except Fault: await asyncio.sleep(.2); continue # others came first
+            if job.about['status'] == 'cancelled': return
+            for i, (p, said, d) in enumerate(zip(prepared, answers, files), at):
+                out.write(encode(dict(index=i) | _line(service, model, p, said, d, job.id)) + b'\n')
+            out.flush(); os.fsync(out.fileno()); at += len(files)
+    if job.about['status'] != 'cancelled': job.end('done')
+
+# %% ../../nbs/68_service.jobs.ipynb #dacfa8c1
+class Jobs(_Shelf):
+    "All jobs of a service."
+    def __init__(self, folder: str | Path): super().__init__(folder); self._task, self._wake = None, asyncio.Event()
+
+    async def create(self, service, call:Call) -> Job:
+        "Take a job in, and begin."
+        job = await super().create(service, call)
+        self._wake.set(); return job
+
+    def start(self, service): self._task = asyncio.create_task(self._work(service))
+
+    async def stop(self):
+        if self._task: self._task.cancel(); await asyncio.wait([self._task])
+
     async def _work(self, service):
         while True:
             self._wake.clear()
-            for job in await asyncio.to_thread(self._waiting):
+            for job in await asyncio.to_thread(self.waiting):
                 try:
                     await self._locked(service, job)
                 except Exception as e:
@@ -215,33 +226,7 @@ class Jobs:
         with open(job.folder/'lock', 'w') as f:
             try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError: return # another process has it
-            if job.about['status'] in ('waiting', 'running'): await self._run(service, job)
-
-    async def _run(self, service, job:Job):
-        "From the last whole line on."
-        a = job.change(status='running')
-        at, images, options = (
-            job.whole_lines(),
-            job.images(),
-            options_of({k: v for k, v in a['options'].items() if v is not None}),
-        )
-        with open(job.folder/'results.jsonl', 'ab') as out:
-            while at < len(images):
-                model = service.models.pick(a['problem'])
-                while model.batcher.busy: await asyncio.sleep(.005)
-                files = [p.read_bytes() for p in images[at:at + model.batcher.max_batch]]
-                try: prepared, answers = await work_on(service, model, files, options, time.monotonic() + 60)
-                except Fault: await asyncio.sleep(.2); continue # others came first
-                if job.about['status'] == 'cancelled': return
-                for i, (p, said, d) in enumerate(zip(prepared, answers, files), at):
-                    line = (
-                        envelope(shown(said, service, model), job.id)
-                        if isinstance(said, Exception)
-                        else item(service, model, p, said, d, job.id) | dict(model=model.ref)
-                    )
-                    out.write(encode(dict(index=i) | line) + b'\n')
-                out.flush(); os.fsync(out.fileno()); at += len(files)
-        if job.about['status'] != 'cancelled': job.end('done')
+            if job.about['status'] in ('waiting', 'running'): await _work_off(service, job)
 
 # %% ../../nbs/68_service.jobs.ipynb #032c5bc3
 async def create(service, call) -> dict: return (await service.jobs.create(service, call)).said()

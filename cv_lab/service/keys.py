@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['bucket_of', 'Key', 'read_keys', 'new_key', 'Bucket', 'Guard']
 
-# %% ../../nbs/68_service.keys.ipynb #eab22192
+# %% ../../nbs/68_service.keys.ipynb #c3
 import hmac, os, secrets, time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from ..core import BadInput, digest, read_json, write_json
 from ..spec import Name, Strict
 from .faults import Fault
 
-# %% ../../nbs/68_service.keys.ipynb #fe868789
+# %% ../../nbs/68_service.keys.ipynb #c4
 class Key(Strict):
     "One client, as the file knows it."
     name: Name
@@ -47,7 +47,7 @@ def new_key(path:str|Path, name:str, **limits) -> str: # the key; it is stored n
     write_json(path, dict(keys=[k.model_dump() for k in [*keys, key]])); os.chmod(path, 0o600)
     return secret
 
-# %% ../../nbs/68_service.keys.ipynb #0566d4c4
+# %% ../../nbs/68_service.keys.ipynb #c7
 @dataclass
 class Bucket:
     "What a key has left."
@@ -64,14 +64,11 @@ class Bucket:
 
 bucket_of = lambda key: Bucket(key.per_minute/60, max(1., key.per_minute/6), max(1., key.per_minute/6))
 
-# %% ../../nbs/68_service.keys.ipynb #3f10e366
-_LOCAL = ('127.', '::1', '::ffff:127.')
-
-class Guard:
-    "Lets requests in, or says why not."
-    def __init__(self, path:str|Path|None=None, open_to_all:bool=False):
-        self.path, self.open_to_all, self.keys, self.seen = path and Path(path), open_to_all, [], None
-        self.buckets, self.running = {}, {}
+# %% ../../nbs/68_service.keys.ipynb #c10
+class _Ring:
+    "The keys of a file, as it is now, and what each has left."
+    def __init__(self, path:str|Path|None=None):
+        self.path, self.keys, self.seen, self.buckets = path and Path(path), [], None, {}
         if self.path: self.keys = read_keys(self.path) # a broken file is noticed at the start
 
     def _fresh(self):
@@ -82,16 +79,51 @@ class Guard:
         except BadInput: self.keys = []
         self.seen = stamp; self.buckets = {k.sha256: bucket_of(k) for k in self.keys if k.per_minute}
 
-    def _find(self, given:str) -> Key|None:
+    def find(self, given:str) -> Key|None:
+        "The key behind a secret."
+        self._fresh()
         got, found = digest(given), None
         for k in self.keys:
             if hmac.compare_digest(got, k.sha256): found = k
         return found
 
+# %% ../../nbs/68_service.keys.ipynb #c13
+_LOCAL = ('127.', '::1', '::ffff:127.')
+
+def _identified(ring:_Ring, open_to_all:bool, authorization:str, server:str|None, scope:str) -> Key|None: # None: no key is needed
+    "Who asks, or a fault."
+    local = server is None or server.startswith(_LOCAL)
+    if not ring.path:
+        if open_to_all and scope == 'predict' or local: return None
+        raise Fault(
+            'unauthorized',
+            'this service answers only on its own machine',
+            'an API key',
+            'its owner can set CVLAB_KEYS, or CVLAB_OPEN=1 to let everybody in',
+        )
+    kind, _, given = authorization.partition(' ')
+    if kind.lower() != 'bearer' or not (key := ring.find(given.strip())):
+        raise Fault(
+            'unauthorized',
+            'there is no key, or it is not known',
+            'Authorization: Bearer KEY',
+            'ask the owner for a key',
+        )
+    if scope not in key.scopes:
+        raise Fault('forbidden', f'the key {key.name!r} may not do this', f'the scope {scope!r}', 'use another key')
+    return key
+
+# %% ../../nbs/68_service.keys.ipynb #c16
+class Guard(_Ring):
+    "Lets requests in, or says why not."
+    def __init__(self, path:str|Path|None=None, open_to_all:bool=False):
+        super().__init__(path)
+        self.open_to_all, self.running = open_to_all, {}
+
     @contextmanager
     def admit(self, authorization:str, server:str|None, scope:str):
         "Around a request: who asks, or a fault."
-        key = self._identify(authorization, server, scope)
+        key = _identified(self, self.open_to_all, authorization, server, scope)
         if key and (b := self.buckets.get(key.sha256)) and (wait := b.take(time.monotonic())):
             raise Fault(
                 'too_many_requests',
@@ -112,25 +144,3 @@ class Guard:
         self.running[name] = running + 1
         try: yield name
         finally: self.running[name] -= 1
-
-    def _identify(self, authorization:str, server:str|None, scope:str) -> Key|None:
-        local = server is None or server.startswith(_LOCAL)
-        if not self.path:
-            if self.open_to_all and scope == 'predict' or local: return None
-            raise Fault(
-                'unauthorized',
-                'this service answers only on its own machine',
-                'an API key',
-                'its owner can set CVLAB_KEYS, or CVLAB_OPEN=1 to let everybody in',
-            )
-        self._fresh(); kind, _, given = authorization.partition(' ')
-        if kind.lower() != 'bearer' or not (key := self._find(given.strip())):
-            raise Fault(
-                'unauthorized',
-                'there is no key, or it is not known',
-                'Authorization: Bearer KEY',
-                'ask the owner for a key',
-            )
-        if scope not in key.scopes:
-            raise Fault('forbidden', f'the key {key.name!r} may not do this', f'the scope {scope!r}', 'use another key')
-        return key

@@ -6,14 +6,14 @@
 __all__ = ['elements', 'tensor_images', 'tensors', 'packed', 'infer', 'server', 'live', 'ready', 'model_ready', 'model_about',
            'routes']
 
-# %% ../../nbs/68_service.kserve.ipynb #53765702
+# %% ../../nbs/68_service.kserve.ipynb #c3
 import struct
 import numpy as np
 from .bodies import options_of, image_of, read_json_body
 from .calls import Call, encode, item, shown, work_on
 from .faults import Fault
 
-# %% ../../nbs/68_service.kserve.ipynb #3def8e9f
+# %% ../../nbs/68_service.kserve.ipynb #c5
 def elements(raw:bytes, most:int) -> list[bytes]:
     "The elements of a BYTES tensor."
     out, at = [], 0
@@ -30,51 +30,51 @@ def elements(raw:bytes, most:int) -> list[bytes]:
             raise Fault('too_many_images', f'more than {most} images', f'at most {most}', 'send fewer at a time')
     return out
 
+# %% ../../nbs/68_service.kserve.ipynb #c8
+def _wrong(what:str) -> Fault:
+    wanted = 'one input: name "image", datatype "BYTES", shape [N]'
+    return Fault('bad_input', what, wanted, 'see GET /v2/models/{problem}')
+
+def _dict(x) -> dict: return x if isinstance(x, dict) else {}
+
+def _only_tensor(asked:dict) -> dict:
+    "The one input, when it is what this service takes."
+    inputs = asked.get('inputs')
+    if not isinstance(inputs, list) or len(inputs) != 1 or not isinstance(t := inputs[0], dict):
+        raise _wrong('inputs is no list of one tensor')
+    if t.get('name') != 'image' or t.get('datatype') != 'BYTES':
+        raise _wrong(f'the tensor is {str(t.get("name"))[:30]!r} of {str(t.get("datatype"))[:10]!r}')
+    return t
+
+def _contents(t:dict, rest:bytes, most:int) -> list[bytes]:
+    "The images of a tensor, from behind the JSON part or from base64 in it."
+    size = _dict(t.get('parameters')).get('binary_data_size')
+    if size is None:
+        if not isinstance(t.get('data'), list): raise _wrong('data is no list')
+        if len(t['data']) > most:
+            raise Fault('too_many_images', f'{len(t["data"])} images', f'at most {most}', 'send fewer at a time')
+        return [image_of(x, f'data[{i}]') for i, x in enumerate(t['data'])]
+    if size != len(rest):
+        what = f'binary_data_size is {size!r:.20}, and {len(rest)} bytes came'
+        raise Fault('malformed', what, 'the same', 'let your client set it')
+    return elements(rest, most)
+
+# %% ../../nbs/68_service.kserve.ipynb #c11
 def tensor_images(body:bytes, json_length:str, most:int) -> tuple[dict, list[bytes]]: # the JSON part, the images
     "The images of an inference request."
     if json_length and not (json_length.isascii() and json_length.isdigit() and int(json_length) <= len(body)):
-        raise Fault(
-            'malformed',
-            f'Inference-Header-Content-Length is {json_length[:20]!r}',
-            'the length of the JSON part',
-            'let your client set it',
-        )
+        what = f'Inference-Header-Content-Length is {json_length[:20]!r}'
+        raise Fault('malformed', what, 'the length of the JSON part', 'let your client set it')
     split = int(json_length) if json_length else len(body)
-    asked, rest = read_json_body(body[:split]), body[split:]
-    wrong = lambda what: Fault(
-        'bad_input', what, 'one input: name "image", datatype "BYTES", shape [N]', 'see GET /v2/models/{problem}'
-    )
-    inputs = asked.get('inputs')
-    if not isinstance(inputs, list) or len(inputs) != 1 or not isinstance(t := inputs[0], dict):
-        raise wrong('inputs is no list of one tensor')
-    if t.get('name') != 'image' or t.get('datatype') != 'BYTES':
-        raise wrong(f'the tensor is {str(t.get("name"))[:30]!r} of {str(t.get("datatype"))[:10]!r}')
-    size = (t.get('parameters') or {}).get('binary_data_size') if isinstance(t.get('parameters') or {}, dict) else None
-    if size is not None:
-        if size != len(rest):
-            raise Fault(
-                'malformed',
-                f'binary_data_size is {size!r:.20}, and {len(rest)} bytes came',
-                'the same',
-                'let your client set it',
-            )
-        images = elements(rest, most)
-    else:
-        if not isinstance(t.get('data'), list): raise wrong('data is no list')
-        if len(t['data']) > most:
-            raise Fault('too_many_images', f'{len(t["data"])} images', f'at most {most}', 'send fewer at a time')
-        images = [image_of(x, f'data[{i}]') for i, x in enumerate(t['data'])]
-    shape = t.get('shape')
+    asked = read_json_body(body[:split])
+    t = _only_tensor(asked)
+    images, shape = _contents(t, body[split:], most), t.get('shape')
     if not isinstance(shape, list) or shape not in ([len(images)], [len(images), 1]):
-        raise wrong(f'the shape is {shape!r:.40} for {len(images)} images')
-    if not images: raise wrong('there is no image')
+        raise _wrong(f'the shape is {shape!r:.40} for {len(images)} images')
+    if not images: raise _wrong('there is no image')
     return asked, images
 
-# %% ../../nbs/68_service.kserve.ipynb #ad52cab0
-def _tensor(name: str, kind: str, values: list, shape: list[int]) -> dict:
-    return dict(name=name, datatype=kind, shape=shape, data=values)
-
-
+# %% ../../nbs/68_service.kserve.ipynb #c14
 def tensors(items:list[dict], classes:list[str]) -> list[dict]:
     "Answers as tensors."
     n = len(items)
@@ -84,16 +84,27 @@ def tensors(items:list[dict], classes:list[str]) -> list[dict]:
         _tensor('answer', 'BYTES', [encode(i).decode() for i in items], [n]),
     ]
     if all('probabilities' in i for i in items):
-        out.append(
-            _tensor(
-                'probabilities',
-                'FP32',
-                [i['probabilities'].get(c, 0.0) for i in items for c in classes],
-                [n, len(classes)],
-            )
-        )
+        rows = [i['probabilities'].get(c, 0.0) for i in items for c in classes]
+        out.append(_tensor('probabilities', 'FP32', rows, [n, len(classes)]))
     return out
 
+def _tensor(name: str, kind: str, values: list, shape: list[int]) -> dict:
+    return dict(name=name, datatype=kind, shape=shape, data=values)
+
+# %% ../../nbs/68_service.kserve.ipynb #c17
+def _wanted(asked:dict, outputs:list[dict]) -> tuple[list[dict], set[str]]:
+    "The outputs that were asked for, and which of them as binary."
+    every, names = _dict(asked.get('parameters')).get('binary_data_output'), asked.get('outputs')
+    if names is None: return outputs, {o['name'] for o in outputs} if every else set()
+    there = {o['name']: o for o in outputs}
+    if not isinstance(names, list) or not all(isinstance(o, dict) and o.get('name') in there for o in names):
+        raise Fault(
+            'bad_input', 'an output that is not there', f'of: {", ".join(there)}', 'see GET /v2/models/{problem}'
+        )
+    binary = {o['name'] for o in names if _dict(o.get('parameters')).get('binary_data', every)}
+    return [there[o['name']] for o in names], binary
+
+# %% ../../nbs/68_service.kserve.ipynb #c20
 def packed(answer:dict, binary:set[str]) -> tuple[bytes, int]: # body, length of its JSON part
     "The answer in the binary extension, for the tensors that want it."
     rest = []
@@ -108,29 +119,7 @@ def packed(answer:dict, binary:set[str]) -> tuple[bytes, int]: # body, length of
         t['parameters'] = dict(binary_data_size=len(raw)); rest.append(raw)
     head = encode(answer); return head + b''.join(rest), len(head)
 
-def _wanted(asked:dict, outputs:list[dict]) -> tuple[list[dict], set[str]]:
-    "The outputs that were asked for, and which of them as binary."
-    every = (
-        (asked.get('parameters') or {}).get('binary_data_output')
-        if isinstance(asked.get('parameters') or {}, dict)
-        else None
-    )
-    names = asked.get('outputs')
-    if names is None: return outputs, {o['name'] for o in outputs} if every else set()
-    there = {o['name']: o for o in outputs}
-    if not isinstance(names, list) or not all(isinstance(o, dict) and o.get('name') in there for o in names):
-        raise Fault(
-            'bad_input', 'an output that is not there', f'of: {", ".join(there)}', 'see GET /v2/models/{problem}'
-        )
-    binary = {
-        o['name']
-        for o in names
-        if ((o.get('parameters') or {}) if isinstance(o.get('parameters') or {}, dict) else {}).get(
-            'binary_data', every
-        )
-    }
-    return [there[o['name']] for o in names], binary
-
+# %% ../../nbs/68_service.kserve.ipynb #c23
 def _model(service, call:Call):
     "The model that the path names, perhaps with its version."
     model = service.pick(call, call.params['problem'])
@@ -154,16 +143,13 @@ async def infer(service, call:Call) -> bytes:
         if isinstance(a, Exception): e = shown(a, service, model, call.id); e.what = f'image {i}: {e.what}'; raise e
     items = [item(service, model, p, a, d, call.id) for p, a, d in zip(prepared, answers, images)]
     outputs, binary = _wanted(asked, tensors(items, model.predictor.classes))
-    body, head = packed(
-        dict(
-            model_name=model.name, model_version=model.version, id=str(asked.get('id') or call.id)[:64], outputs=outputs
-        ),
-        binary,
-    )
+    id = str(asked.get('id') or call.id)[:64]
+    answer = dict(model_name=model.name, model_version=model.version, id=id, outputs=outputs)
+    body, head = packed(answer, binary)
     if binary: call.extra.append((b'inference-header-content-length', str(head).encode()))
     return body
 
-# %% ../../nbs/68_service.kserve.ipynb #bf2a98c3
+# %% ../../nbs/68_service.kserve.ipynb #c26
 async def server(service, call) -> dict:
     import cv_lab
     return dict(name='cv_lab', version=cv_lab.__version__, extensions=['binary_tensor_data'])
@@ -193,7 +179,7 @@ async def model_about(service, call) -> dict:
         outputs=[dict(name=n, datatype=d, shape=s) for n, d, s in out],
     )
 
-
+# %% ../../nbs/68_service.kserve.ipynb #c29
 def routes() -> list[tuple]: # method, path, handler, scope
     "The protocol's paths."
     paths = [

@@ -59,38 +59,19 @@ class Trial:
             answered=self.answered,
         )
 
-# %% ../../nbs/68_service.rollout.ipynb #3de56c45
-#| export
-
-
-# %% ../../nbs/68_service.rollout.ipynb #39f96466
-class Rollout:
-    "Challengers beside their champions."
-    def __init__(self, champions:Models, challengers:Models, plan:Plan, kept=None,
-                 busy:Callable[[], bool]=lambda: False, # whether a client waits
-                 patience:float=1.): # seconds
-        self.busy, self.patience = busy, patience
-        self.champions, self.challengers, self.default, self.kept = champions, challengers, plan, kept
+# %% ../../nbs/68_service.rollout.ipynb #db99ba60
+class _Contest:
+    "Challengers beside their champions: the plans, and what is known of each."
+    def __init__(self, champions:Models, challengers:Models, plan:Plan):
+        self.champions, self.challengers, self.default = champions, challengers, plan
         self.plans, self.trials, self.withdrawn = {}, {}, {}
-        self.copies, self.pool, self._task = (
-            deque(maxlen=32),
-            ThreadPoolExecutor(1, 'shadow', initializer=least_priority),
-            None,
-        )
 
     def plan(self, name:str) -> Plan: return self.plans.get(name, self.default)
 
     def challenger(self, name:str) -> Loaded|None: # that takes part
-        c = self.challengers.current.get(name); champion = self.champions.current.get(name)
-        if (
-            c is None
-            or champion is None
-            or c.digest == champion.digest
-            or c.digest in self.withdrawn
-            or self.plan(name).mode == 'off'
-        ):
-            return None
-        return c
+        c, champion = self.challengers.current.get(name), self.champions.current.get(name)
+        if c is None or champion is None or c.digest == champion.digest: return None
+        return None if c.digest in self.withdrawn or self.plan(name).mode == 'off' else c
 
     def choose(self, champion:Loaded, key:str) -> Loaded:
         "Who answers."
@@ -99,55 +80,8 @@ class Rollout:
 
     def trial(self, c:Loaded) -> Trial: return self.trials.setdefault(c.digest, Trial())
 
-    def answered(self, model:Loaded, prepared, said:dict, id:str):
-        "An answer went out: count it, and copy it for the other one."
-        if not (c := self.challenger(model.name)): return
-        t = self.trial(c)
-        if model is c: t.answered += 1; t.errors.append(0); t.theirs.append(c.batcher.per_item); self._judge(c)
-        else: t.ours.append(model.batcher.per_item)
-        if len(self.copies) == self.copies.maxlen: t.dropped += 1
-        self.copies.append((c, self.champions.current[c.name] if model is c else c, prepared, said, id))
-        if self._task is None: self._task = asyncio.create_task(self._shadow())
-
-    def failed(self, model:Loaded):
-        if (c := self.challenger(model.name)) is model: self.trial(c).errors.append(1); self._judge(c)
-
-    async def _pause(self):
-        "Let clients go first, a second at most: a service that is never idle must learn of a bad challenger, too."
-        end = time.monotonic() + self.patience
-        while self.busy() and time.monotonic() < end: await asyncio.sleep(.002)
-
-    async def _shadow(self):
-        "Ask about copies, one by one: the challenger, or of its own answers the champion."
-        try:
-            while self.copies:
-                await self._pause()
-                if not self.copies: break
-                c, other, prepared, said, id = self.copies.popleft(); t = self.trial(c)
-                try: theirs = (await asyncio.get_running_loop().run_in_executor(self.pool, other.run, [prepared]))[0]
-                except Exception: theirs = None
-                t.shadowed += 1
-                if other is c: t.errors.append(int(theirs is None))
-                if theirs: self._compare(c, t, *((said, theirs) if other is c else (theirs, said)), id)
-                self._judge(c)
-        finally: self._task = None
-
-    def _compare(self, c:Loaded, t:Trial, said:dict, theirs:dict, id:str):
-        differs = signature(said) != signature(theirs); t.differs.append(int(differs))
-        if differs and self.kept:
-            self.kept.add(
-                dict(
-                    kind='disagreement',
-                    id=id,
-                    problem=c.name,
-                    champion=self.champions.current[c.name].digest,
-                    challenger=c.digest,
-                    said=signature(said)[:20],
-                    theirs=signature(theirs)[:20],
-                )
-            )
-
-    def _judge(self, c:Loaded):
+    def judge(self, c:Loaded):
+        "Take a challenger out that breaks a rule."
         if c.digest not in self.withdrawn and (why := self.trial(c).verdict(self.plan(c.name))):
             self.withdrawn[c.digest] = why; self.champions.metrics.swaps.labels(c.name, 'withdrawn').inc()
             event('challenger withdrawn', 40, problem=c.name, digest=c.digest, reason=why)
@@ -169,6 +103,64 @@ class Rollout:
             trial=self.trial(c).figures() if c else None,
             withdrawn=c and self.withdrawn.get(c.digest),
         )
+
+# %% ../../nbs/68_service.rollout.ipynb #01619dda
+class _Shadow(_Contest):
+    "The copies that wait, and the comparison of two answers."
+    def __init__(self, champions:Models, challengers:Models, plan:Plan, kept=None,
+                 busy:Callable[[], bool]=lambda: False, # whether a client waits
+                 patience:float=1.): # seconds
+        super().__init__(champions, challengers, plan)
+        self.kept, self.busy, self.patience = kept, busy, patience
+        self.copies, self._task = deque(maxlen=32), None
+        self.pool = ThreadPoolExecutor(1, 'shadow', initializer=least_priority)
+
+    def copy(self, c:Loaded, other:Loaded, prepared, said:dict, id:str): # other: who is asked about the copy
+        "Queue a copy for a trial; the oldest makes room."
+        if len(self.copies) == self.copies.maxlen: self.trial(c).dropped += 1
+        self.copies.append((c, other, prepared, said, id))
+        if self._task is None: self._task = asyncio.create_task(self._drain())
+
+    async def _pause(self):
+        "Let clients go first, a second at most: a service that is never idle must learn of a bad challenger, too."
+        end = time.monotonic() + self.patience
+        while self.busy() and time.monotonic() < end: await asyncio.sleep(.002)
+
+    async def _drain(self):
+        "Ask about copies, one by one: the challenger, or of its own answers the champion."
+        try:
+            while self.copies:
+                await self._pause()
+                if not self.copies: break
+                c, other, prepared, said, id = self.copies.popleft(); t = self.trial(c)
+                try: theirs = (await asyncio.get_running_loop().run_in_executor(self.pool, other.run, [prepared]))[0]
+                except Exception: theirs = None
+                t.shadowed += 1
+                if other is c: t.errors.append(int(theirs is None))
+                if theirs: self._compare(c, t, *((said, theirs) if other is c else (theirs, said)), id)
+                self.judge(c)
+        finally: self._task = None
+
+    def _compare(self, c:Loaded, t:Trial, said:dict, theirs:dict, id:str): # the champion's answer, the challenger's
+        differs = signature(said) != signature(theirs); t.differs.append(int(differs))
+        if not differs or not self.kept: return
+        both = dict(champion=self.champions.current[c.name].digest, challenger=c.digest)
+        answers = dict(said=signature(said)[:20], theirs=signature(theirs)[:20])
+        self.kept.add(dict(kind='disagreement', id=id, problem=c.name, **both, **answers))
+
+# %% ../../nbs/68_service.rollout.ipynb #b4559e0b
+class Rollout(_Shadow):
+    "Challengers beside their champions."
+    def answered(self, model:Loaded, prepared, said:dict, id:str):
+        "An answer went out: count it, and copy it for the other one."
+        if not (c := self.challenger(model.name)): return
+        t = self.trial(c)
+        if model is c: t.answered += 1; t.errors.append(0); t.theirs.append(c.batcher.per_item); self.judge(c)
+        else: t.ours.append(model.batcher.per_item)
+        self.copy(c, self.champions.current[c.name] if model is c else c, prepared, said, id)
+
+    def failed(self, model:Loaded):
+        if (c := self.challenger(model.name)) is model: self.trial(c).errors.append(1); self.judge(c)
 
     async def stop(self):
         self.copies.clear()
