@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LEAST_SURE', 'VIEWS', 'STRATEGIES', 'entropy', 'margin', 'viewed', 'disagreement', 'embedding_graph',
-           'with_embedding', 'look', 'Pool', 'k_centre', 'badge', 'choose', 'free_items', 'Mined', 'severity', 'mine',
+           'with_embedding', 'look', 'Pool', 'k_centre', 'badge', 'choose', 'free_items', 'severity', 'Mined', 'mine',
            'write_batch', 'replay', 'gains', 'plot_curves']
 
-# %% ../nbs/46_mining.ipynb #05fb5045
+# %% ../nbs/46_mining.ipynb #c3
 import io
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from .predict import Predictor, differences
 from .spec import Problem
 from .task import Prediction, predictions_table
 
-# %% ../nbs/46_mining.ipynb #8bcd05df
+# %% ../nbs/46_mining.ipynb #c5
 LEAST_SURE = 5 # objects of an image that count
 
 def _of_scores(p:Prediction, f:Callable) -> float: # f: scores -> how unsure each is, 0..1
@@ -46,7 +46,7 @@ def margin(p:Prediction) -> float: # 0 sure .. 1
     if abs(q.sum() - 1) > 1e-3: return float(1 - np.abs(2*q - 1).min())
     return float(1 - (q[0] - q[1])) if len(q) > 1 else float(1 - q[0])
 
-# %% ../nbs/46_mining.ipynb #da5fbe3c
+# %% ../nbs/46_mining.ipynb #c8
 VIEWS = dict(  # pixels (H, W, 3) uint8 -> the same image, seen otherwise
     darker=lambda px: np.asarray(ImageEnhance.Brightness(Image.fromarray(px)).enhance(0.7)),
     brighter=lambda px: np.asarray(ImageEnhance.Contrast(Image.fromarray(px)).enhance(1.4)),
@@ -73,7 +73,7 @@ def disagreement(answers:Sequence[Prediction]) -> float: # 0 all the same .. 1
     apart = [max(v for k, v in differences(answers[0], p).items() if k != 'labels') for p in answers[1:]]
     return float(np.mean([min(1., a) for a in apart]))
 
-# %% ../nbs/46_mining.ipynb #b53a2e98
+# %% ../nbs/46_mining.ipynb #c11
 def embedding_graph(path:str|Path) -> tuple[bytes, str]: # the graph with one more output, and its name
     "An exported graph that also gives what it sees before it decides."
     import onnx
@@ -130,7 +130,7 @@ def _is_map(m, name:str) -> bool:
     shapes = m if m.graph.value_info else onnx.shape_inference.infer_shapes(m)
     return next(len(v.type.tensor_type.shape.dim) for v in shapes.graph.value_info if v.name == name) == 4
 
-# %% ../nbs/46_mining.ipynb #d01397d4
+# %% ../nbs/46_mining.ipynb #c12
 def _seeing(model:Predictor) -> tuple[Callable, list]: # a network for `answers`, and where its feature maps go
     import onnxruntime as ort
 
@@ -164,7 +164,7 @@ def look(
             places += [x[of == k].mean(0) for k in range(len(prepared))]  # an image looked at in windows: their mean
     return said, np.stack(places).astype(np.float32) if places else np.zeros((len(rows), 0), np.float32)
 
-# %% ../nbs/46_mining.ipynb #ba2c70eb
+# %% ../nbs/46_mining.ipynb #c16
 @dataclass
 class Pool:
     "What a strategy chooses from: N images that could be labelled."
@@ -201,7 +201,7 @@ def _near_mistakes(pool:Pool, budget:int, rng, k:int=10) -> np.ndarray:
     near = NearestNeighbors(n_neighbors=min(k, len(at))).fit(at).kneighbors(pool.places, return_distance=False)
     return _first(wrong[near].mean(1), budget, rng)
 
-# %% ../nbs/46_mining.ipynb #576e5190
+# %% ../nbs/46_mining.ipynb #c18
 def k_centre(x:np.ndarray, known:np.ndarray|None, # (N, D) to choose from, (M, D) what is labelled
              budget:int) -> np.ndarray: # (budget,) indices, the farthest first
     "Greedy k-centre: each time the farthest from all that is there."
@@ -217,7 +217,7 @@ def k_centre(x:np.ndarray, known:np.ndarray|None, # (N, D) to choose from, (M, D
         away[out] = -1
     return np.array(out[:budget], int)
 
-# %% ../nbs/46_mining.ipynb #624d8431
+# %% ../nbs/46_mining.ipynb #c21
 def badge(factor:np.ndarray, places:np.ndarray, # (N, A), (N, D): the gradient of each image is their outer product
           budget:int, rng) -> np.ndarray: # (budget,) indices, as drawn
     "Diverse gradient embeddings by k-means++ (Ash et al., 2020)."
@@ -238,7 +238,7 @@ def _hybrid(pool:Pool, budget:int, rng) -> np.ndarray:
     else: factor = np.array([[entropy(p)] for p in pool.said])
     return badge(factor, pool.places, budget, rng)
 
-# %% ../nbs/46_mining.ipynb #2b0cb742
+# %% ../nbs/46_mining.ipynb #c22
 STRATEGIES = dict(  # name: (pool, budget, random numbers) -> indices, the first first
     entropy=lambda pool, n, rng: _unsure(pool, entropy, n, rng),
     margin=lambda pool, n, rng: _unsure(pool, margin, n, rng),
@@ -268,7 +268,7 @@ def choose(pool:Pool, strategy:str, budget:int, seed:int=0) -> np.ndarray: # ind
         )
     return STRATEGIES[strategy](pool, budget, np.random.default_rng(seed))
 
-# %% ../nbs/46_mining.ipynb #e5681988
+# %% ../nbs/46_mining.ipynb #c25
 def free_items(
     d: Dataset, pool: pa.Table
 ) -> tuple[pa.Table, dict[str, int]]:  # what may be labelled; why others may not, counted
@@ -298,6 +298,52 @@ def free_items(
     drop('a copy in the pool', pa.array(first, pa.bool_()))
     return rows, left
 
+# %% ../nbs/46_mining.ipynb #c28
+def severity(
+    model: Predictor, d: Dataset, problem: Problem
+) -> tuple[np.ndarray, np.ndarray]:  # (V, D), (V,): places, how wrong
+    "How wrong a model is about each item of the split `val`, and where these lie."
+    rows = d.split('val'); said, places = look(model, rows, d.read)
+    found = mistakes(rows, predictions_table(rows['id'].to_pylist(), said), problem).groupby('id')['severity'].max()
+    return places, np.array([float(found.get(i, 0.)) for i in rows['id'].to_pylist()])
+
+# %% ../nbs/46_mining.ipynb #c31
+def _looked_at(
+    model: Predictor,
+    d: Dataset,
+    rows: pa.Table,  # of the pool
+    read: Callable,  # their files
+    strategy: str,
+    others: Sequence[Predictor] = (),
+    problem: Problem | None = None,
+) -> Pool:
+    "All that a strategy wants to know of the rows."
+    p = Pool(*look(model, rows, read, embed=strategy in ('coreset', 'hybrid', 'hard')))
+    if strategy == 'coreset': p.known = look(model, _labelled(d), d.read)[1]
+    if strategy == 'disagreement': p.others = _other_answers(model, rows, read, others)
+    if strategy == 'hard':
+        if problem is None or not len(d.split('val')):
+            what, wanted = 'no held-out items to be wrong about', 'a problem file, and the split val'
+            raise BadInput(what, wanted, 'split the dataset, or choose with another strategy')
+        p.wrong = severity(model, d, problem)
+    return p
+
+def _other_answers(model:Predictor, rows:pa.Table, read:Callable, others:Sequence[Predictor]) -> list[list[Prediction]]:
+    strange = [o for o in others if o.info['task'] != model.info['task'] or o.classes != model.classes]
+    if bad := [o.folder.parent.name for o in strange]:
+        raise BadInput(f'other tasks or classes: {", ".join(bad)}', 'models of one problem', 'name other runs')
+    if others: return [look(o, rows, read, embed=False)[0] for o in others]
+    return [look(model, rows, read, embed=False, view=v)[0] for v in VIEWS]
+
+def _labelled(d: Dataset) -> pa.Table:
+    return d.table.filter(
+        pc.and_(
+            pc.equal(d.table['split'], 'train'),
+            pc.greater(pc.fill_null(pc.list_value_length(d.table['annotations']), 0), 0),
+        )
+    )
+
+# %% ../nbs/46_mining.ipynb #c34
 @dataclass
 class Mined:
     "What to label next."
@@ -314,15 +360,19 @@ class Mined:
         ]
         return pd.DataFrame(dict(id=self.rows['id'].to_pylist(), said=said, **self.about['unsure']))
 
-# %% ../nbs/46_mining.ipynb #9144b96b
-def severity(
-    model: Predictor, d: Dataset, problem: Problem
-) -> tuple[np.ndarray, np.ndarray]:  # (V, D), (V,): places, how wrong
-    "How wrong a model is about each item of the split `val`, and where these lie."
-    rows = d.split('val'); said, places = look(model, rows, d.read)
-    found = mistakes(rows, predictions_table(rows['id'].to_pylist(), said), problem).groupby('id')['severity'].max()
-    return places, np.array([float(found.get(i, 0.)) for i in rows['id'].to_pylist()])
+def _as_said(
+    ids: list[str], said: list[Prediction], who: str
+) -> pa.Table:  # what the model stands by, with its name and scores
+    mark = lambda a: replace(a, annotator=who, score=1. if a.score is None else a.score, accepted=None)
+    return predictions_table(
+        ids,
+        [
+            replace(p, annotations=[mark(a) for a in p.annotations if a.accepted is not False], embedding=None)
+            for p in said
+        ],
+    )
 
+# %% ../nbs/46_mining.ipynb #c36
 def mine(
     model: Predictor,
     d: Dataset,
@@ -342,27 +392,8 @@ def mine(
             'items without labels, of groups that are not held out',
             'name a pool of new images: --pool DATASET',
         )
-    embeds = strategy in ('coreset', 'hybrid', 'hard')
-    said, places = look(model, rows, source.read, embed=embeds)
-    p = Pool(said, places)
-    if strategy == 'coreset': p.known = look(model, _labelled(d), d.read)[1]
-    if strategy == 'hard':
-        if problem is None or not len(d.split('val')):
-            raise BadInput(
-                'no held-out items to be wrong about',
-                'a problem file, and the split val',
-                'split the dataset, or choose with another strategy',
-            )
-        p.wrong = severity(model, d, problem)
-    if strategy == 'disagreement':
-        if bad := [
-            o.folder.parent.name for o in others if o.info['task'] != model.info['task'] or o.classes != model.classes
-        ]:
-            raise BadInput(f'other tasks or classes: {", ".join(bad)}', 'models of one problem', 'name other runs')
-        p.others = [look(o, rows, source.read, embed=False)[0] for o in others] or [
-            look(model, rows, source.read, embed=False, view=v)[0] for v in VIEWS
-        ]
-    at = choose(p, strategy, budget, seed); chosen = [said[i] for i in at]; who = run or model.folder.name
+    p = _looked_at(model, d, rows, source.read, strategy, others, problem)
+    at = choose(p, strategy, budget, seed); chosen = [p.said[i] for i in at]; who = run or model.folder.name
     about = dict(
         classes=model.classes,
         strategy=strategy,
@@ -387,29 +418,7 @@ def mine(
         left,
     )
 
-
-def _labelled(d: Dataset) -> pa.Table:
-    return d.table.filter(
-        pc.and_(
-            pc.equal(d.table['split'], 'train'),
-            pc.greater(pc.fill_null(pc.list_value_length(d.table['annotations']), 0), 0),
-        )
-    )
-
-
-def _as_said(
-    ids: list[str], said: list[Prediction], who: str
-) -> pa.Table:  # what the model stands by, with its name and scores
-    mark = lambda a: replace(a, annotator=who, score=1. if a.score is None else a.score, accepted=None)
-    return predictions_table(
-        ids,
-        [
-            replace(p, annotations=[mark(a) for a in p.annotations if a.accepted is not False], embedding=None)
-            for p in said
-        ],
-    )
-
-# %% ../nbs/46_mining.ipynb #2cc94518
+# %% ../nbs/46_mining.ipynb #c40
 def write_batch(m:Mined, d:Dataset, # what was chosen, and the dataset that it lies in
                 folder:str|Path, format:str='labelstudio', **options) -> ExportResult: # options of the format's `write`
     "Write what was chosen for a labelling tool, the model's answers as a start."
@@ -426,7 +435,7 @@ def write_batch(m:Mined, d:Dataset, # what was chosen, and the dataset that it l
     write_json(folder/'batch.json', about | dict(name=name, format=format, items=len(m.rows), version=items.version))
     write_atomic(folder/'mined.csv', m.table().to_csv(index=False)); return done
 
-# %% ../nbs/46_mining.ipynb #c0cdcf63
+# %% ../nbs/46_mining.ipynb #c45
 def replay(
     learn: Callable,  # (indices of the labelled, seed) -> answers to all N, places of all N, a figure on held-out items
     n: int,
@@ -451,7 +460,7 @@ def replay(
                 known = np.r_[known, rest[choose(pool, s, step, 1000*seed + r)]]
     return pd.DataFrame(rows, columns=['strategy', 'seed', 'labels', 'figure'])
 
-# %% ../nbs/46_mining.ipynb #acebe8fa
+# %% ../nbs/46_mining.ipynb #c49
 def gains(
     curves: pd.DataFrame, than: str = 'random'
 ) -> pd.DataFrame:  # a row per strategy: gain, low, high, gain at the end, low, high, seeds won, labels at random
@@ -483,6 +492,7 @@ def gains(
         )
     return pd.DataFrame(rows).T.rename_axis('strategy')
 
+# %% ../nbs/46_mining.ipynb #c51
 def plot_curves(curves:pd.DataFrame, figure:str='accuracy'):
     "Mean learning curves with the standard error over the seeds."
     import matplotlib.pyplot as plt
