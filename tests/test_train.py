@@ -118,6 +118,38 @@ def test_gradients_are_clipped_in_mixed_precision(tmp_path):
     )
 
 
+def test_half_precision_gives_the_same_weights(tmp_path):
+    import ctypes
+    fill = getattr(ctypes.CDLL(None), 'mallopt', lambda *a: 0)    # what the allocator hands out is filled with a byte
+    data, weights = classification.example(tmp_path/'stripes'), []
+    try:
+        for i, byte in enumerate((255, 127)):                     # at 16 pixels the last stage has a map of one
+            fill(-6, byte)
+            weights.append(fit(problem(), data, tmp_path/str(i), **SMALL | dict(epochs=1, precision='bf16-mixed')).done['weights'])
+    finally: fill(-6, 0)
+    assert weights[0] == weights[1]
+
+
+def test_targets_and_loss_are_made_for_a_crop(tmp_path):
+    import torch
+    from cv_lab.tasks import segmentation
+    from cv_lab.train import Images, of_shape
+    data = segmentation.example(tmp_path/'scenes'); p = Problem(
+        name='crops', task='segmentation', classes=sorted({a['label'] for s in data.table['annotations'].to_pylist() for a in s}),
+        owner='us', intended_use='tests', metrics=dict(primary='mean_iou'), acceptance=[dict(metric='mean_iou', at_least=.1)])
+    cfg = segmentation.Config(image=dict(height=64, width=64))
+    torch.manual_seed(0); images = Images(data, data.split('train'), p, cfg, [{'CropAround': dict(size=[32, 48])}])
+    x, y = torch.utils.data.default_collate([images[i] for i in range(4)])
+    assert x.shape == (4, 3, 32, 48) and y['classes'].shape == (4, 32, 48)
+    out = segmentation.network(cfg, p.classes)(x)
+    assert torch.isfinite(segmentation.loss(out, y, of_shape(cfg, 32, 48)))
+    plain = Images(data, data.split('train'), p, cfg)
+    for i in range(8):  # what is cut says of every pixel what the whole said
+        whole, page = plain[i][0], plain[i][1]['classes']; px, t = images[i]
+        at = [(y0, x0) for y0 in range(33) for x0 in range(17) if torch.equal(whole[:, y0:y0+32, x0:x0+48], px)]
+        assert any(torch.equal(page[y0:y0+32, x0:x0+48], t['classes']) for y0, x0 in at)
+
+
 def test_a_leaking_dataset_is_refused(tmp_path):
     from dataclasses import replace
     import pyarrow as pa
