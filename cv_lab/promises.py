@@ -31,7 +31,7 @@ def picture(size:int=32, seed:int=0, format:str='PNG') -> bytes:
     Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)).save(b, format)
     return b.getvalue()
 
-# %% ../nbs/72_promises.ipynb #a50d203a
+# %% ../nbs/72_promises.ipynb #0652c7e5
 @asynccontextmanager
 async def local(infer=None, folder=None, **settings):
     "A service in this process; `infer(images)` in place of the network's time."
@@ -45,6 +45,7 @@ async def local(infer=None, folder=None, **settings):
         try: yield service
         finally: await service.stop()
 
+# %% ../nbs/72_promises.ipynb #6ee5f9b9
 async def ask(
     service, image: bytes, deadline: float | None = None, kind: str = 'image/png'
 ) -> tuple[int, float]:  # status, seconds
@@ -109,7 +110,17 @@ async def mutations(n:int=10_000) -> list[dict]:
         )
     ]
 
-# %% ../nbs/72_promises.ipynb #a229136d
+# %% ../nbs/72_promises.ipynb #7785826b
+def large(format:str, megapixels:float, **how) -> bytes:
+    "The file of a large picture that packs well."
+    side = int((megapixels * 1e6) ** 0.5)
+    small = Image.fromarray(np.random.default_rng(0).integers(0, 255, (side // 8, side // 8, 3), np.uint8))
+    b = io.BytesIO()
+    big = small.resize((side, side), Image.Resampling.NEAREST if format == 'PNG' else Image.Resampling.BICUBIC)
+    mode = how.pop('mode', 'RGB')
+    (big if mode == 'RGB' else big.convert(mode)).save(b, format, **how); return b.getvalue()
+
+# %% ../nbs/72_promises.ipynb #05d057f1
 _MEMORY = '''
 import asyncio, re, sys
 from cv_lab.promises import ask, local, picture
@@ -120,15 +131,6 @@ async def go():
         data = open(sys.argv[1], 'rb').read(); before = peak(); status, _ = await ask(service, data, kind=sys.argv[2]); print(status, peak() - before)
 asyncio.run(go())
 '''
-
-def large(format:str, megapixels:float, **how) -> bytes:
-    "The file of a large picture that packs well."
-    side = int((megapixels * 1e6) ** 0.5)
-    small = Image.fromarray(np.random.default_rng(0).integers(0, 255, (side // 8, side // 8, 3), np.uint8))
-    b = io.BytesIO()
-    big = small.resize((side, side), Image.Resampling.NEAREST if format == 'PNG' else Image.Resampling.BICUBIC)
-    mode = how.pop('mode', 'RGB')
-    (big if mode == 'RGB' else big.convert(mode)).save(b, format, **how); return b.getvalue()
 
 def memory(megapixels:float=19.9) -> list[dict]:
     "The peak of one request, for the kinds of images that take most."
@@ -163,6 +165,7 @@ def memory(megapixels:float=19.9) -> list[dict]:
         )
     return rows
 
+# %% ../nbs/72_promises.ipynb #4dde616e
 async def bomb() -> list[dict]:
     b = io.BytesIO(); Image.new('1', (30_000, 30_000)).save(b, 'PNG')
     async with local() as service: took = [await ask(service, b.getvalue()) for _ in range(20)]
@@ -279,41 +282,45 @@ async def batching(seconds:float=3.) -> list[dict]:
         ),
     ]
 
-# %% ../nbs/72_promises.ipynb #f4ed94cf
-def network_model(folder:str|Path, millis:float) -> Path:
-    "The toy model with as many matrix products before it as take about `millis` on one core."
+# %% ../nbs/72_promises.ipynb #43bdef2d
+def _with_products(folder:Path, layers:int) -> Path: # the folder
+    "The toy model with matrix products before its answer that change nothing."
     import onnx
     from onnx import helper as h, numpy_helper as nh
+    model, n = onnx.load(toy_model(folder, size=32) / 'model.onnx'), 64
+    g = model.graph
+    g.node[-1].output[0] = 'toy'
+    g.initializer.append(nh.from_array(np.full((1, n, n), 1 / n, np.float32), 'w'))
+    g.initializer.append(nh.from_array(np.zeros((1, 1, 1), np.float32), 'zero'))
+    nodes = [
+        h.make_node('ReduceSum', ['toy'], ['s'], keepdims=1),
+        h.make_node('Unsqueeze', ['s', 'one'], ['s3']),
+        h.make_node('Mul', ['s3', 'zero'], ['z']),
+        h.make_node('Add', ['w', 'z'], ['m0']),
+    ]
+    nodes += [h.make_node('MatMul', [f'm{i}', 'w'], [f'm{i+1}']) for i in range(layers)]
+    nodes += [
+        h.make_node('ReduceSum', [f'm{layers}'], ['t3'], keepdims=0),
+        h.make_node('Mul', ['t3', 'zero'], ['none3']),
+        h.make_node('ReduceSum', ['none3'], ['none'], keepdims=0),
+        h.make_node('Add', ['toy', 'none'], ['logits']),
+    ]
+    g.node.extend(nodes); onnx.save(model, folder/'model.onnx')
+    return folder
+
+def network_model(folder:str|Path, millis:float) -> Path:
+    "The toy model with as many matrix products before it as take about `millis` on one core."
     from cv_lab.predict import Predictor
-    folder = toy_model(folder, size=32); n, layers = 64, max(1, round(millis*40))
+    folder, layers, x = Path(folder), max(1, round(millis*40)), np.zeros((1, 3, 32, 32), np.uint8)
     for _ in range(6):
-        model = onnx.load(toy_model(folder, size=32) / 'model.onnx')
-        g = model.graph
-        at = 'logits'
-        g.node[-1].output[0] = 'toy'
-        g.initializer.append(nh.from_array(np.full((1, n, n), 1 / n, np.float32), 'w'))
-        g.initializer.append(nh.from_array(np.zeros((1, 1, 1), np.float32), 'zero'))
-        nodes = [
-            h.make_node('ReduceSum', ['toy'], ['s'], keepdims=1),
-            h.make_node('Unsqueeze', ['s', 'one'], ['s3']),
-            h.make_node('Mul', ['s3', 'zero'], ['z']),
-            h.make_node('Add', ['w', 'z'], ['m0']),
-        ]
-        nodes += [h.make_node('MatMul', [f'm{i}', 'w'], [f'm{i+1}']) for i in range(layers)]
-        nodes += [
-            h.make_node('ReduceSum', [f'm{layers}'], ['t3'], keepdims=0),
-            h.make_node('Mul', ['t3', 'zero'], ['none3']),
-            h.make_node('ReduceSum', ['none3'], ['none'], keepdims=0),
-            h.make_node('Add', ['toy', 'none'], [at]),
-        ]
-        g.node.extend(nodes); onnx.save(model, folder/'model.onnx')
-        p = Predictor(folder, 'cpu', 1); x = np.zeros((1, 3, 32, 32), np.uint8); times = []
+        p = Predictor(_with_products(folder, layers), 'cpu', 1); times = []
         for _ in range(60): start = time.perf_counter(); p.infer(x); times.append(time.perf_counter() - start)
         took = 1e3*min(times)
         if abs(took/millis - 1) < .15: break
         layers = max(1, round(layers*millis/took))
     return folder
 
+# %% ../nbs/72_promises.ipynb #f3091ca5
 def bare_app():
     "What one would write without thinking of anything that can go wrong."
     from starlette.applications import Starlette
@@ -324,7 +331,7 @@ def bare_app():
     async def predict(request): return JSONResponse(model.predict([await request.body()])[0])
     return Starlette(routes=[Route('/v1/predict', predict, methods=['POST'])])
 
-# %% ../nbs/72_promises.ipynb #a2bc19e4
+# %% ../nbs/72_promises.ipynb #94e27328
 async def sockets(
     port: int, image: bytes, clients: int, seconds: float, form: bool = False
 ) -> list[float]:  # seconds of each answer
@@ -349,6 +356,22 @@ async def sockets(
         w.close()
     await asyncio.gather(*(client() for _ in range(clients))); return out
 
+# %% ../nbs/72_promises.ipynb #7f7f77eb
+async def _turns(
+    asking: dict,  # name -> async (clients, seconds) -> the answers
+    clients: int,
+    seconds: float,  # of a turn
+    rounds: int,
+) -> dict[str, list[float]]:  # name -> answers per second, in each round
+    "Throughputs of servers that take turns, after a warm-up of each."
+    rates = {name: [] for name in asking}
+    for of in asking.values(): await of(clients, 1.)
+    for i in range(rounds):
+        for name in asking if i % 2 else reversed(asking):
+            rates[name].append(len(await asking[name](clients, seconds)) / seconds)
+    return rates
+
+# %% ../nbs/72_promises.ipynb #9dc33deb
 BARE = [sys.executable, '-m', 'uvicorn', '--factory', 'cv_lab.promises:bare_app', '--no-access-log', '--port']
 
 async def against(
@@ -365,7 +388,7 @@ async def against(
     **env,
 ) -> list[dict]:
     "Throughput beside another server, taking turns; `other` is its command, which ends with its port."
-    port = free_port(); rates = {'ours': [], 'theirs': []}; ask = lambda p, n, t: sockets(p, image, n, t, form)
+    port = free_port(); on = lambda p: lambda n, t: sockets(p, image, n, t, form)
     theirs = subprocess.Popen(
         [*other, str(port)],
         env=environment(CVLAB_MODEL=str(folder)) | env,
@@ -378,26 +401,16 @@ async def against(
             tempfile.TemporaryDirectory() as d,
             start_service(model=folder, env=dict(CVLAB_TELEMETRY=d, CVLAB_DRAIN_SECONDS='0'), seconds=180) as s,
         ):
-            ports = dict(ours=int(s.url.rsplit(':', 1)[1]), theirs=port)
             for _ in range(600):
-                try: await ask(port, 1, .1); break
+                try: await on(port)(1, .1); break
                 except (OSError, EOFError): await asyncio.sleep(.2)
-            for p in ports.values(): await ask(p, clients, 1.)
-            for i in range(rounds):
-                for name in ('ours', 'theirs') if i % 2 else ('theirs', 'ours'):
-                    rates[name].append(len(await ask(ports[name], clients, seconds)) / seconds)
+            ours = int(s.url.rsplit(':', 1)[1])
+            rates = await _turns(dict(ours=on(ours), theirs=on(port)), clients, seconds, rounds)
     finally: os.killpg(theirs.pid, signal.SIGTERM); theirs.wait(20)
     ratio = median(a/b for a, b in zip(rates['ours'], rates['theirs']))
-    return [
-        row(
-            8,
-            f'throughput against {who}, {what} ({median(rates["ours"]):.0f}/s and {median(rates["theirs"]):.0f}/s)',
-            ratio,
-            f'at least {goal:g}',
-            ratio >= goal,
-            'times',
-        )
-    ]
+    both = ' and '.join(f'{median(rates[k]):.0f}/s' for k in ('ours', 'theirs'))
+    what = f'throughput against {who}, {what} ({both})'
+    return [row(8, what, ratio, f'at least {goal:g}', ratio >= goal, 'times')]
 
 
 async def bare(folder: Path) -> list[dict]:
@@ -466,7 +479,7 @@ async def litserve(folder:Path) -> list[dict]:
             PYTHONPATH=path,
         )
 
-# %% ../nbs/72_promises.ipynb #5c13bcf7
+# %% ../nbs/72_promises.ipynb #c9112ea0
 async def swaps(n:int=100) -> list[dict]:
     "Swaps under load: failed requests, and how long one takes."
     with tempfile.TemporaryDirectory() as d:
@@ -490,77 +503,52 @@ async def swaps(n:int=100) -> list[dict]:
         row(9, 'a swap, from the moved alias to the new model, slowest', max(took), 'under 1', max(took) < 1, 's'),
     ]
 
+# %% ../nbs/72_promises.ipynb #e4cb8ab2
+def _first(http) -> dict: # http: an httpx.Client
+    "The first request against the steady state."
+    http.get('/livez')
+    def once():
+        t = time.perf_counter()
+        assert http.post('/v1/predict', content=picture()).status_code == 200
+        return time.perf_counter() - t
+    first, steady = once(), median(once() for _ in range(300))
+    what = f'the first request against the steady p50 ({1e3 * steady:.2f} ms)'
+    return row(11, what, first/steady, 'at most 2', first <= 2*steady, 'times')
+
+# %% ../nbs/72_promises.ipynb #4fb960fd
+def _killed(s) -> dict: # s: what `start_service` gives
+    "From the death of the worker until the service says that it is ready, and whether that is true."
+    import httpx, psutil
+    psutil.Process(s.process.pid).children()[0].kill(); start, said = time.monotonic(), 0
+    while said != 200:
+        try: said = httpx.get(f'{s.url}/readyz', timeout=.5).status_code
+        except httpx.TransportError: time.sleep(.02)
+    back = time.monotonic() - start
+    true = all(httpx.post(f'{s.url}/v1/predict', content=picture()).status_code == 200 for _ in range(20))
+    what = 'until a killed worker says that it is ready, and it answers then'
+    return row(10, what, back, '3, or not ready meanwhile', true, 's')
+
+def _ended(s) -> dict:
+    "The end, as whoever restarts services asks for it."
+    start = time.monotonic(); code = s.stop(); took = time.monotonic() - start
+    return row(10, 'the end after SIGTERM, one second of it draining', took, 'under 13', code == 0, 's')
 
 def processes(folder:Path) -> list[dict]:
     "Start, first request, a killed worker, the end."
-    import httpx, psutil
-    start = time.monotonic(); out = []
-    with (
-        start_service(model=folder, env=dict(CVLAB_DRAIN_SECONDS='1'), seconds=180) as s,
-        httpx.Client(base_url=s.url) as http,
-    ):
-        started = time.monotonic() - start; http.get('/livez')
-
-        def once():
-            t = time.perf_counter()
-            assert http.post('/v1/predict', content=picture()).status_code == 200
-            return time.perf_counter() - t
-
-        first, steady = once(), median(once() for _ in range(300))
-        out.append(
-            row(
-                11,
-                f'the first request against the steady p50 ({1e3 * steady:.2f} ms)',
-                first / steady,
-                'at most 2',
-                first <= 2 * steady,
-                'times',
-            )
-        )
-        psutil.Process(s.process.pid).children()[0].kill(); start, said = time.monotonic(), 0
-        while said != 200:
-            try: said = httpx.get(f'{s.url}/readyz', timeout=.5).status_code
-            except httpx.TransportError: time.sleep(.02)
-        back = time.monotonic() - start
-        true = all(httpx.post(f'{s.url}/v1/predict', content=picture()).status_code == 200 for _ in range(20))
-        out.append(
-            row(
-                10,
-                'until a killed worker says that it is ready, and it answers then',
-                back,
-                '3, or not ready meanwhile',
-                true,
-                's',
-            )
-        )
-        start = time.monotonic()
-        code = s.stop()
-        out.append(
-            row(
-                10,
-                'the end after SIGTERM, one second of it draining',
-                time.monotonic() - start,
-                'under 13',
-                code == 0,
-                's',
-            )
-        )
+    import httpx
+    start = time.monotonic()
+    with start_service(model=folder, env=dict(CVLAB_DRAIN_SECONDS='1'), seconds=180) as s:
+        started = time.monotonic() - start
+        with httpx.Client(base_url=s.url) as http: out = [_first(http), _killed(s), _ended(s)]
     return [row(10, 'start until ready', started, 'under 30', started < 30, 's'), *out]
 
-async def hung() -> list[dict]:
-    "A request whose network never comes back."
-    async with local(lambda x: time.sleep(11)) as service: status, took = await ask(service, picture())
-    return [
-        row(
-            10,
-            f'until a hung request is answered with {status}',
-            took,
-            '10, with 504',
-            status == 504 and 9.5 < took < 10.5,
-            's',
-        )
-    ]
-
+# %% ../nbs/72_promises.ipynb #51996f45
+async def hung(seconds:float=10.) -> list[dict]: # the deadline, at most the service's own
+    "A request whose network does not come back in time."
+    async with local(lambda x: time.sleep(seconds + 1)) as service:
+        status, took = await ask(service, picture(), seconds)
+    kept = status == 504 and seconds - .5 < took < seconds + .5
+    return [row(10, f'until a hung request is answered with {status}', took, f'{seconds:g}, with 504', kept, 's')]
 
 def cannot_load() -> list[dict]:
     "A model whose graph is broken."
@@ -569,17 +557,9 @@ def cannot_load() -> list[dict]:
         try:
             with start_service(model=toy): pass
         except RunFailed as e: said = str(e)
-        status = re.search(r'ended with status (\d+)', said)
-    return [
-        row(
-            10,
-            'until a service whose model cannot be loaded has ended by itself, non-zero',
-            took := time.monotonic() - start,
-            'under 30',
-            bool(status and status[1] != '0') and took < 30,
-            's',
-        )
-    ]
+        status = re.search(r'ended with status (\d+)', said); took = time.monotonic() - start
+    kept, what = bool(status and status[1] != '0') and took < 30, 'has ended by itself, non-zero'
+    return [row(10, f'until a service whose model cannot be loaded {what}', took, 'under 30', kept, 's')]
 
 # %% ../nbs/72_promises.ipynb #cc7a58d7
 async def _message(reader) -> bytes:
@@ -660,7 +640,7 @@ async def rolling(folder:Path, n:int=10, clients:int=4) -> list[dict]:
         )
     ]
 
-# %% ../nbs/72_promises.ipynb #99fecf78
+# %% ../nbs/72_promises.ipynb #55df4860
 async def taken_out(what:str, spoil=None, per_second:float=50.) -> list[dict]:
     "Seconds until a bad challenger is gone by itself."
     from cv_lab.service.rollout import Plan
@@ -687,16 +667,12 @@ async def taken_out(what:str, spoil=None, per_second:float=50.) -> list[dict]:
         )
     ]
 
-
+# %% ../nbs/72_promises.ipynb #d7005c5e
 def _fail(): raise RuntimeError('made to fail')
 
 async def bad_challengers() -> list[dict]:
-    return (
-        await taken_out('is wrong')
-        + await taken_out('fails', _fail)
-        + await taken_out('is slow', lambda: time.sleep(0.05))
-    )
-
+    slow = lambda: time.sleep(.05)
+    return await taken_out('is wrong') + await taken_out('fails', _fail) + await taken_out('is slow', slow)
 
 async def shadow(seconds:float=4., rounds:int=5) -> list[dict]:
     "p99 with a shadow against without, interleaved."

@@ -213,7 +213,7 @@ def routes(jobs:bool) -> list[tuple]: # method, path, handler, scope, OpenAPI op
     of_kserve = [(m, p, h, s, None, {}) for m, p, h, s in kserve.routes()]
     return _predictions() + _about_itself() + feedback.routes() + (_jobs() if jobs else []) + of_kserve
 
-# %% ../../nbs/69_service.app.ipynb #ae57c2df
+# %% ../../nbs/69_service.app.ipynb #7c2875f1
 class _Door:
     "What is let in: bounds on requests and bytes under way."
     def under_way(self, call:Call):
@@ -247,17 +247,6 @@ class _Door:
         call.held += want     # until the request ends
         return await read_body(length, call.receive, most, limits.body_seconds)
 
-    def check_device(self):
-        "A device that hangs will not come back by itself: whoever probes shall restart the process."
-        took = max(m.at_it() for m in (self.models, self.rollout and self.rollout.challengers) if m)
-        if self.hung and took > self.hung:
-            raise Fault(
-                'hung',
-                f'the device has been at one batch for {took:.0f} s',
-                f'at most {self.hung:g} s',
-                'restart this process',
-            )
-
     def longest_wait(self) -> float: return max((m.batcher.wait() for m in self.models.current.values()), default=1.)
 
 class _Counted:
@@ -269,7 +258,34 @@ class _Counted:
         self.service.inflight -= 1
         self.service.held -= self.call.held
 
-# %% ../../nbs/69_service.app.ipynb #72fd5326
+# %% ../../nbs/69_service.app.ipynb #7dafa3f6
+class _Pulse:
+    "Whether the device still answers."
+    def check_device(self):
+        "A device that hangs will not come back by itself: whoever probes shall restart the process."
+        took = max(m.at_it() for m in (self.models, self.rollout and self.rollout.challengers) if m)
+        if self.hung and took > self.hung:
+            raise Fault(
+                'hung',
+                f'the device has been at one batch for {took:.0f} s',
+                f'at most {self.hung:g} s',
+                'restart this process',
+            )
+
+# %% ../../nbs/69_service.app.ipynb #ea3b1e17
+async def _rehearse(service, model:Loaded):
+    "The way of a request, a few times; uncounted, unkept."
+    b = io.BytesIO()
+    Image.new('RGB', (300, 300)).save(b, 'PNG')
+    now = time.monotonic
+    for _ in range(5):
+        prepared = await prepare_all(model, [b.getvalue()], service.models)
+        encode(await answers_for(model.batcher.submit(prepared, now() + 60), now() + 60, asyncio.Event().wait, True))
+    await Endpoint(service, '/livez', alive)(dict(type='http', method='GET', headers=[]), None, _nowhere)
+    model.batcher.counts = Counts()
+
+async def _nowhere(message): "A send for answers that nobody reads."
+
 class _Life:
     "How a service begins and ends."
     async def start(self):
@@ -277,25 +293,12 @@ class _Life:
         await self.models.start()
         if self.rollout: await self.rollout.challengers.refresh()
         for model in self.models.current.values():
-            await self._rehearse(model)
+            await _rehearse(self, model)
             if self.samples and model.problem: self.samples.follow(model.name, model.problem.serving)
         self.ready = True
         self._watch = asyncio.create_task(self._look())
         if self.jobs: self.jobs.start(self)
         event('ready', models={n: m.digest[:12] for n, m in self.models.current.items()})
-
-    async def _rehearse(self, model:Loaded):
-        "The way of a request, a few times, so that no client is the first to walk it; uncounted, unkept."
-        b = io.BytesIO()
-        Image.new('RGB', (300, 300)).save(b, 'PNG')
-        now = time.monotonic
-        for _ in range(5):
-            prepared = await prepare_all(model, [b.getvalue()], self.models)
-            encode(
-                await answers_for(model.batcher.submit(prepared, now() + 60), now() + 60, asyncio.Event().wait, True)
-            )
-        await Endpoint(self, '/livez', alive)(dict(type='http', method='GET', headers=[]), None, _nowhere)
-        model.batcher.counts = Counts()
 
     async def _look(self):
         "Exchange models when the sources say so."
@@ -319,19 +322,18 @@ class _Life:
         await self.models.stop()
         for log in filter(None, (self.kept, self.truths, self.samples, self.traced)): await asyncio.to_thread(log.close)
 
-    async def _lifespan(self, receive, send):
-        await receive()
-        try:
-            await self.start()
-        except Exception as e:
-            event('start failed', 50, exc_info=e)
-            return await send(dict(type='lifespan.startup.failed', message=str(e)))
-        await send(dict(type='lifespan.startup.complete'))
-        await receive()
-        await self.stop()
-        await send(dict(type='lifespan.shutdown.complete'))
-
-async def _nowhere(message): "A send for answers that nobody reads."
+# %% ../../nbs/69_service.app.ipynb #a39b9376
+async def _lifespan(service, receive, send):
+    await receive()
+    try:
+        await service.start()
+    except Exception as e:
+        event('start failed', 50, exc_info=e)
+        return await send(dict(type='lifespan.startup.failed', message=str(e)))
+    await send(dict(type='lifespan.startup.complete'))
+    await receive()
+    await service.stop()
+    await send(dict(type='lifespan.shutdown.complete'))
 
 # %% ../../nbs/69_service.app.ipynb #46329e74
 def _router(service, table:list[tuple]) -> Router: # `routes()`
@@ -355,8 +357,34 @@ def _refusal(e:HTTPException):
 
     return handler
 
-# %% ../../nbs/69_service.app.ipynb #152a6546
-class Service(_Door, _Life):
+# %% ../../nbs/69_service.app.ipynb #8aa28b50
+class _Answers:
+    "Who answers, and what."
+    def pick(self, call:Call, problem:str|None) -> Loaded:
+        "Who answers this call."
+        model = self.models.pick(problem)
+        return self.rollout.choose(model, call.header('x-request-key') or call.id) if self.rollout else model
+
+    def trials(self) -> Rollout:
+        if not self.rollout:
+            what, wanted = 'no challengers are tried here', 'a service with a source of challengers'
+            raise Fault('not_found', what, wanted, 'set CVLAB_CHALLENGER')
+        return self.rollout
+
+    async def answer(self, image:bytes, problem:str|None=None) -> dict:
+        "The answer for one image, without HTTP."
+        model = self.models.pick(problem)
+        if len(image) > model.limits.image_bytes:
+            what, most = f'the image has {len(image)} bytes', f'at most {model.limits.image_bytes}'
+            raise Fault('too_large', what, most, 'resize it before sending')
+        deadline = time.monotonic() + model.limits.deadline
+        (prepared,), (said,) = await work_on(self, model, [image], options_of({}), deadline)
+        if isinstance(prepared, Exception): raise prepared
+        if isinstance(said, Exception): raise shown(said, self, model)
+        return item(self, model, prepared, said, image) | dict(model=model.ref)
+
+# %% ../../nbs/69_service.app.ipynb #aad3c646
+class Service(_Door, _Pulse, _Life, _Answers):
     "The whole service, an ASGI app."
     def __init__(self, source:Source, **settings):
         self.source, self.metrics = source, Metrics()
@@ -394,31 +422,8 @@ class Service(_Door, _Life):
         self.document = document(paths, cv_lab.__version__, bool(guard))
         self.router = _router(self, table)
 
-    def pick(self, call:Call, problem:str|None) -> Loaded:
-        "Who answers this call."
-        model = self.models.pick(problem)
-        return self.rollout.choose(model, call.header('x-request-key') or call.id) if self.rollout else model
-
-    def trials(self) -> Rollout:
-        if not self.rollout:
-            what, wanted = 'no challengers are tried here', 'a service with a source of challengers'
-            raise Fault('not_found', what, wanted, 'set CVLAB_CHALLENGER')
-        return self.rollout
-
-    async def answer(self, image:bytes, problem:str|None=None) -> dict:
-        "The answer for one image, without HTTP."
-        model = self.models.pick(problem)
-        if len(image) > model.limits.image_bytes:
-            what, most = f'the image has {len(image)} bytes', f'at most {model.limits.image_bytes}'
-            raise Fault('too_large', what, most, 'resize it before sending')
-        deadline = time.monotonic() + model.limits.deadline
-        (prepared,), (said,) = await work_on(self, model, [image], options_of({}), deadline)
-        if isinstance(prepared, Exception): raise prepared
-        if isinstance(said, Exception): raise shown(said, self, model)
-        return item(self, model, prepared, said, image) | dict(model=model.ref)
-
     async def __call__(self, scope, receive, send):
-        if scope['type'] == 'lifespan': return await self._lifespan(receive, send)
+        if scope['type'] == 'lifespan': return await _lifespan(self, receive, send)
         if scope['type'] != 'http': raise RuntimeError(f'no {scope["type"]} here')
         try: await self.router(dict(scope, app=self), receive, send)
         except HTTPException as e: await Endpoint(self, 'unknown', _refusal(e))(scope, receive, send)

@@ -154,8 +154,8 @@ class _Shelf:
         (part / 'images').mkdir(parents=True)
         try:
             total, options = await receive_form(call, part/'images', model.limits.image_bytes)
-            about = dict(status='waiting', problem=model.name, total=total, options=options.model_dump(), owner=call.key)
-            write_json(part/'job.json', about | dict(created=round(time.time(), 3)))
+            about = dict(status='waiting', problem=model.name, total=total, options=options.model_dump())
+            write_json(part/'job.json', about | dict(owner=call.key, created=round(time.time(), 3)))
             os.rename(part, self.folder/id)
         finally: shutil.rmtree(part, ignore_errors=True)
         return Job(self.folder/id)

@@ -90,7 +90,9 @@ class _Ring:
 # %% ../../nbs/68_service.keys.ipynb #c13
 _LOCAL = ('127.', '::1', '::ffff:127.')
 
-def _identified(ring:_Ring, open_to_all:bool, authorization:str, server:str|None, scope:str) -> Key|None: # None: no key is needed
+def _identified(
+    ring: _Ring, open_to_all: bool, authorization: str, server: str | None, scope: str
+) -> Key | None:  # None: no key is needed
     "Who asks, or a fault."
     local = server is None or server.startswith(_LOCAL)
     if not ring.path:
