@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ANNOTATION', 'SCHEMA', 'PREDICTIONS', 'LATER', 'SPLITS', 'ROW_GROUP', 'make_table', 'batches', 'count_rows',
-           'names_in_16_bytes', 'check_rows', 'check_table', 'labels_in', 'first_labels', 'tags_of', 'Units',
+           'names_in_16_bytes', 'labels_in', 'first_labels', 'tags_of', 'check_rows', 'check_table', 'Units',
            'units_of', 'Numbers', 'first_label_numbers', 'split_numbers', 'check_shares', 'draw_splits',
            'assign_splits', 'shared_groups', 'row_digests', 'version_of', 'Dataset', 'Manifest', 'open_manifest',
            'load_dataset', 'save_dataset', 'write_manifest', 'changes', 'diff_versions', 'count_changes']
@@ -60,36 +60,7 @@ def make_table(rows:Iterable[dict], # one per item; what is missing is null
         return r
     return pa.Table.from_pylist([row(r) for r in rows], schema=schema)
 
-# %% ../../nbs/10_data.manifest.ipynb #21db12f1
-def batches(t:pa.Table|str|Path,                # a table, or a Parquet manifest, which is never read whole
-            columns:Sequence[str]|None=None,    # all; `annotations.label` reads only that of a manifest's annotations
-            size:int=50_000) -> Iterator[pa.RecordBatch]:
-    "The rows of a manifest, some at a time."
-    if isinstance(t, pa.Table):
-        yield from t.select(_whole(columns or t.schema.names)).to_batches(max_chunksize=size)
-        return
-    with _open(t) as f:
-        paths = [f.schema.column(i).path for i in range(len(f.schema))]
-        plain = lambda p: '.'.join(w for w in p.split('.') if w not in ('list', 'element', 'item', 'key_value'))
-        asked = [p for p in paths if columns is None or any(f'{plain(p)}.'.startswith(f'{c}.') for c in columns)]
-        for b in f.iter_batches(size, columns=asked): yield _typed(b, columns or SCHEMA.names)
-
-def _whole(columns:Sequence[str]) -> list[str]: return list(dict.fromkeys(c.split('.')[0] for c in columns))
-
-def _open(path:str|Path) -> pq.ParquetFile:
-    try:
-        return pq.ParquetFile(path, pre_buffer=False)
-    except (pa.ArrowInvalid, OSError) as e:
-        raise Damaged(
-            f'{path} cannot be read: {e}', 'a Parquet manifest', 'restore it, or import the dataset again'
-        ) from None
-
-
-def count_rows(t:pa.Table|str|Path) -> int:
-    "How many rows a table, or a manifest, has."
-    return len(t) if isinstance(t, pa.Table) else _open(t).metadata.num_rows
-
-# %% ../../nbs/10_data.manifest.ipynb #be039884
+# %% ../../nbs/10_data.manifest.ipynb #2ebe98a0
 def _typed(b:pa.RecordBatch, columns:Sequence[str]) -> pa.RecordBatch: # the columns in the types of SCHEMA
     if missing := [c for c in columns if c.split('.')[0] not in b.schema.names and c not in LATER]:
         raise BadInput(
@@ -105,6 +76,36 @@ def _typed(b:pa.RecordBatch, columns:Sequence[str]) -> pa.RecordBatch: # the col
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as e:
         raise BadInput(f'a column has the wrong type: {e}', str(SCHEMA), 'see nbs/10_data.manifest.ipynb') from None
 
+def _whole(columns:Sequence[str]) -> list[str]: return list(dict.fromkeys(c.split('.')[0] for c in columns))
+
+# %% ../../nbs/10_data.manifest.ipynb #a7d9b1ed
+def batches(t:pa.Table|str|Path,                # a table, or a Parquet manifest, which is never read whole
+            columns:Sequence[str]|None=None,    # all; `annotations.label` reads only that of a manifest's annotations
+            size:int=50_000) -> Iterator[pa.RecordBatch]:
+    "The rows of a manifest, some at a time."
+    if isinstance(t, pa.Table):
+        yield from t.select(_whole(columns or t.schema.names)).to_batches(max_chunksize=size)
+        return
+    with _open(t) as f:
+        paths = [f.schema.column(i).path for i in range(len(f.schema))]
+        plain = lambda p: '.'.join(w for w in p.split('.') if w not in ('list', 'element', 'item', 'key_value'))
+        asked = [p for p in paths if columns is None or any(f'{plain(p)}.'.startswith(f'{c}.') for c in columns)]
+        for b in f.iter_batches(size, columns=asked): yield _typed(b, columns or SCHEMA.names)
+
+def _open(path:str|Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(path, pre_buffer=False)
+    except (pa.ArrowInvalid, OSError) as e:
+        raise Damaged(
+            f'{path} cannot be read: {e}', 'a Parquet manifest', 'restore it, or import the dataset again'
+        ) from None
+
+
+def count_rows(t:pa.Table|str|Path) -> int:
+    "How many rows a table, or a manifest, has."
+    return len(t) if isinstance(t, pa.Table) else _open(t).metadata.num_rows
+
+# %% ../../nbs/10_data.manifest.ipynb #cae0a7b0
 def names_in_16_bytes(a:pa.Array) -> np.ndarray: # (N, 2) uint64; zero where null
     "A hash of each name: the first half of a hash's own digits, SipHash of anything else."
     out = np.zeros((len(a), 2), np.uint64); own = np.zeros(len(a), bool)
@@ -126,7 +127,42 @@ def _digits(a:pa.Array) -> tuple[bytes, np.ndarray]: # the bytes of those that a
     hexed = pc.match_substring_regex(a, '^[0-9a-f]{64}$')
     return bytes.fromhex(''.join(a.filter(hexed).to_pylist())), hexed.to_numpy(False)
 
-# %% ../../nbs/10_data.manifest.ipynb #598bd27d
+# %% ../../nbs/10_data.manifest.ipynb #8c5f8e37
+def labels_in(t:pa.Table) -> list[str]: # sorted; numbers in the order of numbers
+    "The labels that occur in a table."
+    found = pc.unique(pc.struct_field(pc.list_flatten(t['annotations']), 'label')).drop_null().to_pylist()
+    return sorted(found, key=lambda v: (0, int(v), v) if v.isdecimal() else (1, 0, v))
+
+def _first_labels(c:pa.ListArray) -> pa.Array: # the first label of each list of annotations
+    label = pc.struct_field(c.flatten(), 'label'); said = np.flatnonzero(label.is_valid().to_numpy(False))
+    rows, first = np.unique(c.value_parent_indices().to_numpy()[said], return_index=True)
+    at = np.full(len(c), -1); at[rows] = said[first]
+    return label.take(pa.array(at, mask=at < 0))
+
+def first_labels(t:pa.Table) -> list[str|None]: # one per row
+    "Each item's first label: what a split is balanced by."
+    return [v for c in t['annotations'].chunks for v in _first_labels(c).to_pylist()]
+
+# %% ../../nbs/10_data.manifest.ipynb #53799a34
+def tags_of(t:pa.Table) -> dict[str, list]: # tag -> one text per row, None where it has none; as `spec.select` wants it
+    "The tags as columns, with device, source and split beside them."
+    tags, start = {}, 0
+    for c in t['tags'].chunks:
+        row, keys, values = _entries(c); keys = keys.to_numpy(False).astype(object); values = values.to_numpy(False)
+        for k in dict.fromkeys(keys):
+            tags.setdefault(k, np.full(len(t), None))[start + row[keys == k]] = values[keys == k]
+        start += len(c)
+    out = {k: t[k].to_pylist() for k in ('split', 'source', 'license', 'device', 'captured_at')}
+    return out | {k: tags[k].tolist() for k in sorted(tags)}
+
+def _entries(c:pa.MapArray) -> tuple[np.ndarray, pa.Array, pa.Array]:  # row of each entry, keys, values
+    lengths = np.diff(c.offsets.to_numpy())
+    row = np.repeat(np.arange(len(c)), lengths)
+    at = slice(c.offsets[0].as_py(), c.offsets[-1].as_py())
+    said = c.is_valid().to_numpy(False)[row]
+    return row[said], c.keys[at].filter(said), c.items[at].filter(said)
+
+# %% ../../nbs/10_data.manifest.ipynb #7330b9c5
 def check_rows(t:pa.Table|str|Path, classes:Sequence[str]|None=None) -> None:
     "Refuse a manifest that others cannot rely on, with the first offending rows named."
     n, at, nohash, lost, labels = count_rows(t), 0, [], [], set()
@@ -159,6 +195,7 @@ def _twice(t:pa.Table|str|Path, hashed:np.ndarray) -> list[str]: # the first thr
     some = [b['id'].filter(np.isin(names_in_16_bytes(b['id'])[:, 0], again)) for b in batches(t, ['id'])]
     return [v['values'] for v in pc.value_counts(pa.chunked_array(some)).to_pylist() if v['counts'] > 1][:3]
 
+# %% ../../nbs/10_data.manifest.ipynb #d9f6438c
 def check_table(t:pa.Table, classes:Sequence[str]|None=None) -> pa.Table:
     "`t` in the types of SCHEMA, or a refusal that names the first offending rows."
     if not t.schema.equals(SCHEMA): t = _cast(t)
@@ -177,40 +214,6 @@ def _cast(t:pa.Table) -> pa.Table:
     try: return t.select(SCHEMA.names).cast(SCHEMA)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as e:
         raise BadInput(f'a column has the wrong type: {e}', str(SCHEMA), 'see nbs/10_data.manifest.ipynb') from None
-
-# %% ../../nbs/10_data.manifest.ipynb #e4ac46d7
-def labels_in(t:pa.Table) -> list[str]: # sorted; numbers in the order of numbers
-    "The labels that occur in a table."
-    found = pc.unique(pc.struct_field(pc.list_flatten(t['annotations']), 'label')).drop_null().to_pylist()
-    return sorted(found, key=lambda v: (0, int(v), v) if v.isdecimal() else (1, 0, v))
-
-def _first_labels(c:pa.ListArray) -> pa.Array: # the first label of each list of annotations
-    label = pc.struct_field(c.flatten(), 'label'); said = np.flatnonzero(label.is_valid().to_numpy(False))
-    rows, first = np.unique(c.value_parent_indices().to_numpy()[said], return_index=True)
-    at = np.full(len(c), -1); at[rows] = said[first]
-    return label.take(pa.array(at, mask=at < 0))
-
-def first_labels(t:pa.Table) -> list[str|None]: # one per row
-    "Each item's first label: what a split is balanced by."
-    return [v for c in t['annotations'].chunks for v in _first_labels(c).to_pylist()]
-
-def tags_of(t:pa.Table) -> dict[str, list]: # tag -> one text per row, None where it has none; as `spec.select` wants it
-    "The tags as columns, with device, source and split beside them."
-    tags, start = {}, 0
-    for c in t['tags'].chunks:
-        row, keys, values = _entries(c); keys = keys.to_numpy(False).astype(object); values = values.to_numpy(False)
-        for k in dict.fromkeys(keys):
-            tags.setdefault(k, np.full(len(t), None))[start + row[keys == k]] = values[keys == k]
-        start += len(c)
-    out = {k: t[k].to_pylist() for k in ('split', 'source', 'license', 'device', 'captured_at')}
-    return out | {k: tags[k].tolist() for k in sorted(tags)}
-
-def _entries(c:pa.MapArray) -> tuple[np.ndarray, pa.Array, pa.Array]:  # row of each entry, keys, values
-    lengths = np.diff(c.offsets.to_numpy())
-    row = np.repeat(np.arange(len(c)), lengths)
-    at = slice(c.offsets[0].as_py(), c.offsets[-1].as_py())
-    said = c.is_valid().to_numpy(False)[row]
-    return row[said], c.keys[at].filter(said), c.items[at].filter(said)
 
 # %% ../../nbs/10_data.manifest.ipynb #df712366
 def _codes(keys:np.ndarray, # (N, 2) uint64
@@ -301,7 +304,7 @@ def split_numbers(t:pa.Table|str|Path) -> np.ndarray: # (N,) int8: an index of S
     parts = [pc.fill_null(pc.index_in(b['split'], pa.array(SPLITS)), -1).to_numpy(False) for b in batches(t, ['split'])]
     return np.concatenate([np.empty(0, np.int8), *(p.astype(np.int8) for p in parts)])
 
-# %% ../../nbs/10_data.manifest.ipynb #a0290aa5
+# %% ../../nbs/10_data.manifest.ipynb #0f30f7fb
 def _shares_drawn(
     size: np.ndarray, label: np.ndarray, order: np.ndarray, cuts: np.ndarray
 ) -> np.ndarray:  # (U,) which share
@@ -336,6 +339,7 @@ def draw_splits(t:pa.Table|str|Path, u:Units, had:np.ndarray, # (N,) from `split
     before = np.full(n, -1, np.int8); np.maximum.at(before, u.of, had)                   # held out wins
     return np.where(before >= 0, before, drawn)[u.of]
 
+# %% ../../nbs/10_data.manifest.ipynb #16a6f120
 def assign_splits(t:pa.Table,
                   shares:dict[str, float]=dict(train=.65, val=.15, test=.2), # sum to 1
                   seed:int=0,
@@ -387,7 +391,7 @@ def _fields(names:list[str], columns:list, n:int) -> pa.Array:
         empty, *parts, pa.scalar(b'', pa.large_binary()), null_handling='replace', null_replacement=''
     )
 
-# %% ../../nbs/10_data.manifest.ipynb #5b2fa69a
+# %% ../../nbs/10_data.manifest.ipynb #85d0e094
 def _joined(a:pa.Array) -> pa.Array:
     "Lists: their framed elements, one after the other. Maps: in the order of their keys."
     if pa.types.is_map(a.type):
@@ -405,6 +409,7 @@ def _joined(a:pa.Array) -> pa.Array:
     said = pa.array(lengths > 0).buffers()[1]
     return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(a), [said, ends, data])
 
+# %% ../../nbs/10_data.manifest.ipynb #7d831ed2
 def row_digests(t:pa.Table|str|Path, columns:Sequence[str]|None=None) -> np.ndarray: # (N,) S32
     "The SHA-256 of what each row says, without its id and path."
     said = [
@@ -466,7 +471,7 @@ class Dataset:
     def __repr__(self):
         return f'Dataset({self.name}, {len(self)} items, {len(self.classes)} classes, version {self.version})'
 
-# %% ../../nbs/10_data.manifest.ipynb #4c4b75d9
+# %% ../../nbs/10_data.manifest.ipynb #48ebf17a
 @dataclass
 class Manifest:
     "A dataset whose table stays in its file."
@@ -501,6 +506,7 @@ def _is_version(folder:Path, found:str, said:str) -> None:
             'import the dataset again',
         )
 
+# %% ../../nbs/10_data.manifest.ipynb #b34e7717
 def load_dataset(folder:str|Path, verify:bool=True) -> Dataset:
     "Read a dataset; a manifest that is not the version it says it is, is refused."
     m = open_manifest(folder, verify=False)
@@ -512,7 +518,7 @@ def load_dataset(folder:str|Path, verify:bool=True) -> Dataset:
     if verify: _is_version(Path(folder), version_of(t), m.version)
     return Dataset(t, m.name, m.root, m.classes, m.about, m.version)
 
-# %% ../../nbs/10_data.manifest.ipynb #480e88ba
+# %% ../../nbs/10_data.manifest.ipynb #ecf276ea
 ROW_GROUP = 100_000 # rows of a Parquet row group: what a reader holds at the most of the columns it asks for
 
 def save_dataset(d:Dataset|Manifest, folder:str|Path) -> Dataset|Manifest:
@@ -540,6 +546,7 @@ def save_dataset(d:Dataset|Manifest, folder:str|Path) -> Dataset|Manifest:
     )
     return d
 
+# %% ../../nbs/10_data.manifest.ipynb #1082a1bb
 def write_manifest(
     rows: Iterable[pa.RecordBatch | pa.Table],  # of all columns of SCHEMA, in the order of a manifest
     d: Dataset | Manifest,
