@@ -206,7 +206,7 @@ def test_annotations_without_a_label_are_no_objects():
     assert len(columns(t, NAMES)) == 1
 
 
-def tide(truth, said):
+def tide(truth, said, masks=False):
     try:
         import cv2  # noqa: F401
     except ImportError:
@@ -215,16 +215,18 @@ def tide(truth, said):
         )  # tidecv draws with it; nothing is drawn here
     tidecv = pytest.importorskip('tidecv')
     gt, dt = tidecv.Data('gt'), tidecv.Data('dt')
-    xywh = lambda b: [b[0], b[1], b[2] - b[0], b[3] - b[1]]
+    def place(a):
+        b, m = a['bbox'], a['mask'] and dict(size=a['mask']['size'], counts=a['mask']['counts'].encode())
+        return [b[0], b[1], b[2] - b[0], b[3] - b[1]], m
     for i, anns in enumerate(truth['annotations'].to_pylist()):
         gt.add_image(i, str(i)); dt.add_image(i, str(i))
         for a in anns:
             (gt.add_ignore_region if dict(a['attributes'] or {}).get('iscrowd') else gt.add_ground_truth)(
-                i, NAMES.index(a['label']), xywh(a['bbox'])
+                i, NAMES.index(a['label']), *place(a)
             )
     for i, anns in enumerate(said['annotations'].to_pylist()):
-        for a in anns: dt.add_detection(i, NAMES.index(a['label']), a['score'], xywh(a['bbox']))
-    run = tidecv.TIDE().evaluate(gt, dt, mode='bbox')
+        for a in anns: dt.add_detection(i, NAMES.index(a['label']), a['score'], *place(a))
+    run = tidecv.TIDE().evaluate(gt, dt, mode=tidecv.TIDE.MASK if masks else tidecv.TIDE.BOX)
     return (
         {e.short_name: v for e, v in run.count_errors().items()},
         {e.short_name: v / 100 for e, v in run.fix_main_errors().items()},
@@ -234,18 +236,19 @@ def tide(truth, said):
 
 @pytest.mark.parametrize('seed', range(5))
 @pytest.mark.parametrize('crowd', [0., .15])
-def test_kinds_and_gains_against_tidecv(seed, crowd, monkeypatch):
+@pytest.mark.parametrize('masks', [False, True], ids=['boxes', 'masks'])
+def test_kinds_and_gains_against_tidecv(seed, crowd, masks, monkeypatch):
     monkeypatch.setattr(
         'cv_lab.coco.RECALLS', np.arange(101) / 100
     )  # tidecv's, which differ from COCO's in the last bit
-    truth, said = tables(seed, images=60, ties=False, crowd=crowd)
+    truth, said = tables(seed, images=60, ties=False, crowd=crowd, masks=masks)
     drop = lambda t: make_table(
         [dict(r, annotations=[a for a in r['annotations'] if a['label'] in ('a', 'b')]) for r in t.to_pylist()],
         t.schema,
     )  # tidecv counts a class without objects as 0
     truth, said = drop(truth), drop(said)
-    count, gain, ap = tide(truth, said)
-    t, p = columns(truth, NAMES), columns(said, NAMES)
+    count, gain, ap = tide(truth, said, masks)
+    t, p = columns(truth, NAMES, masks=masks), columns(said, NAMES, masks=masks)
     x = mistakes_of(t, p); ours = {k: int((x.kind == k).sum()) for k in KINDS} | dict(Miss=len(x.missed))
     assert ours == count
     w = np.ones((1, len(truth))); got = gains(t, p, 4)(w)
