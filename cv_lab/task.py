@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CONTRACT', 'OPTIONAL', 'Prediction', 'in_image', 'predictions_table', 'faults', 'tasks', 'trained_config', 'get_task',
-           'guess_task']
+           'check_decision', 'guess_task']
 
 # %% ../nbs/20_task.ipynb #9ff6f429
 import importlib, inspect, pkgutil
@@ -39,6 +39,7 @@ OPTIONAL = dict(
     distill='(outputs, taught, cfg, temperature) -> a scalar tensor: how far the outputs are from those of a teacher',
     calibrate='(truth, predictions, problem) -> thresholds, fitted on held-out data',
     answers='(truth, predictions, problem) -> of every answer given: is it right, its confidence, index of its class, index of its item',
+    DECIDES='what it heeds of a problem\'s `decision` beside a target precision, of: costs, isotonic; both where it is missing',
     figures='(truth, predictions, problem) -> {title: matplotlib figure}, for the report of its errors',
     why='(outputs, annotation, cfg, classes) -> {output: weights}: of one image, both arrays; the weighted sum is what speaks for the annotation, which is in pixels of the input',
 )
@@ -133,6 +134,18 @@ def get_task(name:str) -> ModuleType:
             'see nbs/20_task.ipynb',
         )
     return found[name]
+
+# %% ../nbs/20_task.ipynb #3f873fe7
+def check_decision(problem) -> None: # a `spec.Problem`
+    "Refuse a wish about decisions that the task does not heed."
+    heeds, d = getattr(get_task(problem.task), 'DECIDES', ('costs', 'isotonic')), problem.decision
+    for wish, asked in dict(costs=d.costs is not None, isotonic=d.curve == 'isotonic').items():
+        if asked and wish not in heeds:
+            raise BadInput(
+                f'{problem.task} does not heed `{wish}` in `decision`',
+                '`target_precision`, or nothing: then the line is where the task\'s own figure is best',
+                f'take `{wish}` out of the problem file',
+            )
 
 # %% ../nbs/20_task.ipynb #df1b1c8a
 def guess_task(table:pa.Table, look:int=200) -> str:

@@ -33,7 +33,7 @@ from .finetune import add_lora, be_still, freeze, merge_lora
 from .geometry import to_input
 from .image import Placement, decode, placement, preprocess
 from .spec import Problem, Strict
-from .task import get_task, in_image, predictions_table
+from .task import check_decision, get_task, in_image, predictions_table
 
 # %% ../nbs/30_train.ipynb #df143787
 class Fit(Strict):
@@ -79,6 +79,7 @@ class Fit(Strict):
 
 def settings(problem:Problem, **changes) -> tuple[Fit, Any]: # training settings, task settings
     "The problem's `train` section with changes on top; every unknown name is refused."
+    check_decision(problem)
     given = dict(problem.train) | {k: v for k, v in changes.items() if v is not None}
     task = get_task(problem.task); own = {k: v for k, v in given.items() if k not in Fit.model_fields}
     try:

@@ -8,7 +8,9 @@ from cv_lab.core import BadInput, digest
 from cv_lab.data.manifest import PREDICTIONS, make_table
 from cv_lab.decide import NEVER, cheapest, class_stairs, fit_stairs, on_stairs
 from cv_lab.spec import Problem, parse_problem
+from cv_lab.task import check_decision
 from cv_lab.tasks import classification, detection
+from cv_lab.train import settings
 
 
 def test_stairs_are_those_of_scikit_learn():
@@ -110,6 +112,22 @@ def test_what_is_fitted_is_what_answers(decision):
         )
     if 'target_precision' in decision:
         assert all(ok[accepted & (np.array([o.annotations[0].label for o in out]) == c)].mean() >= 0.8 for c in C)
+
+
+@pytest.mark.parametrize('wish', [dict(costs=dict(wrong=4)), dict(curve='isotonic')], ids=['costs', 'isotonic'])
+@pytest.mark.parametrize('name', ['classification', 'detection', 'instances', 'segmentation', 'reading'])
+def test_a_wish_that_a_task_does_not_heed_is_refused_before_training(name, wish):
+    asked = Problem(
+        name='x',
+        task=name,
+        classes=['a', 'b'],
+        owner='u',
+        intended_use='t',
+        acceptance=[dict(metric='f1', at_least=0)],
+        decision=wish,
+    )
+    if name not in ('segmentation', 'reading'): return check_decision(asked)
+    with pytest.raises(BadInput, match=f'{name} does not heed'): settings(asked)
 
 
 def test_objects_have_stairs_and_costs_too(tmp_path):

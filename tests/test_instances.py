@@ -174,6 +174,22 @@ def test_mask_ap_against_pycocotools(seed, capsys):
     assert .1 < got['mask_map50'] < .95
 
 
+@pytest.mark.parametrize('seed', range(3))
+def test_which_answers_are_right_against_pycocotools(seed, capsys):
+    truth, said, gt, results = noisy_tables(seed)
+    right, sure, of, item = instances.answers(truth, said, problem())
+    e = COCOeval(gt, gt.loadRes(results), 'segm'); e.params.areaRng = e.params.areaRng[:1]; e.evaluate()
+    theirs = [
+        (im['image_id'] - 1, im['category_id'] - 1, s, m > 0)
+        for im in e.evalImgs
+        if im
+        for s, m, out in zip(im['dtScores'], im['dtMatches'][0], im['dtIgnore'][0])
+        if s >= 0.5 and not out
+    ]
+    ours = zip(item.tolist(), of.tolist(), sure.tolist(), right.tolist())
+    assert sorted(ours) == sorted(theirs) and 5 < right.sum() < len(right) - 5
+
+
 def test_what_an_object_teaches():
     "A mask moves the prototypes under its box alone; a box without a mask moves none."
     cfg = instances.Config(**SMALL); torch.manual_seed(0); y, x = np.mgrid[:64, :96]

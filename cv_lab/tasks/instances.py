@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GEOMETRY', 'METRICS', 'TAXONOMY', 'GAIN', 'Config', 'network', 'targets', 'loss', 'object_masks', 'decode', 'why',
-           'score', 'mistakes', 'calibrate', 'figures', 'draw', 'example']
+           'score', 'mistakes', 'calibrate', 'answers', 'figures', 'draw', 'example']
 
 # %% ../../nbs/25_tasks.instances.ipynb #4803bcb3
 from pathlib import Path
@@ -20,6 +20,7 @@ from cv_lab.objects import (
     AT_HALF,
     DetectorConfig,
     matched,
+    object_answers,
     object_curves,
     object_figures,
     object_mistakes,
@@ -182,6 +183,10 @@ def mistakes(
 def calibrate(truth:pa.Table, predictions:pa.Table, problem:Problem) -> dict: # calibration, scores: per class
     "A logistic curve and an operating point for every class, from uncalibrated predictions of held-out items."
     return operating_points(matched(truth, predictions, problem, masks=True, **AT_HALF), problem)
+
+def answers(truth:pa.Table, predictions:pa.Table, problem:Problem) -> tuple: # (n,) right, confidence, class, item
+    "Which of the objects that are said are right, by their masks."
+    return object_answers(matched(truth, predictions, problem, masks=True, **AT_HALF))
 
 def figures(truth:pa.Table, predictions:pa.Table, problem:Problem) -> dict: # title -> matplotlib figure
     "Precision-recall, F1 over confidence, TIDE's gains."
