@@ -595,7 +595,7 @@ def _said_in_16_bytes(b:pa.RecordBatch) -> np.ndarray: # (N, 2) uint64
 # %% ../../nbs/10_data.manifest.ipynb #77721322
 def changes(
     old: pa.Table | str | Path, new: pa.Table | str | Path
-) -> Iterator[tuple[str, pa.Array]]:  # what, ids; 53 bytes a row of `old`
+) -> Iterator[tuple[str, pa.Array]]:  # what, ids; 72 bytes a row of `old` at the peak
     "What was added, removed, relabelled or moved to another split, as it is found."
     was = _Seen(old)
     for b in batches(new, ['id', 'sha256', 'split', 'annotations']):
