@@ -594,7 +594,7 @@ Boxes = Annotated[
     Path | None,
     typer.Option(
         '--boxes',
-        help='Take the boxes from this Parquet table or dataset folder, such as a corrected batch, instead of looking.',
+        help='Take the boxes from this table, dataset, or file that `import` reads, such as a corrected batch or a detector’s CSV, instead of looking.',
     ),
 ]
 Finder = Annotated[
@@ -618,23 +618,17 @@ Least = Annotated[
 
 # %% ../../nbs/95_cli.data.ipynb #543f734f
 def _boxes_seen(d, dataset:Path, boxes:Path|None, model:Path|None, least:float):
-    "A table of boxes: the one that is given, or what is found now, which is kept beside the manifest."
+    "A table of boxes, given or found now and kept beside the manifest; how many pictures nobody has done yet."
     import pyarrow.parquet as pq
     from cv_lab.core import write_atomic
-    from cv_lab.data.manifest import load_dataset
-    from cv_lab.data.privacy import find_faces, find_people
-    if boxes is not None:
-        if not (boxes / 'dataset.json').is_file() and not boxes.is_file():
-            raise BadInput(
-                f'{boxes} is neither a table nor a dataset', 'a Parquet file or a dataset folder', 'check the path'
-            )
-        return load_dataset(boxes).table if boxes.is_dir() else pq.read_table(boxes)
+    from cv_lab.data.privacy import find_faces, find_people, read_boxes
+    if boxes is not None: return read_boxes(boxes, d)
     if model is not None:
         from cv_lab.predict import Predictor, predict_table
         seen = predict_table(Predictor(model), d.table, d.read)
     else: seen = find_people(d, lambda rgb: find_faces(rgb, least))
     write_atomic(dataset/'faces.parquet', lambda f: pq.write_table(seen, f))
-    return seen
+    return seen, 0
 
 # %% ../../nbs/95_cli.data.ipynb #29b2eac8
 @app.command()
@@ -657,27 +651,30 @@ def faces(
 
     **Examples**
 
-    - `cvlab data faces data/street --box batches/faces` : then correct, import the batch, and
+    - `cvlab data faces data/street --box batches/faces` : for Label Studio; when the boxes are corrected there
 
-    - `cvlab data faces data/street --boxes data/faces-checked --hide`
+    - `cvlab data faces data/street --boxes project-7.json --hide` : and so are number plates, for which there is no finder:
+
+    - `cvlab data faces data/street --boxes plates.csv --label plate --hide`
     """
     from cv_lab.audit import workspace_log
-    from cv_lab.data.formats import export_dataset
     from cv_lab.data.manifest import load_dataset
-    from cv_lab.data.privacy import boxes_of, hide_dataset
+    from cv_lab.data.privacy import boxes_of, for_correction, hide_dataset
     if how not in ('pixelate', 'fill'): raise BadInput(f'--how {how}', 'pixelate or fill', 'fill is the safer one')
     d = load_dataset(dataset)
-    seen = _boxes_seen(d, dataset, boxes, model, least)
+    seen, undone = _boxes_seen(d, dataset, boxes, model, least)
     found = {k: v for k, v in boxes_of(seen, label, d).items() if v}
-    if box is not None: export_dataset(d, format, box, predictions=seen, log=workspace_log(dataset), by=who)
-    line = hide_dataset(dataset, found, how, by=who) if hide else None
+    if box is not None: for_correction(d, seen, box, format, workspace_log(dataset), who)
+    said = dict(taken_from=str(boxes or model or 'the finder of faces'), labels=label)
+    line = hide_dataset(dataset, found, how, by=who, **said) if hide else None
     if line: (dataset/'faces.parquet').unlink(missing_ok=True)
     n = sum(map(len, found.values()))
     text = f'{n:,} boxes in {len(found):,} of {len(d):,} pictures'
     if box: text += f'; for correction in {box}'
     if line: text += f'; hidden, version {line["version"]}'
+    if undone: text += f'; NOT LOOKED AT by anybody yet: {undone:,} pictures'
     version = line and line['version']
-    say(dict(items=len(found), boxes=n, version=version, batch=box and str(box)), as_json, text)
+    say(dict(items=len(found), boxes=n, version=version, undone=undone, batch=box and str(box)), as_json, text)
 
 # %% ../../nbs/95_cli.data.ipynb #61ae0c53
 Strategy = Annotated[

@@ -88,23 +88,24 @@ def _plain(annotations:list[dict]) -> list[dict]:
     return [{k: dict(v) if k == 'attributes' else v for k, v in a.items() if v is not None} for a in annotations or []]
 
 # %% ../../nbs/11r_data.batches.ipynb #b649b3ee
-def _work(src:Path, batch:Path, into:Path) -> Path:
+def _work(src:Path, sent:Dataset, into:Path) -> Path:
     "A folder with the finished annotations beside the images that went out."
-    sent, work = load_dataset(batch/'items'), into/'work'; work.mkdir()
-    if src.is_dir(): files = [p for p in sorted(src.rglob('*')) if p.is_file()]
-    elif src.name.lower().endswith(ARCHIVES): files = [p for p in sorted(unpack(src, into).rglob('*')) if p.is_file()]
-    else: files = [src]
-    for k, p in enumerate(p for p in files if not p.name.lower().endswith(SUFFIXES)):
-        shutil.copyfile(p, work / (p.name if not (work / p.name).exists() else f'{k}-{p.name}'))
+    work = into/'work'; work.mkdir()
+    top = src if src.is_dir() else unpack(src, into) if src.name.lower().endswith(ARCHIVES) else src.parent
+    for p in [src] if top == src.parent else sorted(top.rglob('*')):
+        if not p.is_file() or p.name.lower().endswith(SUFFIXES): continue
+        to = work / p.relative_to(top)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(p, to)
     for uri in sent.table['uri'].to_pylist():
         to = inside(work/'images', uri.removeprefix('images/')); to.parent.mkdir(parents=True, exist_ok=True)
         try: os.link(inside(sent.root, uri), to)
         except OSError: to.write_bytes(sent.read(uri))
     return work
 
-def _as_sent(t:pa.Table, batch:Path) -> pa.Table:
+def _as_sent(t:pa.Table, sent:Dataset) -> pa.Table:
     "What came back, with what was known of the items when they went out."
-    sent = {r['sha256']: r for r in load_dataset(batch/'items').table.to_pylist()}
+    sent = {r['sha256']: r for r in sent.table.to_pylist()}
     known = lambda r: {
         k: v for k, v in (sent.get(r['sha256']) or {}).items() if k not in ('uri', 'annotations', 'split') and v
     }
@@ -118,12 +119,15 @@ def _as_sent(t:pa.Table, batch:Path) -> pa.Table:
     )
 
 # %% ../../nbs/11r_data.batches.ipynb #ff8b1838
-def finished(src:str|Path, format:str='auto', batch:str|Path|None=None, # the folder that `cvlab data mine` wrote
+def finished(src:str|Path, format:str='auto',
+             batch:str|Path|Dataset|None=None, # the folder that `cvlab data mine` wrote, or the dataset it is about
              empty:bool|None=None,   # an image of which nothing was said is an answer; None: where the format can tell
              workers:int|None=None, folder:str|Path='.', # a temporary one
              **options) -> tuple[Dataset, int]: # what people said; how many images nobody has done yet
     "Read a finished batch."
-    src, folder = Path(src), Path(folder); work = _work(src, Path(batch), folder) if batch else src
+    src, folder = Path(src), Path(folder)
+    sent = batch if batch is None or isinstance(batch, Dataset) else load_dataset(Path(batch) / 'items')
+    work = _work(src, sent, folder) if sent else src
     fmt = recognise(open_source(work, folder))[0] if format == 'auto' else format
     tells = 'undone' in signature(get_format(fmt).read).parameters
     try:
@@ -145,7 +149,7 @@ def finished(src:str|Path, format:str='auto', batch:str|Path|None=None, # the fo
                 'finish the batch, or name another file',
             ) from None
         raise type(e)(e.what.replace(str(work), str(src)), e.expected, 'name another file or format') from None
-    d = replace(r.dataset, table=_as_sent(r.dataset.table, Path(batch)), version='') if batch else r.dataset
+    d = replace(r.dataset, table=_as_sent(r.dataset.table, sent), version='') if sent else r.dataset
     undone = r.tally['left_out'].get('nobody has done it yet', 0)
     if not (tells if empty is None else empty):
         said = pc.greater(pc.fill_null(pc.list_value_length(d.table['annotations']), 0), 0)

@@ -249,9 +249,10 @@ def _entries(a, id:str, w:int, h:int) -> list[dict]:
 # %% ../../../nbs/11g_data.format.labelstudio.ipynb #426d9a0f
 def write(target:Target,
           url:str='/data/local-files/?d=', # what goes before an image's name
+          kinds:str='',                    # what the interface offers besides what is there, such as `box polygon`
          ) -> None:
     from dataclasses import replace
-    tasks, seen = [], set()
+    tasks, seen = [], set(kinds.split())
     for n, r in enumerate(target.rows(), 1):
         name = target.image(r, f'images/{target.name(r)}'); said = defaultdict(list)
         for k, a in enumerate(r['annotations']):
