@@ -9,6 +9,7 @@ __all__ = ['COLOURS', 'STYLE_IN_NOTEBOOK', 'STYLE', 'TEMPLATE', 'figure_style', 
 # %% ../nbs/90_report.ipynb #aa8fee04
 import html, os, re, tempfile
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 import pandas as pd
@@ -100,27 +101,38 @@ padding:.5rem .9rem;min-width:7rem}.card b{display:block;font-size:1.5rem;line-h
 .card small{opacity:.65}.verdict{display:inline-block;font-weight:700;padding:.2rem .9rem;border-radius:1rem;margin-bottom:.6rem;
 color:#fff;background:#9a3412}.verdict.pass{background:#166534}</style>'''
 
+# %% ../nbs/90_report.ipynb #ddcf945f
+def _missing(v) -> bool: return v is None or v is pd.NaT or v is pd.NA or (isinstance(v, Real) and v != v)
+
+def _numeric(values:list) -> bool: # Python's numbers and NumPy's; truth values are none
+    "A column of numbers, some of which may be missing."
+    is_number = lambda v: isinstance(v, Real) and not isinstance(v, bool)
+    return any(map(is_number, values)) and all(is_number(v) or _missing(v) for v in values)
+
+def _text(v:Any) -> str:
+    "A value of a table as it is read: four digits, and a dash where there is none."
+    if _missing(v): return '–'
+    if isinstance(v, Integral) or not isinstance(v, Real): return str(v)
+    return f'{v:.4g}' if abs(v) < 1e4 else f'{v:.0f}'
+
 # %% ../nbs/90_report.ipynb #d1cdfd65
 def table_html(
     t: pd.DataFrame,
     mark: str | None = None,  # the column whose words `pass`, `fail`, `error` ... colour the row's cell
     index: bool = False,
 ) -> str:
-    "A table that scrolls by itself when the screen is narrow."
-    def cell(name, v):
-        css = (
-            f' class="mark {html.escape(str(v)).replace(" ", "-")}"'
-            if name == mark
-            else ' class="num"'
-            if isinstance(v, (int, float))
-            else ''
-        )
-        text = f'{v:.4g}' if isinstance(v, float) else str(v)
-        return f'<td{css}>{html.escape(text)}</td>'
-    names = ([t.index.name or ''] if index else []) + list(t.columns)
-    head = ''.join(f'<th>{html.escape(str(n))}</th>' for n in names)
-    rows = (([i] if index else []) + list(r) for i, r in zip(t.index, t.itertuples(index=False)))
-    body = ''.join(f'<tr>{"".join(cell(n, v) for n, v in zip(names, r))}</tr>' for r in rows)
+    "A table that scrolls by itself when the screen is narrow; numbers stand right, their head above them."
+    columns = ([(t.index.name or '', list(t.index))] if index else []) + [
+        (n, list(t.iloc[:, k])) for k, n in enumerate(t.columns)
+    ]
+    def shown(name, values): # the head, then the cells
+        right = ' class="num"' if _numeric(values) else ''
+        marked = lambda v: f' class="mark {html.escape(str(v)).replace(" ", "-")}"' if name == mark else right
+        cells = [f'<td{marked(v)}>{html.escape(_text(v))}</td>' for v in values]
+        return [f'<th{right}>{html.escape(str(name))}</th>', *cells]
+    head, *rows = zip(*(shown(*c) for c in columns)) if columns else [()]
+    body = ''.join(f'<tr>{"".join(r)}</tr>' for r in rows)
+    head = ''.join(head)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 # %% ../nbs/90_report.ipynb #abd92863
@@ -159,7 +171,7 @@ details.code{margin:.3rem 0;color:var(--soft);font-size:.8rem}details.code>summa
 details.code pre{padding:.7rem;background:var(--card);border-radius:.4rem;color:var(--ink)}
 .scroll,.output>div{overflow-x:auto}table{border-collapse:collapse;margin:.6rem 0;font-size:.9rem}
 th,td{padding:.3rem .7rem;text-align:left;border-bottom:1px solid var(--line);vertical-align:top}th{color:var(--soft);font-weight:600}
-td.num{text-align:right;font-variant-numeric:tabular-nums}td.mark{font-weight:700}td.pass,td.ok{color:#15803d}
+td.num,th.num{text-align:right;font-variant-numeric:tabular-nums}td.mark{font-weight:700}td.pass,td.ok{color:#15803d}
 td.fail,td.error{color:#b91c1c}td.warning,td.not-judged{color:#b45309}
 @media (prefers-color-scheme:dark){td.pass,td.ok{color:#4ade80}td.fail,td.error{color:#f87171}td.warning,td.not-judged{color:#fbbf24}}
 .headline{margin:1rem 0 1.6rem}.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(8rem,1fr));gap:.7rem}
