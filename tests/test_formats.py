@@ -9,7 +9,7 @@ from cv_lab.core import BadInput, file_digest
 from cv_lab.data.files import Source, look, look_all, unpack
 from cv_lab.data.formats import Quarantined, export_dataset, import_dataset
 from cv_lab.data.manifest import load_dataset, shared_groups
-from cv_lab.image import decode
+from cv_lab.image import NotAnImage, decode
 
 rng = np.random.default_rng(0)
 
@@ -96,6 +96,24 @@ def test_items_without_a_split_get_one_and_copies_stay_together(tmp_path):
     assert import_dataset(tmp_path / 'src', 'imagefolder', tmp_path / 'o2', splits='keep').tally['splits'] == {
         'unsplit': 54
     }
+
+
+@pytest.mark.parametrize('name, mode', [('a.tif', 'RGB'), ('A.TIFF', 'I;16'), ('deep/page.tif', 'L'), ('lies.png', 'L')])
+def test_a_tiff_is_named_and_how_to_get_out_of_it(tmp_path, name, mode):
+    src = tmp_path / 'src'
+    good = put(src / 'cat/good.png')
+    (src / f'cat/{name}').parent.mkdir(exist_ok=True)
+    Image.new(mode, (30, 20), 9 if mode != 'RGB' else (9, 9, 9)).save(src / f'cat/{name}', 'TIFF')
+    r = import_dataset(src, 'imagefolder', tmp_path / 'out')
+    (row,) = r.quarantine.to_dict('records')
+    assert row['item'] == f'cat/{name}' and row['reason'] == 'an image format that is not read' and len(r.dataset) == 1
+    assert row['detail'].startswith('TIFF: save it as PNG')
+    (src / 'labels.csv').write_text(f'image,label\ncat/good.png,cat\ncat/{name},cat\n')  # from a file of labels too
+    r = import_dataset(src / 'labels.csv', 'csv', tmp_path / 'out2')
+    assert len(r.dataset) == 1 and 'TIFF: save it as PNG' in r.quarantine['detail'].str.cat()
+    with pytest.raises(NotAnImage, match='the bytes are TIFF, which is not read') as e:
+        decode((src / f'cat/{name}').read_bytes())
+    assert 'PNG' in e.value.mend and good.exists()
 
 
 def test_faults_are_set_aside_with_a_reason(tmp_path):

@@ -16,7 +16,7 @@ from typing import Iterable, Iterator, NamedTuple
 import pandas as pd
 from PIL import Image
 from ..core import BadInput, digest, file_digest, inside
-from ..image import SUFFIXES, BadImage, NotAnImage, TooLarge, open_image
+from ..image import AS_PNG, OTHERS, SUFFIXES, BadImage, NotAnImage, TooLarge, known_as, open_image
 
 # %% ../../nbs/11_data.files.ipynb #c3943505
 class Quarantine:
@@ -52,6 +52,7 @@ class Look(NamedTuple):
     fault: str = ''    # why it cannot be used; empty when it can
     detail: str = ''
 
+_OTHER = 'an image format that is not read'
 _PNG_MAY_TURN = (b'eXIf', b'Raw profile', b'XML:com.adobe.xmp')
 
 def _readable(im:Image.Image, data:bytes) -> int: # EXIF orientation
@@ -68,7 +69,9 @@ def look(data:bytes, # an image file's content
     if not data: return Look(sha, fault='empty file')
     try: im = open_image(data); (w, h), kind = im.size, im.format
     except TooLarge as e: return Look(sha, fault='too many pixels', detail=e.what)
-    except NotAnImage: return Look(sha, fault='not an image that is read', detail='JPEG, PNG, WebP, BMP and GIF are')
+    except NotAnImage:
+        if other := known_as(data): return Look(sha, fault=_OTHER, detail=f'{other}: {AS_PNG}')
+        return Look(sha, fault='not an image that is read', detail='JPEG, PNG, WebP, BMP and GIF are')
     except BadImage as e: return Look(sha, fault='cannot be decoded', detail=e.what)
     suffix = '.' + kind.lower().replace('jpeg', 'jpg')
     try: turned = _readable(im, data)
@@ -169,8 +172,13 @@ class Source:
 
     @cached_property
     def images(self) -> list[str]:
-        "The files that should be images, by their suffix."
+        "The files that should be images, by their suffix; those of formats that are not read are set aside."
+        for n in self.names if self.only is None else (): self._other(n)
         return [n for n in self.names if n.lower().endswith(SUFFIXES)]
+
+    def _other(self, name:str) -> None:
+        if (what := OTHERS.get(Path(name).suffix.lower())) is not None:
+            self.quarantine.drop(name, _OTHER, f'{what}: {AS_PNG}')
 
     def find(self, *patterns:str) -> list[str]: # as a shell writes them, in lower case; `*` crosses folders
         "The files of those names; of a source that is one file, at most that one."
@@ -214,6 +222,7 @@ class Source:
         want = _plain(str(name)).split('/')
         want = [p for p in want if p not in ('', '.', '..') and not p.endswith(':')]
         if not want: return None
+        if self.only is not None: self._other(str(name))
         if suffix: found = self._tails.get(want[-1], [])
         else: found = [n for s in SUFFIXES for n in self._tails.get(want[-1] + s, [])]
         if len(found) < 2: return found[0] if found else None

@@ -24,8 +24,6 @@ def split_folders(names:list[str]) -> dict[str, str|None]: # folder -> split; em
     return meant if len(meant) == len(top) or any(split_of(t) == 'train' for t in deep) else {}
 
 # %% ../../../nbs/11a_data.format.imagefolder.ipynb #1613064e
-_OTHER_IMAGES = re.compile(r'.*\.(tiff?|heic|heif|avif|jp2|jxl|dcm|nef|cr2|arw|dng|svg|psd)$', re.I)
-
 def recognise(source:Source) -> tuple[int, str]:
     if source.only or not source.images: return 0, ''
     splits = split_folders(source.images)
@@ -43,8 +41,6 @@ def read(source:Source,
     if label not in ('first', 'last'):
         raise BadInput(f'label={label}', 'first or last', 'see nbs/11a_data.format.imagefolder.ipynb')
     splits = split_folders(source.images); q = source.quarantine
-    for n in source.names:
-        if _OTHER_IMAGES.match(n): q.drop(n, 'an image format that is not read', 'convert it to PNG or JPEG')
     def items():
         for n in source.images:
             folders = n.split('/')[:-1]
