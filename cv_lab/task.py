@@ -34,12 +34,13 @@ CONTRACT = dict(
 OPTIONAL = dict(
     GEOMETRY='parts of an annotation that move with the image, of: bbox, mask, polygon. Then `targets` gets what is left after augmentation, in pixels of the input',
     GAIN='the metric that the column `gain` of its mistakes is a part of',
+    WEIGHT='the column of its mistakes that says how much each of them counts, named by its unit; else all count alike',
     whole='(annotations, width, height) -> annotations, with a place for those that have none and speak of the whole image',
     collate='(targets) -> a batch of them, where they are no arrays of one shape',
     distill='(outputs, taught, cfg, temperature) -> a scalar tensor: how far the outputs are from those of a teacher',
     calibrate='(truth, predictions, problem) -> thresholds, fitted on held-out data',
     answers='(truth, predictions, problem) -> of every answer given: is it right, its confidence, index of its class, index of its item',
-    DECIDES='what it heeds of a problem\'s `decision` beside a target precision, of: costs, isotonic; both where it is missing',
+    DECIDES='what it heeds of `decision` beside a target precision, of: costs, isotonic; both where it is missing',
     figures='(truth, predictions, problem) -> {title: matplotlib figure}, for the report of its errors',
     why='(outputs, annotation, cfg, classes) -> {output: weights}: of one image, both arrays; the weighted sum is what speaks for the annotation, which is in pixels of the input',
 )

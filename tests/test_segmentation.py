@@ -9,6 +9,7 @@ from torchmetrics.segmentation import MeanIoU
 from cv_lab.core import Annotation, BadInput, digest
 from cv_lab.data.manifest import make_table
 from cv_lab.decoders import DECODERS, pixel_network
+from cv_lab.errors import in_words, mistakes, without_specks
 from cv_lab.evaluate import evaluate
 from cv_lab.geometry import mask_iou, rle_decode, rle_encode, to_input
 from cv_lab.image import Preprocess, placement
@@ -223,6 +224,17 @@ def test_planted_mistakes_have_their_kind():
     assert table['kind'].value_counts().to_dict() == dict(swap=2, missed=1, invented=1)
     rough = segmentation.mistakes(*tables([(scene((1, 10, 20, 10, 20)), scene((1, 10, 20, 13, 23)))]), problem())
     assert rough['kind'].tolist() == ['boundary'] and rough['what'][0] == 'the boundary of a'
+
+
+def test_the_paragraph_is_about_what_weighs_and_not_about_specks():
+    dots = [(1, y, y + 1, x, x + 1) for y in range(0, 40, 4) for x in range(60, 80, 10)]  # 20 invented ones of a pixel
+    truth, said = tables([(scene((2, 5, 30, 10, 40)), scene(*dots))] + [(scene(), scene((1, 3, 4, 3, 4)))] * 3)
+    found = mistakes(truth, said, problem())
+    assert found['kind'].value_counts()['invented'] == 23 and found['pixels'].max() == 750
+    heavy = without_specks(found, problem())
+    assert heavy['kind'].tolist() == ['missed'] and heavy['pixels'].sum() >= 0.95 * found['pixels'].sum()
+    told = ' '.join(in_words(truth, found, problem()))
+    assert 'specks' in told and '100% of the wrong pixels are of the kind “missed”' in told and 'invented' not in told
 
 
 def test_mending_all_kinds_mends_everything():
