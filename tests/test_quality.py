@@ -3,7 +3,7 @@ import json
 import numpy as np, pandas as pd, pytest
 from PIL import Image, ImageDraw, ImageFilter
 import io
-from cv_lab.core import Annotation, canonical_json, digest
+from cv_lab.core import Annotation, BadInput, canonical_json, digest
 from cv_lab.data import coverage, duplicates, measures, quality as q
 from cv_lab.data.orientation import turned
 from cv_lab.data.manifest import Dataset, assign_splits, first_labels, make_table
@@ -469,3 +469,89 @@ def test_turned_pictures_and_none_where_there_is_no_top():
 
 def test_clusters():
     assert len(set(duplicates.clusters(6, pd.DataFrame(dict(a=[0, 1, 4], b=[1, 2, 5]))))) == 3
+
+
+# ---- the table alone
+
+def muddle(seed, n=240):
+    "Rows with every fault that a table can show, and as many without."
+    rng, rows = np.random.default_rng(seed), []
+    pick = lambda *v: v[rng.integers(len(v))]
+    for i in range(n):
+        w, h = int(rng.integers(80, 120)), int(rng.integers(60, 90))
+        anns = []
+        for _ in range(pick(0, 1, 1, 2, 3)):
+            x, y, s = rng.uniform(0, 50), rng.uniform(0, 40), pick(1.3, 20, 25, 30)
+            b = [x, y, x + s * pick(1, 1, 1, 1, 4), y + s]
+            anns += [Annotation(pick('cat', 'cat', 'dog', None if seed else 'cat'), b)] * pick(1, 1, 1, 1, 2)
+        if pick(*[True] * 14, False): anns.append(Annotation('usual' if i % 40 else 'strange'))
+        rows.append(
+            dict(
+                id=f'{i:04}',
+                uri=f'{i}.png',
+                sha256=digest(f'{rng.integers(n)}'),
+                group=pick(None, f'g{rng.integers(n // 3)}'),
+                split=pick('train', 'train', 'val', 'test', None),
+                width=w if i % 17 else None,
+                height=h if i % 17 else None,
+                annotations=anns,
+                expires=pick(None, None, '2020-01-01', '2099-01-01', 'soon'),
+            )
+        )
+    return make_table(rows)
+
+
+@pytest.mark.parametrize('seed', [0, 1, 2])
+@pytest.mark.parametrize('size', [37, 50_000])
+def test_the_table_alone_says_what_the_whole_check_says(tmp_path, monkeypatch, seed, size):
+    import cv_lab.data.tablecheck as alone
+    from cv_lab.data.manifest import batches, open_manifest, save_dataset
+
+    t, classes = muddle(seed), ['cat', 'dog', 'usual']
+    monkeypatch.setattr(alone, 'batches', lambda rows, columns: batches(rows, columns, size))
+    save_dataset(Dataset(t, 'muddle', tmp_path, classes), tmp_path)
+    seen = pd.DataFrame(
+        {c: t[c].to_pylist() for c in ('id', 'sha256', 'width', 'height')}
+        | dict(pixels=t['sha256'].to_pylist(), broken=None, tells='')
+    ).astype(dict(width=float, height=float))
+    whole = pd.concat([q.between_findings(t, seen), q.table_findings(t, seen, classes)])
+    want = {k: set(v) for k, v in whole.groupby('kind')['id']}
+    kinds = 'leaked_group leaked_content duplicate conflict unknown_label unlabelled expired box_outside box_tiny box_twice'
+    assert want.keys() >= set(kinds.split())
+    for d in (Dataset(t, 'muddle', tmp_path, classes), open_manifest(tmp_path)):
+        r = alone.check_table_only(d)
+        assert {k: {f'{i:04}' for i in v} for k, v in r.findings.groupby('kind', observed=True)['id']} == want
+        assert r.counts.equals(q.class_counts(t, classes)) and not r.ok
+        tally = {x['kind']: x for x in r.to_json()['findings']}
+        assert {k: x['items'] for k, x in tally.items() if k != 'no_class'} == {k: len(v) for k, v in want.items()}
+        assert all(set(x['first']) <= want[k] and x['first'] for k, x in tally.items() if k != 'no_class')
+
+
+def test_the_command_needs_no_picture_for_the_table(tmp_path):
+    from typer.testing import CliRunner
+    from cv_lab.cli.data import app
+    from cv_lab.data.manifest import save_dataset
+
+    rows = [dict(id=f'{i}', uri=f'{i}.png', sha256=digest(f'{i}'), annotations=[Annotation('a')]) for i in range(6)]
+    for r, s in zip(rows, ('train', 'train', 'train', 'val', 'test', 'test')): r |= dict(split=s, group=f'g{r["id"]}')
+    save_dataset(Dataset(make_table(rows), 'd', tmp_path / 'no pictures', ['a']), tmp_path / 'd')
+    run = lambda *a: CliRunner().invoke(app, ['check', str(tmp_path / 'd'), '--no-pixels', *a])
+    said = json.loads(run('--json').stdout)
+    assert said['ok'] and said['items'] == 6 and not said['findings'] and set(said['parts']) == {
+        'separate', 'unique', 'labelled', 'balanced'
+    }
+    assert {r['rule'] for r in said['rules'] if r['verdict'] == 'not judged'} == {
+        'items that can be read', 'files as imported'
+    }
+    rows[5]['group'] = 'g0'
+    save_dataset(Dataset(make_table(rows), 'd', tmp_path / 'no pictures', ['a']), tmp_path / 'd')
+    r = run()
+    assert r.exit_code == 4 and 'leaked_group' in r.stdout and 'not judged' in r.stdout
+    assert isinstance(run('--report').exception, BadInput)
+
+
+def test_a_group_that_has_no_split_yet_leaks_nowhere():
+    rows = [dict(id=i, uri=i, sha256=digest(i), group='g', split=s) for i, s in zip('abc', (None, None, 'train'))]
+    for some in (rows, rows[:2]):
+        seen = pd.DataFrame(dict(pixels=list('abc')[:len(some)]))
+        assert not len(q.between_findings(make_table(some), seen))

@@ -195,7 +195,7 @@ def _checked(found:dict) -> str:
     rules = Table('rule', 'verdict', 'seen', 'expected')
     kinds = Table('found', 'severity', 'items', 'first', 'what to do')
     for x in found['rules']:
-        colour = 'red' if x['verdict'] == 'fail' else 'green'
+        colour = dict(fail='red', **{'not judged': 'yellow'}).get(x['verdict'], 'green')
         rules.add_row(x['rule'], f"[{colour}]{x['verdict']}[/]", x['said'], x['expected'])
     for x in found['findings']:
         what, first = f"{x['kind']}: {x['meaning']}", ', '.join(x['first'][:3])
@@ -207,6 +207,14 @@ def _checked(found:dict) -> str:
     parts = ', '.join(f'{k} {v:.2f}' for k, v in found['parts'].items())
     items = f"{found['dataset']}, version {found['version']}: {found['items']:,} items"
     return f"{text.get()}{items}, score {found['score']:.2f} ({parts})"
+
+def _table_only(dataset:str, spec) -> dict:
+    "What the table of a dataset says that cannot be right; the table is never read whole."
+    from cv_lab.data.manifest import open_manifest
+    from cv_lab.data.tablecheck import check_table_only
+    from cv_lab.experiment import open_dataset
+    there = (Path(dataset)/'dataset.json').is_file()
+    return check_table_only(open_manifest(dataset) if there else open_dataset(dataset), spec).to_json()
 
 # %% ../../nbs/95_cli.data.ipynb #d5fadcee
 @app.command()
@@ -229,18 +237,31 @@ def check(
     workers: Annotated[
         int | None, typer.Option(min=1, help='Processes that look at the images; all cores when it pays, if not given.')
     ] = None,
+    pixels: Annotated[
+        bool,
+        typer.Option(
+            '--pixels/--no-pixels',
+            help='Look at the pictures; without, only at the table, some rows at a time: millions of rows take seconds.',
+        ),
+    ] = True,
     as_json: Json = False,
 ) -> None:
     """Find what is wrong with a dataset: broken files, copies, leaks between splits, odd pictures, labels.
 
     Exits with 4 when a data rule fails.
 
-    **Example**: `cvlab data check data/street --problem problems/street.yaml --report`
+    **Examples**
+
+    - `cvlab data check data/street --problem problems/street.yaml --report`
+
+    - `cvlab data check data/street --no-pixels` : leaks, copies, labels, boxes and terms, as far as the table says it
     """
     from cv_lab.core import read_json
     from cv_lab.data.quality import check as look
     from cv_lab.experiment import open_dataset, run_experiment
     from cv_lab.spec import load_problem
+    if not pixels and (report or predictions):
+        raise BadInput('--no-pixels with --report or --predictions', 'one or the other', 'these need the pictures')
     if report:
         whole = lambda p: str(Path(p).resolve()) if Path(p).exists() else str(p)
         given = {k: whole(v) for k, v in dict(dataset=dataset, problem=problem, predictions=predictions).items() if v}
@@ -250,7 +271,8 @@ def check(
         import pyarrow.parquet as pq
 
         spec, said = load_problem(problem) if problem else None, pq.read_table(predictions) if predictions else None
-        found = look(open_dataset(dataset), spec, workers, said).to_json()
+        if pixels: found = look(open_dataset(dataset), spec, workers, said).to_json()
+        else: found = _table_only(dataset, spec)
     say(found, as_json, _checked(found))
     if report: typer.echo(f'report: {made.html}', err=as_json)
     if not found['ok']: raise typer.Exit(NotAccepted.exit_code)

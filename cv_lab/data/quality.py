@@ -173,7 +173,7 @@ def between_findings(t:pa.Table, seen:pd.DataFrame) -> pd.DataFrame:
     same = extra('pixels')
     apart = (same['split'] != same['first_split']) & same['split'].notna()
     parted = extra('group')
-    parted = parted[parted['split'] != parted['first_split']]
+    parted = parted[(parted['split'] != parted['first_split']) & parted['split'].notna()]
     add('leaked_content', same[apart], lambda r: f'in {r.split}; the same as {r.first_id} in {r.first_split}')
     add('duplicate', same[~apart], lambda r: f'the same as {r.first_id}')
     add(
