@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IMAGE', 'ANSWER', 'read_log', 'features', 'kernel', 'mmd', 'told_apart', 'Drift', 'drift', 'draw_drift',
-           'read_truths', 'told', 'leading', 'watch']
+           'read_truths', 'told', 'told_in_full', 'leading', 'watch']
 
 # %% ../nbs/80_monitor.ipynb #7468e524
 from dataclasses import dataclass, replace
@@ -190,6 +190,31 @@ def told(log:pd.DataFrame, truth:dict[str, str|list[str]]) -> pd.DataFrame: # di
         )
         out.append(dict(digest=d[:12], n=n, right=round(p, 3), low=round(mid - half, 3), high=round(mid + half, 3)))
     return pd.DataFrame(out)
+
+def told_in_full(folder:str|Path, problem) -> pd.DataFrame: # digest, n, metric, value, low, high
+    "The problem's own figures on what clients told, by the weights that answered; lines without an answer in full are left out."
+    from .data.manifest import PREDICTIONS, make_table
+    from .evaluate import evaluate
+    from .task import get_task
+    truths = {r['id']: r for r in log_lines(folder, 'feedback-*.jsonl') if isinstance(r.get('annotations'), list)}
+    plain = lambda r: not any(isinstance((a.get('mask') or {}).get('counts'), list) for a in r['annotations'])
+    said = [r for r in log_lines(folder, 'predictions-*.jsonl')
+            if r.get('id') in truths and r.get('problem') == problem.name and 'annotations' in r and plain(r)]
+    bare, out = problem.model_copy(update=dict(slices={})), []
+    known = get_task(problem.task).METRICS
+    names = [m for m in dict.fromkeys([problem.metrics.primary, *problem.metrics.report]) if m in known]
+    for d in sorted({r['digest'] for r in said}):
+        ours = [r for r in said if r['digest'] == d]
+        rows = [dict(id=r['id'], sha256=r['id'].ljust(64, '0'), width=r['width'], height=r['height'],
+                     annotations=_bare(truths[r['id']]['annotations'])) for r in ours]
+        table = make_table([dict(id=r['id'], annotations=_bare(r['annotations'], True)) for r in ours], PREDICTIONS)
+        found = evaluate(make_table(rows), table, bare)['metrics']
+        for m in names: out.append(dict(digest=d[:12], n=len(ours), metric=m, **{k: found[m][k] for k in ('value', 'low', 'high')}))
+    return pd.DataFrame(out, columns=['digest', 'n', 'metric', 'value', 'low', 'high'])
+
+def _bare(annotations:list[dict], said:bool=False) -> list[dict]: # truths have no scores
+    keep = {'label', 'bbox', 'mask', 'polygon', 'text'} | ({'score'} if said else set())
+    return [{k: v for k, v in a.items() if k in keep} | (dict(accepted=True) if said else {}) for a in annotations]
 
 # %% ../nbs/80_monitor.ipynb #a01c6699
 def leading(x:np.ndarray, # (N, D)

@@ -20,7 +20,8 @@ from .data.manifest import Dataset
 from .data.versions import golden_of
 from .evaluate import write_comparison, write_evidence
 from .mining import with_embedding
-from .parity import Checkpoint, checkpoint_network, parity, side_by_side
+from .parity import Checkpoint, checkpoint_network, parity, side_by_side, within
+from .prune import prune, train_on, without_silent
 from .predict import Predictor, calibrate, describe_model, predict_table, write_golden
 from .spec import Problem
 from .task import predictions_table
@@ -95,6 +96,8 @@ class Form:
 FORMS = {
     'graph': Form('folded and fused ahead of time'),
     'int8': Form('eight bits, static, as few layers in float as the budget needs', 'int8'),
+    'pruned': Form('fewer channels and a short training, as few as the budget allows'),
+    'pruned-int8': Form('fewer channels, and those in eight bits', 'int8'),
     'int8-dynamic': Form('matrix products in eight bits, ranges from each batch', 'int8'),
     'fp16': Form('half precision', 'fp16', 'cuda'),
     'tensorrt-fp16': Form('half precision in TensorRT', 'fp16', 'cuda', 'TensorrtExecutionProvider'),
@@ -103,6 +106,7 @@ FORMS = {
 }
 TARGETS = {
     'cpu': ['graph', 'int8', 'int8-dynamic'],
+    'pruned': ['pruned', 'pruned-int8'], # asked for by name: it trains
     'cuda': ['fp16'],
     'openvino': ['openvino', 'openvino-int8'],
     'tensorrt': ['tensorrt-fp16'],
@@ -161,13 +165,20 @@ class Workshop:
         f = self.run.path/'evaluation/predictions.parquet'; t = pq.read_table(f) if f.is_file() else None
         return t if t is not None and t['id'].to_pylist() == self.test['id'].to_pylist() else None
 
+    @cached_property
+    def first_answers(self) -> pa.Table: # of the run's checkpoint to the test items
+        if self.base is not None: return self.base
+        ready = [self.model.prepare(self.data.read(u)) for u in self.test['uri'].to_pylist()]
+        return predictions_table(self.test['id'].to_pylist(), self.model.answers(ready, self.checkpoint.infer))
+
     def spent(self, path:Path) -> float: # 1: all of it
         "The share of the budget that a graph uses on the validation items: on all, or on the worst slice."
         s = ort.InferenceSession(path.read_bytes(), providers=['CPUExecutionProvider'])
-        names, feed, b = [o.name for o in s.get_outputs()], s.get_inputs()[0].name, self.problem.optimize
-        found = side_by_side(
-            self.val, self.answers(lambda x: dict(zip(names, s.run(names, {feed: x})))), self.meant, self.problem
-        )['slices']
+        names, feed = [o.name for o in s.get_outputs()], s.get_inputs()[0].name
+        return self.spent_by(lambda x: dict(zip(names, s.run(names, {feed: x}))))
+
+    def spent_by(self, infer:Callable) -> float: # pixels -> named outputs
+        found, b = side_by_side(self.val, self.answers(infer), self.meant, self.problem)['slices'], self.problem.optimize
         return max(
             (f['loses'] or 0) / max(b.lose_at_most if n == 'all' else b.slice_lose_at_most, 1e-9)
             for n, f in found.items()
@@ -181,8 +192,30 @@ class Workshop:
         if kind == 'graph': folded(source, out); return {}
         if kind == 'fp16': half(source, out); return {}
         if kind == 'int8-dynamic': dynamic_int8(source, out); return {}
+        if kind == 'pruned': return self.prune(out, say)
+        if kind == 'pruned-int8':
+            source = self.run.path/'variants/pruned/export/model.onnx'
+            return kept_in_float(source, out, self.pixels, self.spent, .75, say)
         if kind == 'int8': return kept_in_float(source, out, self.pixels, self.spent, .5, say)
         shutil.copyfile(source, out); return {}
+
+    def prune(self, out:Path, say:Callable) -> dict: # notes; see 48b_prune.ipynb
+        "Write the graph with fewer channels, and beside it the checkpoint that it is held against."
+        from safetensors.torch import save_file
+        (net, cfg), how = checkpoint_network(self.run), self.run.config['fit']
+        def infer(x):
+            with torch.inference_mode(): return {k: v.numpy() for k, v in net(torch.from_numpy(x)).items()}
+        epochs = max(2, how['epochs']//2)
+        tune = lambda net: train_on(net, self.problem, self.data, how, epochs)
+        few = torch.from_numpy(self.pixels[:4])
+        notes = prune(net, self.export/'model.onnx', tune, lambda net: self.spent_by(infer), few, .5, say=say)
+        save_file({k: v.contiguous() for k, v in net.state_dict().items()}, out.parent/'model.safetensors')
+        export_onnx(net, cfg.image.height, cfg.image.width, whole := out.with_name('.whole.onnx'))
+        if any(o.name == 'embedding' for o in onnx.load(self.export/'model.onnx').graph.output):
+            write_atomic(whole, with_embedding(whole))
+        notes |= dict(epochs=epochs, channels=without_silent(whole, out))
+        whole.unlink()
+        return notes
 
 # %% ../nbs/50_optimize.ipynb #4312dcf9
 def variant_folder(run:str|Path, name:str) -> Path:
@@ -212,6 +245,15 @@ def _describe(shop:Workshop, name:str, out:Path) -> None:
     )
 
 
+def _with_budget(found:dict, figures:dict, problem:Problem) -> dict: # a verdict on parity
+    "What a pruned network loses is no matter of numbers: the budget decides, against the run that it was made from."
+    bad, all_ = within(figures, problem), figures['slices']['all']
+    lost = f'{figures["metric"]} {all_["artifact"]:.4g} against {all_["checkpoint"]:.4g} of the run'
+    out = found | {k: figures[k] for k in ('metric', 'metrics', 'slices')}
+    if not found['ok']: return out
+    if bad: out['stages']['network'] |= dict(ok=False, said='; '.join(bad))
+    return out | dict(ok=not bad, stage='network' if bad else None, said='; '.join(bad) or f'as its own checkpoint; {lost}')
+
 def make_variant(
     shop: Workshop, name: str, opponents: Callable | None = None, force: bool = False, say: Callable = lambda text: None
 ) -> Path:  # its folder; `opponents` as for compare_again
@@ -232,6 +274,8 @@ def make_variant(
         return out
     shutil.rmtree(out, ignore_errors=True); (out/'export').mkdir(parents=True); _describe(shop, name, out)
     say(form.what)
+    pruned = name.startswith('pruned')
+    if name == 'pruned-int8': make_variant(shop, 'pruned', opponents, force, say)
     notes = shop.make(name, out / 'export/model.onnx', say)
     calibrate(out / 'export', shop.val, shop.data.read, shop.problem)
     model = Predictor(out / 'export', form.device, shop.threads)
@@ -239,9 +283,12 @@ def make_variant(
     figures = write_evidence(out / 'evaluation', shop.test, said, shop.problem, 'test', shop.data.version)
     write_golden(out / 'golden.parquet', shop.test, shop.data.read, said)
     say(f'{shop.problem.metrics.primary} {figures["metrics"][shop.problem.metrics.primary]["value"]:.4g}')
-    cost = performance(shop.run, model, shop.test, shop.data.read, shop.problem, said, shop.base) | alone(
-        out / 'export', form.device, shop.threads or 1
-    )
+    base = shop.first_answers if pruned else shop.base
+    strict = pruned and form.precision == 'fp32' # the same numbers as its own checkpoint, and the budget beside them
+    own = shop.run.path/'variants/pruned' if pruned else shop.run
+    cost = performance(own, model, shop.test, shop.data.read, shop.problem, said, None if strict else base)
+    if strict: cost['parity'] = _with_budget(cost['parity'], side_by_side(shop.test, said, base, shop.problem), shop.problem)
+    cost |= alone(out/'export', form.device, shop.threads or 1)
     write_json(out / 'evaluation/performance.json', cost | dict(precision=form.precision))
     say(cost['parity'].get('said') or 'the same answers as the checkpoint')
     if opponents: compare_again(out, shop.problem, opponents, golden_of(shop.data))

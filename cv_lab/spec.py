@@ -175,8 +175,9 @@ class Serving(Strict):
     max_batch: int = Field(64, ge=1, le=1024)
     keep_images: float = Field(0., ge=0, le=1)     # share of the images asked about that is stored; 0: never any
     keep_embeddings: float = Field(0., ge=0, le=1) # and of what the network made of them
-    keep_days: int = Field(30, ge=1)               # then they are deleted
-    keep_mb: float = Field(500, gt=0)              # of both; the oldest go first
+    keep_answers: bool = False  # in full: boxes, masks and texts, so that what clients tell of them can be scored
+    keep_days: int = Field(30, ge=1)               # then images and embeddings are deleted
+    keep_mb: float = Field(500, gt=0)              # of them; the oldest go first
 
 # %% ../nbs/01_spec.ipynb #f7ca9808
 class Range(Strict):
@@ -251,7 +252,7 @@ class Problem(Strict):
 
     @cached_property
     def digest(self) -> str:
-        kept = {'keep_images', 'keep_embeddings', 'keep_days', 'keep_mb'}
+        kept = {'keep_images', 'keep_embeddings', 'keep_answers', 'keep_days', 'keep_mb'}
         left_out = {'sweep': True, 'serving': kept} # where one looked, and what one keeps, is no part of what is asked
         return digest(self.model_dump(mode='json', exclude=left_out))
 

@@ -2,7 +2,7 @@
 
 import asyncio, io, json, os, time
 
-import httpx, pytest
+import httpx, numpy as np, pytest
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -11,9 +11,10 @@ from cv_lab.cli.monitor import app
 from cv_lab.core import Annotation, digest
 from cv_lab.data.manifest import Dataset, load_dataset, make_table, save_dataset
 from cv_lab.data.seen import forget, kept_embeddings, kept_images, seen_dataset
-from cv_lab.spec import Serving
+from cv_lab.geometry import rle_encode
+from cv_lab.spec import Problem, Serving
 from cv_lab.data.withdraw import withdraw
-from cv_lab.monitor import read_log, read_truths, told
+from cv_lab.monitor import read_log, read_truths, told, told_in_full
 from cv_lab.service.app import Service
 from cv_lab.service.models import folders, toy_model
 from cv_lab.service.samples import Samples, clean_copy
@@ -229,3 +230,51 @@ def test_from_the_service_to_the_next_version_and_out_again(tmp_path, monkeypatc
     left = [p for p in root.rglob('*') if p.is_file() and 'audit' not in p.parts]
     for gone in (ids[9], ids[2]): assert not any(gone in p.name or gone.encode() in p.read_bytes() for p in left)
     assert ids[5] in kept_images(log) and len(read_log(log)) == len(ids) - 2
+
+
+# ---- boxes, masks and texts, by the task's own score
+
+def logged(folder, said, true, problem='p', size=(60, 40)):
+    about = [dict(id=f'{i:024x}', problem=problem, digest='d' * 64) for i in range(len(said))]
+    lines = [a | dict(width=size[0], height=size[1], annotations=s) for a, s in zip(about, said)]
+    folder.mkdir()
+    (folder / 'predictions-1.jsonl').write_text('\n'.join(map(json.dumps, lines)))
+    (folder / 'feedback-1.jsonl').write_text('\n'.join(json.dumps(a | dict(annotations=t)) for a, t in zip(about, true)))
+    return folder
+
+
+def asked(task, primary, classes=('a', 'b')):
+    return Problem(
+        name='p', task=task, classes=list(classes), owner='o', intended_use='i', slices={'night': "light == 'night'"},
+        metrics=dict(primary=primary, resamples=100), acceptance=[dict(metric=primary, at_least=0.5)],
+    )
+
+
+def test_boxes_are_matched_at_half_an_overlap(tmp_path):
+    box = lambda x, label='a', **more: dict(label=label, bbox=[x, 0, x + 20, 20], **more)
+    said = [[box(0, score=0.9)], [box(9, score=0.9)], [box(0, 'b', score=0.9)], [box(0, score=0.9), box(30, score=0.8)]]
+    true = [[box(2)], [box(0)], [box(0)], [box(0)]]  # an overlap of .82; of .38; of another class; one that is not there
+    seen = told_in_full(logged(tmp_path / 'log', said, true), asked('detection', 'precision')).iloc[0]
+    assert (seen.n, seen.metric, seen.value) == (4, 'precision', 2 / 5) and seen.low <= 0.4 <= seen.high
+
+
+def test_masks_and_texts_are_scored_by_their_task(tmp_path):
+    page = np.zeros((40, 60), bool)
+    page[:20] = True
+    half = page.copy()
+    half[10:20] = False
+    mask = lambda m, **more: dict(label='a', mask=rle_encode(m), **more)
+    log = logged(tmp_path / 'masks', [[mask(page, score=0.9)], [mask(half, score=0.9)]], [[mask(page)], [mask(page)]])
+    seen = told_in_full(log, asked('segmentation', 'mean_iou', ['a'])).iloc[0]
+    assert seen.n == 2 and seen.value == pytest.approx(0.75, abs=0.01)
+    line = lambda text, **more: dict(text=text, bbox=[0, 0, 50, 20], **more)
+    log = logged(tmp_path / 'texts', [[line('1234', score=0.9)], [line('1239', score=0.9)]], [[line('1234')], [line('1234')]])
+    assert told_in_full(log, asked('reading', 'cer', list('0123456789'))).iloc[0].value == pytest.approx(1 / 8)
+
+
+def test_answers_are_kept_in_full_only_where_that_is_allowed(tmp_path):
+    line = lambda folder: json.loads(next(folder.glob('predictions-*')).read_text().splitlines()[0])
+    for name, serving in (('yes', 'keep_answers: true'), ('no', '')):
+        session(tmp_path / name, allowed(tmp_path / f'toy {name}', serving), ask_some)
+    assert line(tmp_path / 'yes')['annotations'][0]['label'] == 'dark' and line(tmp_path / 'yes')['width'] == 20
+    assert 'annotations' not in line(tmp_path / 'no') and 'width' not in line(tmp_path / 'no')

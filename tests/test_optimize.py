@@ -273,6 +273,87 @@ def test_a_variant_goes_through_the_same_gate(copied, tmp_path):
     assert (out / 'variant.json').stat().st_mtime_ns == stamp
 
 
+def test_a_pruned_variant_is_held_against_its_own_checkpoint_and_the_budget(copied, tmp_path):
+    from cv_lab.optimize import Workshop, compare_again, make_variant
+
+    run, data = copied
+    judged(run, data)
+    shop = Workshop(run, PROBLEM, data, 1)
+    registry = Registry(tmp_path / 'registry')
+    others = lambda at: opponents(at, PROBLEM, registry)
+    out = make_variant(shop, 'pruned', others)
+    notes, cost = read_json(out / 'variant.json')['notes'], read_json(out / 'evaluation/performance.json')
+    assert notes['ok'] and notes['share'] >= 0.3 and any(after < before for before, after in notes['channels'].values())
+    assert cost['model_size_mb'] < 0.8 * (run.path / 'export/model.onnx').stat().st_size / 1e6
+    assert cost['parity']['ok'] and cost['parity']['max_abs_diff'] < 1e-4 and 'of the run' in cost['parity']['said']
+    again = read_json(make_variant(shop, 'pruned-int8') / 'evaluation/performance.json')
+    assert again['precision'] == 'int8' and again['model_size_mb'] < cost['model_size_mb']
+    compare_again(out, PROBLEM, others)
+    assert write_gate(out, PROBLEM, registry)['verdict'] == 'pass'
+    tag = registry.add(make_bundle(out, PROBLEM, TEXT))
+    registry.promote(tag, reason='smaller', by='b')
+    # another checkpoint's graph is not this one's
+    shutil.copyfile(run.path / 'export/model.onnx', out / 'export/model.onnx')
+    assert not parity(out, Predictor(out / 'export', 'cpu', 1), data.split('test'), data.read, PROBLEM)['ok']
+    # and what loses more than the budget is refused, whatever the numbers say
+    from cv_lab.optimize import _with_budget
+    figures = dict(metric='accuracy', metrics={}, slices={'all': dict(checkpoint=0.9, artifact=0.3, loses=0.6, support=9)})
+    refused = _with_budget(dict(ok=True, stages=dict(network={})), figures, PROBLEM)
+    assert not refused['ok'] and refused['stage'] == 'network' and 'loses 0.6 of at most 0.5' in refused['said']
+
+
+def small_network():
+    "Everything that channels meet: a residual block with depthwise, squeeze and excitation, and a classifier."
+    import torch
+    from torch import nn
+    from cv_lab.backbone import FromUint8, Named
+
+    def layer(i, o, k=1, groups=1, act=nn.Hardswish):
+        return nn.Sequential(nn.Conv2d(i, o, k, padding=k // 2, groups=groups, bias=False), nn.BatchNorm2d(o), act())
+
+    class Block(nn.Module):
+        def __init__(self, c, wide):
+            super().__init__()
+            self.widen, self.deep = layer(c, wide), layer(wide, wide, 3, wide)
+            self.squeeze, self.excite = nn.Conv2d(wide, 8, 1), nn.Conv2d(8, wide, 1)
+            self.narrow = layer(wide, c, act=nn.Identity)
+
+        def forward(self, x):
+            y = self.deep(self.widen(x))
+            gate = self.excite(torch.relu(self.squeeze(y.mean((2, 3), keepdim=True))))
+            return x + self.narrow(y * torch.nn.functional.hardsigmoid(gate))
+
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 3))
+    body = nn.Sequential(layer(3, 16, 3), Block(16, 32), layer(16, 24, act=nn.ReLU), head)
+    return Named(FromUint8((0.5,) * 3, (0.25,) * 3), body, 'logits')
+
+
+def test_taking_silent_channels_out_changes_no_answer(tmp_path):
+    import torch
+    from cv_lab.compress import outputs
+    from cv_lab.optimize import export_onnx
+    from cv_lab.prune import Channels, quiet_channels, silence, speak, without_silent
+
+    torch.manual_seed(1)
+    net = small_network().eval()
+    for m in net.modules():
+        if isinstance(m, torch.nn.BatchNorm2d):
+            for v, mean in ((m.weight, 1), (m.bias, 0), (m.running_mean, 0)): torch.nn.init.normal_(v, mean, 0.3)
+    export_onnx(net, 32, 32, tmp_path / 'm.onnx')
+    x = np.random.default_rng(0).integers(0, 256, (3, 3, 32, 32), np.uint8)
+    before = outputs(tmp_path / 'm.onnx', x)['logits']
+    assert not any(a < b for b, a in without_silent(tmp_path / 'm.onnx', tmp_path / 'same.onnx').values())
+    assert np.array_equal(outputs(tmp_path / 'same.onnx', x)['logits'], before)
+    speak(silence(net, quiet_channels(tmp_path / 'm.onnx', 0.5, at_once=4), torch.from_numpy(x)))
+    assert not any('_orig' in k or '_mask' in k for k in net.state_dict())
+    export_onnx(net, 32, 32, tmp_path / 'silent.onnx')
+    gone = without_silent(tmp_path / 'silent.onnx', tmp_path / 'small.onnx')
+    a, b = (outputs(tmp_path / f'{n}.onnx', x)['logits'] for n in ('silent', 'small'))
+    assert np.abs(a - b).max() < 1e-5 * np.abs(a).max() and np.abs(a - before).max() > 1e-3 * np.abs(a).max()
+    size = lambda n: sum(w.size for w in Channels(onnx.load(tmp_path / f'{n}.onnx')).weights.values())
+    assert size('small') < 0.5 * size('m') and all(after >= 4 for _, after in gone.values())
+
+
 def test_ranges_from_each_batch_are_refused(copied):
     from cv_lab.optimize import Workshop, make_variant
 

@@ -54,14 +54,26 @@ def drift(
 @app.command()
 def accuracy(
     log: Annotated[Path, typer.Argument(help='The folder that CVLAB_TELEMETRY names.')],
+    problem: Annotated[
+        Path | None, typer.Option(help='The problem file: boxes, masks and texts by its own figures, not by labels alone.')
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Right answers by the weights that gave them, where feedback tells the truth.
 
-    **Example**: `cvlab monitor accuracy logs/today`
+    Boxes, masks and texts need `--problem`, and answers in full in the log (`serving: {keep_answers: true}`).
+
+    **Examples**: `cvlab monitor accuracy logs/today`, `cvlab monitor accuracy logs/today --problem problems/scenes_reading.yaml`
     """
-    from cv_lab.monitor import read_log, read_truths, told
-    seen = told(read_log(log), read_truths(log))
+    from cv_lab.monitor import read_log, read_truths, told, told_in_full
+    from cv_lab.spec import load_problem
+    seen = told_in_full(log, load_problem(problem)) if problem else told(read_log(log), read_truths(log))
+    if seen.empty and problem:
+        raise NotFound(
+            f'{log} has no truth about answers that were kept in full',
+            'feedback with annotations, and serving: {keep_answers: true} in the problem file of the bundle',
+            'leave --problem out to compare labels',
+        )
     if seen.empty:
         raise NotFound(
             f'{log} has no truth about its predictions',

@@ -173,6 +173,10 @@ async def work_on(
     answers = [p if isinstance(p, Exception) else next(found) for p in prepared]
     return prepared, [a if isinstance(a, Exception) else options.apply(a) for a in answers]
 
+def _in_full(said:dict, place, most:int=65_536) -> dict: # bytes; a longer answer is kept as its summary only
+    found = said.get('annotations') or []
+    return dict(width=place.width, height=place.height, annotations=found) if len(encode(found)) <= most else {}
+
 def item(service, model:Loaded, prepared, said:dict, data:bytes, request_id:str='') -> dict:
     "One answer, counted and kept."
     id, place, seen = secrets.token_hex(12), prepared.place, image_summary(prepared.pixels); m = model.metrics
@@ -184,6 +188,7 @@ def item(service, model:Loaded, prepared, said:dict, data:bytes, request_id:str=
         more, allowed = dict(request_id=request_id), model.problem and model.problem.serving
         image_kept = service.samples.add(id, model.name, allowed, data, model.limits.pixels, embedding)
         if image_kept: more['sha256'] = digest(data)
+        if allowed and allowed.keep_answers: more |= _in_full(said, place)
         service.kept.add(prediction_row(id, model.name, model.digest, said, seen, len(data), spread, **more))
     if service.rollout: service.rollout.answered(model, prepared, said, id)
     return dict(id=id, **said, image=dict(width=place.width, height=place.height))
