@@ -217,3 +217,17 @@ def test_torchvisions_detectors_by_name(name):
     assert torch.isfinite(before) and sum(p.grad is not None for p in net.parameters()) > 50
     with torch.inference_mode(): out = {k: v.numpy() for k, v in net.eval()(x).items()}
     assert len(detection.decode(out, cfg, ['a', 'b'], {})) == 2
+
+
+def test_the_gallery_shows_every_kind_and_an_item_once_while_there_are_others():
+    import pandas as pd
+
+    from cv_lab.errors import worst_of_each
+    found = pd.DataFrame(
+        [dict(id=f'i{k % 3}', kind='Miss', what='a missed', severity=1 - k/100, gain=.01) for k in range(30)]
+        + [dict(id='j', kind='Bkg', what='a where there is nothing', severity=.2, gain=.08)]
+    )
+    got = worst_of_each(found, problem(), 6)
+    assert list(got) == ['Bkg', 'Miss'] and len(got['Bkg']) == 1 and got['Miss']['id'].tolist() == ['i0', 'i1', 'i2']
+    assert got['Miss']['severity'].tolist() == [1., .99, .98]
+    assert worst_of_each(found.head(0), problem(), 6) == {}
