@@ -89,7 +89,7 @@ def optimized_digits(ws:Workspace, say:Callable=lambda text: None) -> list[dict]
 def optimized_mobilenet(ws:Workspace) -> list[dict]:
     "MobileNetV3-small in every form for the CPU: throughput only."
     import numpy as np, torch
-    from cv_lab.compress import fewer_bits, folded, for_int8
+    from cv_lab.compress import faster_in_float, fewer_bits, folded, for_int8
     from cv_lab.predict import Predictor
     from cv_lab.tasks import classification
 
@@ -105,9 +105,10 @@ def optimized_mobilenet(ws:Workspace) -> list[dict]:
         def eager(pixels):
             with torch.inference_mode(): return {k: v.numpy() for k, v in net(torch.from_numpy(pixels)).items()}
         forms = {'eager': eager, 'onnx': p.infer}
+        ready = for_int8(at / 'model.onnx', d / 'ready.onnx')
         for name, make in dict(
             graph=lambda to: folded(at / 'model.onnx', to),
-            int8=lambda to: fewer_bits(for_int8(at / 'model.onnx', d / 'ready.onnx'), to, x),
+            int8=lambda to: fewer_bits(ready, to, x, faster_in_float(ready, x)),
         ).items():
             to = d / name
             to.mkdir()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LAYERS', 'outputs', 'folded', 'normalising_nodes', 'half', 'layers', 'for_int8', 'fewer_bits', 'dynamic_int8',
-           'sensitivity', 'kept_in_float']
+           'faster_in_float', 'sensitivity', 'kept_in_float']
 
 # %% ../nbs/48_compress.ipynb #3fabaa2a
 import logging, tempfile
@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable, Sequence
 import numpy as np, onnx, onnxruntime as ort
+from .bench import race
 from .core import write_atomic
 from .parity import normalising_part
 
@@ -22,14 +23,18 @@ def _quiet(): # the tools' advice is for their authors
     try: yield
     finally: logging.disable(before)
 
+def _network(path:str|Path) -> Callable: # pixels -> named outputs
+    o = ort.SessionOptions()
+    o.log_severity_level, o.intra_op_num_threads = 3, 1
+    s = ort.InferenceSession(Path(path).read_bytes(), o, providers=['CPUExecutionProvider'])
+    names, feed = [x.name for x in s.get_outputs()], s.get_inputs()[0].name
+    return lambda pixels: dict(zip(names, s.run(names, {feed: pixels})))
+
 def outputs(path:str|Path, pixels:np.ndarray, batch:int=32) -> dict[str, np.ndarray]:
     "What a graph says."
-    o = ort.SessionOptions()
-    o.log_severity_level = 3
-    s = ort.InferenceSession(Path(path).read_bytes(), o, providers=['CPUExecutionProvider'])
-    names = [x.name for x in s.get_outputs()]
-    parts = [s.run(names, {s.get_inputs()[0].name: pixels[i:i + batch]}) for i in range(0, len(pixels), batch)]
-    return {n: np.concatenate([p[k] for p in parts]) for k, n in enumerate(names)}
+    said = _network(path)
+    parts = [said(pixels[i:i + batch]) for i in range(0, len(pixels), batch)]
+    return {n: np.concatenate([p[n] for p in parts]) for n in parts[0]}
 
 def folded(path:str|Path, out:str|Path) -> Path:
     "The graph as ONNX Runtime would run it on any machine."
@@ -115,6 +120,26 @@ def dynamic_int8(path:str|Path, out:str|Path) -> Path:
         quantize_dynamic(str(path), f'{d}/m.onnx', op_types_to_quantize=['MatMul', 'Gemm'], per_channel=True)
         return write_atomic(out, Path(f'{d}/m.onnx').read_bytes())
 
+# %% ../nbs/48_compress.ipynb #dd60b285
+def _light(model:onnx.ModelProto) -> tuple[list[str], list[str]]: # depthwise or of single pixels; the first
+    "Convolutions with little arithmetic for what they read."
+    dims = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in model.graph.value_info}
+    convs = [n for n in model.graph.node if n.op_type == 'Conv']
+    alone = lambda n: any(a.name == 'group' and a.i > 1 for a in n.attribute) or dims.get(n.input[0], [])[2:] == [1, 1]
+    return [n.name for n in convs if alone(n)], [n.name for n in convs[:1]]
+
+def faster_in_float(path:str|Path, pixels:np.ndarray, cache:str|Path|None=None) -> list[str]: # from `for_int8`; layers
+    "Which of the light layers to leave in float, as it is fastest on this machine."
+    light, first = _light(onnx.load(path))
+    ways, made = {(): [], ('light',): light, ('light', 'first'): [*light, *first]}, {}
+    with tempfile.TemporaryDirectory() as d:
+        for k, (way, keep) in enumerate(ways.items()):
+            if keep in [ways[w] for w in made]: continue
+            graph = fewer_bits(path, f'{d}/{k}.onnx', pixels, keep, cache=cache)
+            made[way] = _network(graph)
+        rates = race(made, pixels, (8,), .05, 7) if len(made) > 1 else {(): {8: 1}}
+    return ways[max(rates, key=lambda w: rates[w][8])]
+
 # %% ../nbs/48_compress.ipynb #7a840ce5
 def sensitivity(
     path: str | Path, pixels: np.ndarray, cache: str | Path | None = None
@@ -134,17 +159,19 @@ def kept_in_float(path:str|Path, out:str|Path, pixels:np.ndarray,
     "The graph in eight bits, with as few layers in float as the budget needs."
     with tempfile.TemporaryDirectory() as d:
         ready, cache = for_int8(path, f'{d}/ready.onnx'), f'{d}/ranges.json'
-        fewer_bits(ready, out, pixels, cache=cache)
+        slow = faster_in_float(ready, pixels, cache)
+        fewer_bits(ready, out, pixels, slow, cache=cache)
         order, k, tried = None, 0, [dict(kept=0, lost=lost(Path(out)))]
         while tried[-1]['lost'] > most and (order is None or k < len(order)):
             if order is None:
                 say('looking for the layers that lose most')
-                order = list(sensitivity(ready, pixels[:64], cache))
-            k = min(len(order), k + 1 + k//4); fewer_bits(ready, out, pixels, order[:k], cache=cache)
+                order = [n for n in sensitivity(ready, pixels[:64], cache) if n not in slow]
+            k = min(len(order), k + 1 + k//4); fewer_bits(ready, out, pixels, [*slow, *order[:k]], cache=cache)
             tried.append(dict(kept=k, lost=lost(Path(out))))
             say(f'{k} of {len(order)} layers in float: loses {tried[-1]["lost"]:.4f} of at most {most:g}')
         return dict(
             kept=(order or [])[:k],
+            slow=slow,
             layers=len(layers(ready)),
             lost=tried[-1]['lost'],
             tried=tried,

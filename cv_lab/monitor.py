@@ -193,9 +193,9 @@ def told(log:pd.DataFrame, truth:dict[str, str|list[str]]) -> pd.DataFrame: # di
 
 def told_in_full(folder:str|Path, problem) -> pd.DataFrame: # digest, n, metric, value, low, high
     "The problem's own figures on what clients told, by the weights that answered; lines without an answer in full are left out."
-    from .data.manifest import PREDICTIONS, make_table
-    from .evaluate import evaluate
-    from .task import get_task
+    from cv_lab.data.manifest import PREDICTIONS, make_table
+    from cv_lab.evaluate import evaluate
+    from cv_lab.task import get_task
     truths = {r['id']: r for r in log_lines(folder, 'feedback-*.jsonl') if isinstance(r.get('annotations'), list)}
     plain = lambda r: not any(isinstance((a.get('mask') or {}).get('counts'), list) for a in r['annotations'])
     said = [r for r in log_lines(folder, 'predictions-*.jsonl')
