@@ -268,9 +268,9 @@ def plot_robustness(t:pd.DataFrame, by:str='severity'): # by: severity, over all
     ax.imshow(grid, cmap='cividis', vmin=0, vmax=1, aspect='auto')
     ax.grid(False)
     ax.set(xticks=range(grid.shape[1]), yticks=range(len(grid)), xlabel=by if by == 'severity' else '')
-    ax.set_xticklabels(
-        grid.columns, rotation=0 if by == 'severity' else 35, ha='center' if by == 'severity' else 'right'
-    )
+    count = part.drop_duplicates(by).set_index(by)['items']
+    names = grid.columns if by == 'severity' else [f'{c} ({count[c]})' for c in grid.columns]
+    ax.set_xticklabels(names, rotation=0 if by == 'severity' else 35, ha='center' if by == 'severity' else 'right')
     ax.set_yticklabels([k.replace('_', ' ') for k in grid.index])
     for i, j in np.ndindex(grid.shape):
         if np.isfinite(v := grid.iat[i, j]):

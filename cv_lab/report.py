@@ -174,7 +174,7 @@ th,td{padding:.3rem .7rem;text-align:left;border-bottom:1px solid var(--line);ve
 td.num,th.num{text-align:right;font-variant-numeric:tabular-nums}td.mark{font-weight:700}td.pass,td.ok{color:#15803d}
 td.fail,td.error{color:#b91c1c}td.warning,td.not-judged{color:#b45309}
 @media (prefers-color-scheme:dark){td.pass,td.ok{color:#4ade80}td.fail,td.error{color:#f87171}td.warning,td.not-judged{color:#fbbf24}}
-.headline{margin:1rem 0 1.6rem}.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(8rem,1fr));gap:.7rem}
+.headline{margin:1rem 0 1.6rem}main .cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(8rem,1fr));gap:.7rem}
 .card{background:var(--card);border:1px solid var(--line);border-radius:.7rem;padding:.7rem 1rem}
 .card b{display:block;font-size:1.7rem;line-height:1.25;font-variant-numeric:tabular-nums}.card span{display:block}
 .card small{color:var(--soft);font-variant-numeric:tabular-nums}
@@ -183,7 +183,9 @@ td.fail,td.error{color:#b91c1c}td.warning,td.not-judged{color:#b45309}
 .gallery figcaption{font-size:.75rem;color:var(--soft);max-width:12rem}.params{color:var(--soft);font-size:.85rem}
 footer{margin-top:3rem;padding-top:.6rem;border-top:1px solid var(--line);color:var(--soft);font-size:.8rem}
 @media print{main{max-width:none;padding:0}details.code{display:none}h2{break-after:avoid}figure,table,img{break-inside:avoid}
-body{font-size:11pt;background:#fff;color:#000}}
+:root{color-scheme:light;--ink:#000;--soft:#444;--line:#ccc;--back:#fff;--card:#fff;--accent:#000}.output img{filter:none}
+body{font-size:11pt}.scroll,.output>div{overflow:visible}table{font-size:8.5pt}th,td{padding:.2rem .4rem}tr{break-inside:avoid}
+.output pre{max-height:none;overflow:visible;white-space:pre-wrap}h2,h3{break-after:avoid}}
 '''
 
 # %% ../nbs/90_report.ipynb #1b664449

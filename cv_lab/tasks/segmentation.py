@@ -248,7 +248,7 @@ def figures(truth:pa.Table, predictions:pa.Table, problem:Problem) -> dict: # ti
     bars, a = plt.subplots(figsize=(5, 1 + 0.28 * n))
     a.barh(names, f['iou'][0], color='#0072B2', label='IoU')
     a.plot(f['boundary'][0], names, 'o', color='#D55E00', label='boundary F1')
-    a.set(xlim=(0, 1)); a.invert_yaxis(); a.legend(fontsize=8, loc='lower left')
+    a.set(xlim=(0, 1)); a.invert_yaxis(); a.legend(fontsize=8, loc='lower center', bbox_to_anchor=(.5, 1), ncols=2)
     share = c.confusion / np.maximum(c.confusion.sum(1, keepdims=True), 1)
     off = share * (1 - np.eye(n + 1))
     both = ['background', *names]
