@@ -17,6 +17,7 @@ from typing import Callable, Sequence
 from . import promises
 from .bench import best, hardware, race
 from .core import BadInput, NotFound, Workspace, read_json, write_atomic, write_json
+from .databench import data_speed
 
 # %% ../nbs/94_benchmarks.ipynb #82fee16b
 @dataclass(frozen=True)
@@ -222,6 +223,7 @@ def every_step() -> dict[str, Step]:
     return service_steps() | {
         'optimize-digits': Step(optimized_digits, 'forms of the digits against eager PyTorch'),
         'optimize-mobilenet': Step(optimized_mobilenet, 'forms of MobileNetV3-small against eager PyTorch'),
+        'data': Step(data_speed, 'the data rooms beside cleanvision', in_all=False),
         'coco': Step(coco_speed, "COCO's average precision against pycocotools", in_all=False),
     }
 
@@ -292,6 +294,7 @@ TITLES = {
     13: 'Metrics',
     14: 'Attacks',
     0: 'Optimisation: forms of a model against eager PyTorch',
+    97: 'Data',
     98: 'Evaluation',
     99: 'Could not be measured',
 }
@@ -332,7 +335,7 @@ BY_TESTS = (
     'Kept by tests rather than by a clock: hostile requests, pixels, neighbours, abandoned work, keys, jobs, metrics and '
     'attacks, in `tests/test_serve.py`, `tests/test_service_life.py`, `tests/test_bento.py` and `tests/test_release*.py`. '
     'The soak is one minute here and ten by itself: `cvlab service promise soak`. What needs a download, or many '
-    'minutes, is measured only when it is named: `cvlab bench --only` with `bento`, `litserve` or `coco`.'
+    'minutes, is measured only when it is named: `cvlab bench --only` with `bento`, `litserve`, `coco` or `data`.'
 )
 
 def benchmarks_page(rows:list[dict]) -> str: # Markdown
