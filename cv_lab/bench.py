@@ -304,11 +304,24 @@ def pareto(rows:Sequence[dict], cost:str, gain:str) -> list[bool]: # True: on th
     at = np.array([[r[cost], -r[gain]] for r in rows], float).reshape(-1, 2)
     return [not any((b <= a).all() and (b < a).any() for b in at) for a in at]
 
+def _name_points(ax, points:list[tuple]) -> None: # x, y, name
+    "Names above their points, each as high as it must be not to cover another."
+    taken, draw = [], ax.figure.canvas.get_renderer()
+    for x, y, name in sorted(points):
+        for up in range(7, 140, 11):
+            t = ax.annotate(name, (x, y), xytext=(0, up), textcoords='offset points', ha='center', fontsize=8)
+            box = t.get_window_extent(draw).padded(3)
+            if not any(box.overlaps(b) for b in taken): break
+            t.remove()
+        else: ax.annotate(name, (x, y), xytext=(0, 7), textcoords='offset points', ha='center', fontsize=8)
+        taken.append(box)
+
 def plot_pareto(
     rows: Sequence[dict], cost: str, gain: str, name: str = 'variant', least: float | None = None
 ):  # a matplotlib figure
     "Every row as a point, the front as a line; `least`: a bound on the gain."
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter
 
     front = pareto(rows, cost, gain)
     fig, ax = plt.subplots(figsize=(7, 4))
@@ -316,11 +329,15 @@ def plot_pareto(
     ax.step(*zip(*on), where='post', color='#0072B2', lw=1.2, zorder=1, label='Pareto front')
     for r, f in zip(rows, front):
         ax.plot(r[cost], r[gain], 'o' if f else 's', color='#0072B2' if f else '#999999', ms=7, zorder=2)
-        ax.annotate(r[name], (r[cost], r[gain]), textcoords='offset points', xytext=(6, 6), fontsize=9)
     if least is not None: ax.axhline(least, color='#D55E00', ls=':', label='what may be lost')
     ax.set_xscale('log')
     ax.set(xlabel=cost.replace('_', ' '), ylabel=gain.replace('_', ' '))
-    ax.margins(0.15)
-    ax.legend(loc='lower right')
+    plain = FuncFormatter(lambda v, _: f'{v:g}' if f'{v:e}'[0] in '125' else '')
+    ax.xaxis.set_major_formatter(plain)
+    ax.xaxis.set_minor_formatter(plain)
+    ax.tick_params(axis='x', which='both', labelsize=8)
+    ax.margins(0.15, 0.4)
+    ax.legend(loc='lower center', bbox_to_anchor=(.5, 1), ncols=2, frameon=False, fontsize=9)
     fig.tight_layout()
+    _name_points(ax, [(r[cost], r[gain], str(r[name])) for r in rows])
     return fig

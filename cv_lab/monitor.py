@@ -203,6 +203,7 @@ def told_in_full(folder:str|Path, problem) -> pd.DataFrame: # digest, n, metric,
     bare, out = problem.model_copy(update=dict(slices={})), []
     known = get_task(problem.task).METRICS
     names = [m for m in dict.fromkeys([problem.metrics.primary, *problem.metrics.report]) if m in known]
+    said = [r for r in said if _of_size(truths[r['id']]['annotations'], r)]
     for d in sorted({r['digest'] for r in said}):
         ours = [r for r in said if r['digest'] == d]
         rows = [dict(id=r['id'], sha256=r['id'].ljust(64, '0'), width=r['width'], height=r['height'],
@@ -211,6 +212,9 @@ def told_in_full(folder:str|Path, problem) -> pd.DataFrame: # digest, n, metric,
         found = evaluate(make_table(rows), table, bare)['metrics']
         for m in names: out.append(dict(digest=d[:12], n=len(ours), metric=m, **{k: found[m][k] for k in ('value', 'low', 'high')}))
     return pd.DataFrame(out, columns=['digest', 'n', 'metric', 'value', 'low', 'high'])
+
+def _of_size(annotations:list[dict], r:dict) -> bool: # a mask of another image says nothing of this one
+    return all(a['mask'].get('size') == [r['height'], r['width']] for a in annotations if a.get('mask'))
 
 def _bare(annotations:list[dict], said:bool=False) -> list[dict]: # truths have no scores
     keep = {'label', 'bbox', 'mask', 'polygon', 'text'} | ({'score'} if said else set())

@@ -58,8 +58,11 @@ def test_truths_are_checked_kept_and_joined(tmp_path):
         assert await fault(client.feedback(ids[0], 'grey')) == (422, 'bad_input')
         assert await fault(client.feedback(ids[0])) == (422, 'bad_input')
         assert await fault(client.feedback('../../x', 'dark')) == (422, 'bad_input')
-        for bad in ([1, 1, 1, 5], [1, 2, 3], [0, 0, 'x', 1]):
-            wrong = client.feedback(ids[0], annotations=[dict(label='dark', bbox=bad)])
+        strange = [dict(bbox=b) for b in ([1, 1, 1, 5], [1, 2, 3], [0, 0, 'x', 1])]
+        strange += [dict(mask=m) for m in ({}, dict(size='x'), dict(size=[10**9] * 2, counts='1'), dict(size=[4, 4], counts='zz'))]
+        strange += [dict(polygon=p) for p in ([[]], [[1, 2, 3]], [[1, 2, 3, 4, 5, 6, 7]])]
+        for bad in strange:
+            wrong = client.feedback(ids[0], annotations=[dict(label='dark') | bad])
             assert await fault(wrong) == (422, 'bad_input')
         return ids
 

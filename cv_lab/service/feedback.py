@@ -6,9 +6,11 @@
 __all__ = ['find_prediction', 'prediction_of', 'read_truth', 'check_truth', 'tell', 'routes']
 
 # %% ../../nbs/68_service.feedback.ipynb #039d43c9
-import asyncio, json, time
+import asyncio, json, math, time
 from pathlib import Path
 from pydantic import ValidationError
+from ..core import BadInput, check_bbox
+from ..geometry import sound_rle
 from .bodies import read_body, read_json_body
 from .calls import Call
 from .faults import Fault
@@ -54,9 +56,21 @@ def check_truth(said:TrueLabel|TrueAnnotations, classes:list[str]):
         if a.label is not None and classes and a.label not in classes:
             there = ', '.join(classes[:20])
             raise Fault('bad_input', f'there is no label {a.label[:60]!r}', f'one of: {there}', 'correct the label')
-        box = getattr(a, 'bbox', None)
-        if box is not None and not (len(box) == 4 and box[0] < box[2] and box[1] < box[3]):
-            raise Fault('bad_input', f'the box is {box[:5]}', 'x1, y1, x2, y2 with x1 < x2 and y1 < y2', 'correct it')
+        if not isinstance(a, TrueLabel): _check_place(a)
+
+def _check_place(a):
+    "What is kept here will be read by others: no box without an area, no mask that cannot be decoded."
+    refuse = lambda what, wanted: Fault('bad_input', what[:200], wanted, 'correct it')
+    if a.bbox is not None:
+        try: check_bbox(a.bbox)
+        except (BadInput, ValueError):
+            raise refuse(f'the box is {a.bbox[:5]}', 'x1, y1, x2, y2 with x1 < x2 and y1 < y2') from None
+    if a.mask is not None:
+        try: sound = math.prod(sound_rle(a.mask)['size']) <= 100_000_000
+        except Exception: sound = False # whatever a stranger can think of
+        if not sound: raise refuse('the mask cannot be decoded', "COCO's compressed run lengths: size, counts")
+    if any(len(r) < 6 or len(r) % 2 or not all(map(math.isfinite, r)) for r in a.polygon or []):
+        raise refuse('a ring of the polygon has fewer than three points, or half of one', 'x, y, x, y, x, y, ...')
 
 # %% ../../nbs/68_service.feedback.ipynb #aab8886e
 async def tell(service, call:Call) -> dict:
