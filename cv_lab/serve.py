@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'ROOT', 'NATIVE', 'service', 'from_registry', 'from_bento', 'find_source', 'Carried', 'carried', 'pinned',
-           'Host', 'at_our_door', 'look_often', 'check_models', 'drain_on_signals', 'VisionService', 'Running',
-           'free_port', 'command', 'environment', 'start_service', 'wait_until_ready', 'serve']
+           'Host', 'at_our_door', 'only_our_faults', 'look_often', 'check_models', 'drain_on_signals', 'VisionService',
+           'Running', 'free_port', 'command', 'environment', 'start_service', 'wait_until_ready', 'serve']
 
 # %% ../nbs/70_serve.ipynb #06c603ed
-import asyncio, os, signal, socket, subprocess, sys, tempfile, time
+import asyncio, logging, os, signal, socket, subprocess, sys, tempfile, time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +16,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Iterator
 import bentoml, httpx
+from bentoml._internal.server import http_app
 from bentoml.models import BentoModel
 import cv_lab
 from .bench import read_prices
@@ -167,6 +168,11 @@ def _settings() -> dict:
 
 service = Service(_lazily())
 
+def only_our_faults(record:logging.LogRecord) -> bool:
+    "A client's fault is an answer, not an error with a traceback in the log: strangers could fill it."
+    e = (record.exc_info or (None, None))[1]
+    return not (isinstance(e, bentoml.exceptions.BentoMLException) and e.error_code < 500)
+
 # %% ../nbs/70_serve.ipynb #6ebdbac7
 def look_often(seconds:float=1.):
     "Let BentoML's parent look every second, not every ten, whether its worker still lives."
@@ -226,6 +232,7 @@ class VisionService:
     @bentoml.on_startup
     async def open(self):
         set_up_log()
+        for name in ('bentoml.serve', http_app.__name__): logging.getLogger(name).addFilter(only_our_faults)
         try:
             service.configure(**_settings())
             await service.start()
@@ -238,7 +245,7 @@ class VisionService:
     @bentoml.api(route='/predict')
     async def predict(self, image:bytes, /, ctx:bentoml.Context) -> dict:
         "The bytes of an image file: for BentoML's own client; the header X-Problem names one of several models."
-        try: return await service.answer(image, ctx.request.headers.get('x-problem'))
+        try: return await service.answer(image, ctx.request.headers.get('x-problem') or None)
         except Refusal as e:
             e = as_fault(e)
             raise bentoml.exceptions.BentoMLException(str(e), error_code=HTTPStatus(e.http_status)) from None

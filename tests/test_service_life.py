@@ -218,6 +218,20 @@ def test_bentomls_own_endpoint_stands_behind_the_same_door(toy, tmp_path, monkey
     assert run(go()) == [401, 200, 413, 404, 200, 503] and reached == [b'image'] * 2
 
 
+def test_a_clients_fault_leaves_no_traceback_in_the_log():
+    import logging
+    from http import HTTPStatus
+    from bentoml.exceptions import BentoMLException
+    from cv_lab.serve import only_our_faults
+
+    def record(e): return logging.LogRecord('bentoml.serve', 40, 'app.py', 1, 'Exception on /predict', (), (type(e), e, None))
+
+    theirs = [BentoMLException('no image', error_code=HTTPStatus(c)) for c in (400, 404, 413, 415, 422, 429)]
+    ours = [BentoMLException('it failed', error_code=HTTPStatus.INTERNAL_SERVER_ERROR), ValueError('a bug')]
+    assert not any(only_our_faults(record(e)) for e in theirs) and all(only_our_faults(record(e)) for e in ours)
+    assert only_our_faults(logging.LogRecord('bentoml.serve', 20, 'app.py', 1, 'Service started', (), None))
+
+
 def test_jobs_over_http(toy, tmp_path):
     async def wait(http, id):
         for _ in range(500):
