@@ -149,22 +149,24 @@ def gallery_html(pictures:list[tuple], # (image (H, W, 3) uint8, caption) pairs
         im = im.resize((max(1, round(im.width*scale)), height), how); buffer = io.BytesIO()
         im.save(buffer, 'JPEG', quality=88)
         text = html.escape(str(caption))
+        breaks = re.sub(r'([/_])(?=\w)', r'\1<wbr>', text)  # where a long name may go on in the next line
         out.append(
-            f'<figure><img alt="{text}" src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
-            f'<figcaption>{text}</figcaption></figure>'
+            f'<figure style="width:{im.width}px"><img alt="{text}" '
+            f'src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+            f'<figcaption>{breaks}</figcaption></figure>'
         )
     return f'<div class="gallery">{"".join(out)}</div>'
 
 # %% ../nbs/90_report.ipynb #7ae8c533
 STYLE = '''
 :root{color-scheme:light dark;--ink:#1c1f23;--soft:#5b6470;--line:#dfe3e8;--back:#fff;--card:#f6f8fa;--accent:#0072B2}
-@media (prefers-color-scheme:dark){:root{--ink:#e6e9ed;--soft:#9aa4b0;--line:#343b44;--back:#14171b;--card:#1d2228;--accent:#56B4E9}}
+@media screen and (prefers-color-scheme:dark){:root{--ink:#e6e9ed;--soft:#9aa4b0;--line:#343b44;--back:#14171b;--card:#1d2228;--accent:#56B4E9}}
 *{box-sizing:border-box}body{margin:0;background:var(--back);color:var(--ink);font:16px/1.55 system-ui,sans-serif}
 main{max-width:56rem;margin:0 auto;padding:1.5rem 1rem 4rem}h1{font-size:1.9rem;line-height:1.2;margin:.3rem 0}
 h2{font-size:1.3rem;margin:2.4rem 0 .6rem;border-bottom:1px solid var(--line);padding-bottom:.25rem}h3{font-size:1.05rem}
 blockquote{margin:.2rem 0 1.2rem;color:var(--soft);font-size:1.05rem;padding:0;border:0}blockquote p{margin:0}
 a{color:var(--accent)}a.anchor-link{display:none}img{max-width:100%;height:auto}
-.output img{border-radius:.4rem}@media (prefers-color-scheme:dark){.output img{filter:brightness(.92)}}
+.output img{border-radius:.4rem}@media screen and (prefers-color-scheme:dark){.output img{filter:brightness(.92)}}
 pre,code{font:.85rem/1.5 ui-monospace,monospace}pre{overflow:auto;margin:.5rem 0}
 .output pre{background:var(--card);padding:.6rem .8rem;border-radius:.4rem;max-height:22rem}
 details.code{margin:.3rem 0;color:var(--soft);font-size:.8rem}details.code>summary{cursor:pointer;width:max-content;opacity:.55}
@@ -173,14 +175,15 @@ details.code pre{padding:.7rem;background:var(--card);border-radius:.4rem;color:
 th,td{padding:.3rem .7rem;text-align:left;border-bottom:1px solid var(--line);vertical-align:top}th{color:var(--soft);font-weight:600}
 td.num,th.num{text-align:right;font-variant-numeric:tabular-nums}td.mark{font-weight:700}td.pass,td.ok{color:#15803d}
 td.fail,td.error{color:#b91c1c}td.warning,td.not-judged{color:#b45309}
-@media (prefers-color-scheme:dark){td.pass,td.ok{color:#4ade80}td.fail,td.error{color:#f87171}td.warning,td.not-judged{color:#fbbf24}}
+@media screen and (prefers-color-scheme:dark){td.pass,td.ok{color:#4ade80}td.fail,td.error{color:#f87171}td.warning,td.not-judged{color:#fbbf24}}
 .headline{margin:1rem 0 1.6rem}main .cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(8rem,1fr));gap:.7rem}
 .card{background:var(--card);border:1px solid var(--line);border-radius:.7rem;padding:.7rem 1rem}
 .card b{display:block;font-size:1.7rem;line-height:1.25;font-variant-numeric:tabular-nums}.card span{display:block}
 .card small{color:var(--soft);font-variant-numeric:tabular-nums}
 .verdict{display:inline-block;font-weight:700;padding:.25rem 1rem;border-radius:1rem;margin-bottom:.8rem;color:#fff;background:#9a3412}
-.verdict.pass{background:#166534}.gallery{display:flex;flex-wrap:wrap;gap:.8rem}.gallery figure{margin:0}
-.gallery figcaption{font-size:.75rem;color:var(--soft);max-width:12rem}.params{color:var(--soft);font-size:.85rem}
+.verdict.pass{background:#166534}.gallery{display:flex;flex-wrap:wrap;gap:.8rem;align-items:start}
+.gallery figure{margin:0;min-width:8rem;max-width:100%}
+.gallery figcaption{font-size:.75rem;line-height:1.35;color:var(--soft);overflow-wrap:anywhere}.params{color:var(--soft);font-size:.85rem}
 footer{margin-top:3rem;padding-top:.6rem;border-top:1px solid var(--line);color:var(--soft);font-size:.8rem}
 @media print{main{max-width:none;padding:0}details.code{display:none}h2{break-after:avoid}figure,table,img{break-inside:avoid}
 :root{color-scheme:light;--ink:#000;--soft:#444;--line:#ccc;--back:#fff;--card:#fff;--accent:#000}.output img{filter:none}
@@ -228,7 +231,7 @@ def render_html(notebook:str|Path,   # an executed notebook
     first = next((c.source for c in nb.cells if c.cell_type == 'markdown' and c.source.startswith('# ')), '# report')
     dark = HtmlFormatter(style='github-dark').get_style_defs('.highlight')
     style = STYLE + HtmlFormatter(style='default', nobackground=True).get_style_defs('.highlight') + \
-        '@media (prefers-color-scheme:dark){' + dark + '.highlight{background:none}}'
+        '@media screen and (prefers-color-scheme:dark){' + dark + '.highlight{background:none}}'
     exporter = HTMLExporter(extra_loaders=[DictLoader({'report.html.j2': TEMPLATE})], template_file='report.html.j2')
     exporter.register_preprocessor('nbconvert.preprocessors.CoalesceStreamsPreprocessor', enabled=True)
     body, _ = exporter.from_notebook_node(

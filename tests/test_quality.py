@@ -555,3 +555,20 @@ def test_a_group_that_has_no_split_yet_leaks_nowhere():
     for some in (rows, rows[:2]):
         seen = pd.DataFrame(dict(pixels=list('abc')[:len(some)]))
         assert not len(q.between_findings(make_table(some), seen))
+
+
+def test_examples_have_captions_that_break_and_figures_of_their_width(planted):
+    import base64, io, re
+    from cv_lab.report import gallery_html
+
+    _, _, report = planted
+    shown = q.examples(report, ['duplicate', 'blank'], each=2)
+    assert list(shown) == ['duplicate', 'blank'] and all(len(v) == 2 for v in shown.values())
+    both, one = shown['duplicate'][0][0], shown['blank'][0][0]
+    assert both.shape[1] > 1.9 * one.shape[1]  # the other item stands beside it
+    page = gallery_html([(both, 'a_long/name_of/a_file<b>.jpg')], 120)
+    width = int(re.search(r'<figure style="width:(\d+)px">', page)[1])
+    jpeg = base64.b64decode(re.search(r'base64,([^"]+)', page)[1])
+    assert Image.open(io.BytesIO(jpeg)).size == (width, 120)
+    assert '<figcaption>a_<wbr>long/<wbr>name_<wbr>of/<wbr>a_<wbr>file&lt;b&gt;.jpg</figcaption>' in page
+    assert 'alt="a_long/name_of/a_file&lt;b&gt;.jpg"' in page

@@ -200,7 +200,7 @@ def _checked(found:dict) -> str:
     for x in found['findings']:
         what, first = f"{x['kind']}: {x['meaning']}", ', '.join(x['first'][:3])
         kinds.add_row(what, x['severity'], f"{x['items']:,}", first, x['to_do'])
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 160)
     with console.capture() as text:
         console.print(rules)
         if kinds.row_count: console.print(kinds)

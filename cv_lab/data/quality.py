@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KINDS', 'finding', 'picture_findings', 'between_findings', 'near_pairs', 'near_findings', 'same_boxes',
            'table_findings', 'label_findings', 'class_counts', 'judge_data', 'quality_parts', 'quality_score', 'Report',
-           'check', 'plot_balance', 'beside', 'plot_findings']
+           'check', 'plot_balance', 'beside', 'examples', 'plot_findings']
 
 # %% ../../nbs/12_data.quality.ipynb #efea8887
 import textwrap
@@ -592,27 +592,29 @@ def _look(d:Dataset, uri:str, annotations:list[dict], # what is said about it
     return np.asarray(im)
 
 # %% ../../nbs/12_data.quality.ipynb #95d1c270
-def plot_findings(r:Report, kinds:list[str]|None=None, # None: all that were found
-                  each:int=4):
+def examples(r:Report, kinds:list[str]|None=None, # None: all that were found
+             each:int=4) -> dict[str, list[tuple[np.ndarray, str, str]]]: # kind -> picture, id, what is wrong
     "Examples of each kind of finding; where a fault lies between two items, the other is shown beside it."
-    import matplotlib.pyplot as plt
-
     named = set(r.findings['id']) | set(r.findings['other'].dropna())
     some = r.dataset.table.filter(pc.is_in(r.dataset.table['id'], pa.array(sorted(named), pa.string())))
     at = {i: (u, a) for i, u, a in zip(*(some[c].to_pylist() for c in ('id', 'uri', 'annotations')))}
-    rows = [
-        (k, x)
-        for k in (kinds or KINDS)
-        if len(x := r.findings[(r.findings['kind'] == k) & r.findings['id'].isin(at)].drop_duplicates('id')[:each])
-    ]
-    if not rows: return None
+    shown = lambda f: beside([_look(r.dataset, *at[i]) for i in (f.id, f.other) if i in at])
+    first = lambda k: r.findings[(r.findings['kind'] == k) & r.findings['id'].isin(at)].drop_duplicates('id')[:each]
+    found = {k: [(shown(f), f.id, f.detail) for f in first(k).itertuples()] for k in (kinds or KINDS)}
+    return {k: v for k, v in found.items() if v}
+
+def plot_findings(r:Report, kinds:list[str]|None=None, each:int=4):
+    "The examples as one figure."
+    import matplotlib.pyplot as plt
+
+    if not (rows := examples(r, kinds, each)): return None
     fig, axes = plt.subplots(
         len(rows), each + 1, figsize=(2 + 2.1 * each, 1.9 * len(rows)), squeeze=False, layout='constrained'
     )
     for ax in axes.flat: ax.axis('off')
-    for line, (kind, found) in zip(axes, rows):
+    for line, (kind, found) in zip(axes, rows.items()):
         line[0].text(0, .5, f'{kind}\n' + textwrap.fill(KINDS[kind][1], 24), va='center', fontsize=8)
-        for ax, f in zip(line[1:], found.itertuples()):
-            ax.imshow(beside([_look(r.dataset, *at[i]) for i in (f.id, f.other) if i in at]), interpolation='auto')
-            ax.set_title('\n'.join(textwrap.wrap(f'{f.id}: {f.detail}', 40)[:4]), fontsize=6)
+        for ax, (picture, name, detail) in zip(line[1:], found):
+            ax.imshow(picture, interpolation='auto')
+            ax.set_title('\n'.join(textwrap.wrap(f'{name}: {detail}', 40)[:4]), fontsize=6)
     return fig
