@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Fit', 'settings', 'of_shape', 'Images', 'contact_sheet', 'Shuffled', 'systematic', 'repeat_factors', 'one_cycle',
            'Fitter', 'History', 'growing', 'RunningMean', 'StepTimer', 'code_digest', 'one_device', 'run_config',
-           'run_name', 'lineage', 'Run', 'best_network', 'find_teacher', 'make_network', 'make_trainer', 'make_loaders',
-           'fit', 'bare_loop']
+           'run_name', 'lineage', 'Run', 'find_teacher', 'make_network', 'make_loaders', 'make_trainer', 'fit',
+           'best_network', 'bare_loop']
 
 # %% ../nbs/30_train.ipynb #edd61610
 import functools, logging, os, platform, re, shutil, subprocess, time, warnings
@@ -35,7 +35,7 @@ from .image import Placement, decode, placement, preprocess
 from .spec import Problem, Strict
 from .task import check_decision, get_task, in_image, predictions_table
 
-# %% ../nbs/30_train.ipynb #df143787
+# %% ../nbs/30_train.ipynb #b56b859b
 class Fit(Strict):
     "Settings of a training."
     epochs: int = Field(20, ge=1)
@@ -44,51 +44,42 @@ class Fit(Strict):
     lr: float = Field(3e-3, gt=0)          # the peak of one cycle (Smith & Topin 2017)
     warmup: float = Field(.3, gt=0, lt=1)  # share of the steps in which it rises; then it falls, both along a cosine
     weight_decay: float = Field(.05, ge=0) # of weights, not of biases and norms (AdamW, Loshchilov & Hutter 2019)
-    clip: float = Field(0, ge=0)  # largest norm of a gradient; 0: any
-    ema: float = Field(
-        0, ge=0, lt=1
-    )  # decay of a running mean of the weights, which is then what is judged and kept; 0: none
-    balance: float = Field(
-        0, ge=0, lt=1
-    )  # items with classes rarer than this come more often (Gupta et al. 2019); 0: all alike
+    clip: float = Field(0, ge=0)           # largest norm of a gradient; 0: any
+    ema: float = Field(0, ge=0, lt=1)      # decay of a running mean of the weights, which is then what is kept; 0: none
+    balance: float = Field(0, ge=0, lt=1)  # items with rarer classes come more often (Gupta et al. 2019); 0: all alike
     monitor: Literal['loss', 'metric'] = 'loss' # of the validation: what chooses the best epoch
     patience: int = Field(8, ge=1)         # validations without a better one
     val_every: int = Field(1, ge=1)        # epochs between validations
     seed: int = Field(0, ge=0)
     accelerator: Literal['auto', 'cpu', 'gpu'] = 'auto'
-    finetune: Literal['all', 'head', 'lora'] = (
-        'all'  # what of a pretrained network is trained: everything, its head, or low-rank adapters too
-    )
+    finetune: Literal['all', 'head', 'lora'] = 'all' # of a pretrained network: all, its head, or low-rank adapters too
     lora_rank: int = Field(8, ge=1)
-    teacher: str = ''  # a finished run whose answers are learned too (Hinton et al. 2015)
-    distill: float = Field(
-        0.7, ge=0, le=1
-    )  # the share of the loss that asks for the teacher's answers, not for the labels
+    teacher: str = ''                      # a finished run whose answers are learned too (Hinton et al. 2015)
+    distill: float = Field(.7, ge=0, le=1) # share of the loss that asks for the teacher's answers, not for the labels
     distill_temperature: float = Field(4, gt=0) # how soft the teacher's answers are made
     devices: int = Field(1, ge=1)          # of each machine
-    nodes: int = Field(1, ge=1)  # machines
+    nodes: int = Field(1, ge=1)            # machines
     strategy: Literal['auto', 'ddp', 'ddp_find_unused_parameters_true', 'fsdp', 'fsdp_cpu_offload'] = (
         'auto'  # Lightning's; auto: ddp where there are several
     )
     sync_batchnorm: bool = False           # batch norm over all devices' items, not over each device's own
     compile: bool = False                  # torch.compile: slower to begin with, faster after
     precision: Literal['auto', '32-true', 'bf16-mixed', '16-mixed'] = 'auto'
-    workers: int = Field(-1, ge=-1)  # loader processes; -1: none when the images fit into memory, else one per core
+    workers: int = Field(-1, ge=-1)        # loader processes; -1: none when the images fit into memory, else one a core
     memory_gb: float = Field(2, ge=0)      # images that fit into this are decoded once and kept
     task: dict[str, Any] = {}              # the task's Config
 
+# %% ../nbs/30_train.ipynb #feedfb5d
 def settings(problem:Problem, **changes) -> tuple[Fit, Any]: # training settings, task settings
     "The problem's `train` section with changes on top; every unknown name is refused."
     check_decision(problem)
     given = dict(problem.train) | {k: v for k, v in changes.items() if v is not None}
     task = get_task(problem.task); own = {k: v for k, v in given.items() if k not in Fit.model_fields}
+    several = {'multilabel': True} if problem.multilabel else {}
     try:
-        cfg = task.Config.model_validate(
-            dict(given.pop('task', {})) | own | ({'multilabel': True} if problem.multilabel else {})
-        )
-        return Fit.model_validate(
-            {k: v for k, v in given.items() if k in Fit.model_fields} | {'task': cfg.model_dump(mode='json')}
-        ), cfg
+        cfg = task.Config.model_validate(dict(given.pop('task', {})) | own | several)
+        ours = {k: v for k, v in given.items() if k in Fit.model_fields}
+        return Fit.model_validate(ours | {'task': cfg.model_dump(mode='json')}), cfg
     except ValidationError as e:
         known = [*Fit.model_fields, *task.Config.model_fields]
         raise BadInput(
@@ -97,14 +88,41 @@ def settings(problem:Problem, **changes) -> tuple[Fit, Any]: # training settings
             'correct `train` in the problem file, or the parameter',
         ) from None
 
+# %% ../nbs/30_train.ipynb #bb7acb27
+class _Decoded(torch.utils.data.Dataset):
+    "The images of a manifest as the network takes them."
+    def __init__(self, dataset:Dataset, rows:pa.Table, cfg, memory_gb:float=2, title:str=''):
+        self.cfg, self.read, self.uris = cfg, dataset.read, rows['uri'].to_pylist()
+        self.kept, self.sizes = None, list(zip(rows['width'].to_pylist(), rows['height'].to_pylist()))
+        if 3*cfg.image.height*cfg.image.width*len(self) > memory_gb*1e9: return
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            all_ = pool.map(self.load, range(len(self)))
+            bar = tqdm(all_, f'decoding {title}', len(self), leave=False, disable=None)
+            self.kept = torch.stack(list(bar))
+
+    def __len__(self): return len(self.uris)
+
+    def load(self, i): # uint8 (3, H, W)
+        rgb = decode(self.read(self.uris[i])); self.sizes[i] = rgb.shape[1::-1]
+        return torch.from_numpy(preprocess(rgb, self.cfg.image))
+
+    def image(self, i): return self.load(i) if self.kept is None else self.kept[i]
+
+    def size(self, i) -> tuple[int, int]: # width and height of the image
+        if None in self.sizes[i]: self.load(i)
+        return self.sizes[i]
+
+    def place(self, i) -> Placement:
+        return placement(*self.size(i), self.cfg.image)  # of the image in the network's input
+
 # %% ../nbs/30_train.ipynb #e8dbe71b
 def of_shape(cfg, height:int, width:int): # pixels of an augmented image
     "The task's settings for an image that is a crop of the network's input."
     if (height, width) == (cfg.image.height, cfg.image.width): return cfg
     return cfg.model_copy(update=dict(image=replace(cfg.image, height=height, width=width)))
 
-# %% ../nbs/30_train.ipynb #f48bf734
-class Images(torch.utils.data.Dataset):
+# %% ../nbs/30_train.ipynb #59ee5963
+class Images(_Decoded):
     "Items of a manifest as (image uint8 (3, H, W), target)."
 
     def __init__(
@@ -117,42 +135,17 @@ class Images(torch.utils.data.Dataset):
         memory_gb: float = 2,
         title: str = '',
     ):
-        self.name, self.cfg, self.classes, self.read, self.uris = (
-            problem.task,
-            cfg,
-            problem.classes,
-            dataset.read,
-            rows['uri'].to_pylist(),
-        )
-        self.parts, said = getattr(self.task, 'GEOMETRY', ()), rows['annotations'].to_pylist()
+        self.name, self.cfg, self.classes, said = problem.task, cfg, problem.classes, rows['annotations'].to_pylist()
+        self.parts = getattr(self.task, 'GEOMETRY', ())
         self.augment = Augment(steps, self.parts) if self.parts else augmentation(steps)
-        self.said, self.targets = (
-            ([[Annotation(**a) for a in s or []] for s in said], None)
-            if self.parts
-            else (None, [self.target(s) for s in said])
-        )
+        self.said = [[Annotation(**a) for a in s or []] for s in said] if self.parts else None
+        self.targets = None if self.parts else [self.target(s) for s in said]
         self.progress = torch.zeros(1).share_memory_()        # of the training, also for the loader's processes
         self.seed, self.begun = 0, None                       # see `begin`
-        self.kept, self.sizes = None, list(zip(rows['width'].to_pylist(), rows['height'].to_pylist()))
-        if 3*cfg.image.height*cfg.image.width*len(self.uris) > memory_gb*1e9: return
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            self.kept = torch.stack(
-                list(
-                    tqdm(
-                        pool.map(self.load, range(len(self.uris))),
-                        total=len(self.uris),
-                        desc=f'decoding {title}',
-                        leave=False,
-                    )
-                )
-            )
+        super().__init__(dataset, rows, cfg, memory_gb, title)
 
     @property
     def task(self): return get_task(self.name)
-
-    def load(self, i):
-        rgb = decode(self.read(self.uris[i])); self.sizes[i] = rgb.shape[1::-1]
-        return torch.from_numpy(preprocess(rgb, self.cfg.image))
 
     def target(self, said, cfg=None): # what the loss wants, as tensors
         found = self.task.targets(said, cfg or self.cfg, self.classes)
@@ -161,39 +154,28 @@ class Images(torch.utils.data.Dataset):
     def whole(self, said, width, height): # with a place for what speaks of the whole image
         return getattr(self.task, 'whole', lambda annotations, width, height: annotations)(said, width, height)
 
-    def size(self, i) -> tuple[int, int]: # width and height of the image
-        if None in self.sizes[i]: self.load(i)
-        return self.sizes[i]
-
-    def place(self, i) -> Placement:
-        return placement(*self.size(i), self.cfg.image)  # of the image in the network's input
-
     def item(self, i): # image and annotations, before augmentation
-        image = self.load(i) if self.kept is None else self.kept[i]
+        image = self.image(i)
         if self.said[i] and isinstance(self.said[i][0], Annotation):
             self.said[i] = [to_input(a, self.place(i)).said() for a in self.whole(self.said[i], *self.size(i))]
         return image, self.said[i]
 
-    def begin(
-        self,
-    ):  # a loader's process draws other random numbers in every epoch, but the same when the training is resumed there
+    def begin(self):
         worker, now = torch.utils.data.get_worker_info(), float(self.progress)
-        if worker is not None and now != self.begun:
-            self.begun = now
-            torch.manual_seed(
-                int(np.random.SeedSequence([self.seed, round(1e6 * now), worker.id]).generate_state(1)[0])
-            )
+        if worker is None or now == self.begun: return
+        self.begun = now
+        seed = np.random.SeedSequence([self.seed, round(1e6 * now), worker.id])
+        torch.manual_seed(int(seed.generate_state(1)[0]))
 
-    def __len__(self): return len(self.uris)
     def __getitem__(self, i):
         self.begin()
         if self.parts:
             image, said = self.augment(self.item, i, len(self), float(self.progress))
             return image, self.target(said, of_shape(self.cfg, *image.shape[-2:]))
-        image = self.load(i) if self.kept is None else self.kept[i]
+        image = self.image(i)
         return (self.augment(image) if self.augment else image), self.targets[i]
 
-# %% ../nbs/30_train.ipynb #48d32620
+# %% ../nbs/30_train.ipynb #2d9041c2
 def contact_sheet(images:Images, items:int=4, times:int=6, seed:int=0): # a matplotlib figure
     "A row per item: plain, then augmented `times` times, with what is left of its annotations drawn."
     import matplotlib.pyplot as plt
@@ -212,7 +194,7 @@ def contact_sheet(images:Images, items:int=4, times:int=6, seed:int=0): # a matp
                 if images.parts:
                     px, said = images.augment(images.item, i, len(images)) if k else images.item(i)
                 else:
-                    px, said = images.load(i) if images.kept is None else images.kept[i], []
+                    px, said = images.image(i), []
                     px = images.augment(px) if k and images.augment else px
                 px = px.permute(1, 2, 0).numpy()
                 ax.imshow(images.task.draw(px, [a for a in said if a.get('label') is not None]) if said else px)
@@ -260,39 +242,60 @@ def repeat_factors(annotations:list[list[dict]], # of each item
     of = {c: sum(c in h for h in has)/len(has) for c in set().union(*has)}
     return np.array([max([1., *(np.sqrt(share/of[c]) for c in h)]) for h in has])
 
-# %% ../nbs/30_train.ipynb #1eb77458
+# %% ../nbs/30_train.ipynb #1a8106a7
 def one_cycle(net, fit:Fit, steps:int, decayed:set[str]|None=None) -> tuple: # optimizer, schedule
     "AdamW, and a learning rate that rises and falls once; norms and biases do not decay."
-    big = lambda name, p: (
-        p.ndim > 1 if decayed is None else name.replace('_fsdp_wrapped_module.', '') in decayed
-    )  # sharded weights are flat
+    plain = lambda name: name.replace('_fsdp_wrapped_module.', '')
+    big = lambda name, p: p.ndim > 1 if decayed is None else plain(name) in decayed  # sharded weights are flat
     decay, rest = ([p for n, p in net.named_parameters() if big(n, p) == wanted] for wanted in (True, False))
-    opt = torch.optim.AdamW(
-        [dict(params=decay, weight_decay=fit.weight_decay), dict(params=rest, weight_decay=0)],
-        fit.lr,
-        fused=not (fit.clip and ('fsdp' in fit.strategy or fit.precision == '16-mixed')),
-    )  # where gradients are sharded or scaled, only Lightning knows how to clip them, and it refuses a fused step
+    groups = [dict(params=decay, weight_decay=fit.weight_decay), dict(params=rest, weight_decay=0)]
+    fused = not (fit.clip and ('fsdp' in fit.strategy or fit.precision == '16-mixed'))
+    opt = torch.optim.AdamW(groups, fit.lr, fused=fused)
     return opt, torch.optim.lr_scheduler.OneCycleLR(opt, fit.lr, total_steps=steps, pct_start=fit.warmup)
 
-class Fitter(L.LightningModule):
-    "The loop's side of a task."
-
-    def __init__(
-        self, net, problem: Problem, fit: Fit, cfg, truth: pa.Table, places: list[Placement], still=None, teacher=None
-    ):
+# %% ../nbs/30_train.ipynb #a6f94d9b
+class _Judged(L.LightningModule):
+    "A network, and what its answers for the validation items are worth."
+    def __init__(self, net, problem:Problem, cfg, truth:pa.Table, places:list[Placement]):
         super().__init__()
-        self.apart = [
-            still,
-            teacher,
-        ]  # the backbone that is held still, and the network that teaches: in a list, so that they are no part of what is kept
-        self.net, self.problem, self.fit, self.cfg, self.truth, self.places = net, problem, fit, cfg, truth, places
-        self.said, self.losses, self.decayed = [], [], {n for n, p in net.named_parameters() if p.ndim > 1}
+        self.net, self.problem, self.cfg, self.truth, self.places = net, problem, cfg, truth, places
+        self.said, self.losses = [], []
 
     @property
     def task(self):
         return get_task(self.problem.task)  # a module cannot be copied, as a running mean does with all of this
 
     def on_after_batch_transfer(self, batch, _): return batch[0].contiguous(memory_format=torch.channels_last), batch[1]
+
+    def validation_step(self, batch, _):
+        out = self.net(batch[0]); arrays = {k: v.float().cpu().numpy() for k, v in out.items()}
+        found = self.task.decode(arrays, self.cfg, self.problem.classes, {})
+        self.said += [in_image(p, self.places[len(self.said) + i]) for i, p in enumerate(found)]
+        self.log('val_loss', self.task.loss(out, batch[1], self.cfg), batch_size=len(batch[0]), sync_dist=True)
+
+    def on_validation_epoch_start(self):
+        for b in self.net.buffers() if self.trainer.world_size > 1 else (): torch.distributed.broadcast(b, 0)
+
+    def figure(self) -> float:
+        "The primary metric of the answers so far, which are then forgotten."
+        said = predictions_table(self.truth['id'].to_pylist(), self.said); self.said = []
+        scores = self.task.score(self.truth, said, self.problem)(np.ones((1, len(self.truth))))
+        return float(scores[self.problem.metrics.primary][0])
+
+    def on_validation_epoch_end(self):
+        self.log('train_loss', torch.stack(self.losses).mean(), sync_dist=True); self.losses = []
+        self.log(f'val_{self.problem.metrics.primary}', self.trainer.strategy.broadcast(self.figure()))
+
+# %% ../nbs/30_train.ipynb #7644784f
+class Fitter(_Judged):
+    "The loop's side of a task."
+
+    def __init__(
+        self, net, problem: Problem, fit: Fit, cfg, truth: pa.Table, places: list[Placement], still=None, teacher=None
+    ):
+        super().__init__(net, problem, cfg, truth, places)
+        self.fit, self.apart = fit, [still, teacher]
+        self.decayed = {n for n, p in net.named_parameters() if p.ndim > 1}
 
     def training_step(self, batch, _):
         still, teacher = self.apart
@@ -304,30 +307,6 @@ class Fitter(L.LightningModule):
             loss = (1 - how.distill)*loss + how.distill*self.task.distill(out, asked, cfg, how.distill_temperature)
         self.losses.append(loss.detach())
         return loss
-
-    def validation_step(self, batch, _):
-        out = self.net(batch[0]); arrays = {k: v.float().cpu().numpy() for k, v in out.items()}
-        self.said += [
-            in_image(p, self.places[len(self.said) + i])
-            for i, p in enumerate(self.task.decode(arrays, self.cfg, self.problem.classes, {}))
-        ]
-        self.log('val_loss', self.task.loss(out, batch[1], self.cfg), batch_size=len(batch[0]), sync_dist=True)
-
-    def on_validation_epoch_start(
-        self,
-    ):  # all processes judge the same network: batch norm has seen other items in each
-        for b in self.net.buffers() if self.trainer.world_size > 1 else (): torch.distributed.broadcast(b, 0)
-
-    def on_validation_epoch_end(self):
-        self.log('train_loss', torch.stack(self.losses).mean(), sync_dist=True); self.losses = []
-        said = predictions_table(self.truth['id'].to_pylist(), self.said); self.said = []
-        metric = self.problem.metrics.primary
-        self.log(
-            f'val_{metric}',
-            self.trainer.strategy.broadcast(
-                float(self.task.score(self.truth, said, self.problem)(np.ones((1, len(self.truth))))[metric][0])
-            ),
-        )
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
         if not optimizer.defaults['fused']:
@@ -397,7 +376,7 @@ class StepTimer(Callback):
             self.seconds.append(took / (i + 1))
             self.waited.append(self.gap / took)
 
-# %% ../nbs/30_train.ipynb #2a5df619
+# %% ../nbs/30_train.ipynb #67cc2f6c
 def code_digest(task:str) -> str:
     "A hash of the source that decides the weights: training, the task, and the rooms that they stand on."
     import cv_lab
@@ -409,20 +388,20 @@ def code_digest(task:str) -> str:
         todo += re.findall(r'^\s*from (?:cv_lab\.|\.+)([\w.]+) import', text, re.M)
     return digest(dict(sorted(seen.items())))[:16]
 
+# %% ../nbs/30_train.ipynb #267ebd97
 def one_device(fit:Fit) -> dict: # settings
     "How one device would do the same: a batch after the other, a step when all are through."
     return dict(devices=1, nodes=1, accumulate=fit.accumulate*fit.devices*fit.nodes, strategy='auto')
 
+def _machine(fit:Fit) -> dict: # accelerator and precision, as they are here
+    on_gpu = fit.accelerator == 'gpu' or (fit.accelerator == 'auto' and torch.cuda.is_available())
+    best = 'bf16-mixed' if on_gpu and torch.cuda.is_bf16_supported() else '32-true'
+    precision = best if fit.precision == 'auto' else fit.precision
+    return dict(precision=precision, accelerator='gpu' if on_gpu else 'cpu')
+
 def run_config(problem:Problem, dataset:Dataset, fit:Fit, teacher=None) -> dict:
     "Everything that decides the weights of a run."
-    on_gpu = fit.accelerator == 'gpu' or (fit.accelerator == 'auto' and torch.cuda.is_available())
-    precision = (
-        fit.precision
-        if fit.precision != 'auto'
-        else 'bf16-mixed'
-        if on_gpu and torch.cuda.is_bf16_supported()
-        else '32-true'
-    )
+    here = _machine(fit) | dict(teacher=teacher.name if teacher else '') | one_device(fit)
     return dict(
         problem=problem.name,
         task=problem.task,
@@ -430,33 +409,27 @@ def run_config(problem:Problem, dataset:Dataset, fit:Fit, teacher=None) -> dict:
         multilabel=problem.multilabel,
         primary=problem.metrics.primary,
         dataset=dataset.version,
-        fit=fit.model_copy(
-            update=dict(
-                precision=precision, accelerator='gpu' if on_gpu else 'cpu', teacher=teacher.name if teacher else ''
-            )
-            | one_device(fit)
-        ).model_dump(mode='json'),
+        fit=fit.model_copy(update=here).model_dump(mode='json'),
         code=code_digest(problem.task),
         torch=str(torch.__version__),
     ) | ({'teacher': teacher.done['weights']} if teacher else {})
 
-
 def run_name(config:dict) -> str: return f'{config["problem"]}-{digest(config)[:8]}'
+
+# %% ../nbs/30_train.ipynb #ef438644
+def _git(root:Path, *asked:str) -> str:
+    if not shutil.which('git'): return ''
+    return subprocess.run(['git', '-C', str(root), *asked], capture_output=True, text=True).stdout.strip()
 
 def lineage(config:dict, root:Path) -> dict:
     "Where a run comes from: data, code, settings, machine."
-    git = lambda *a: (
-        subprocess.run(['git', '-C', str(root), *a], capture_output=True, text=True).stdout.strip()
-        if shutil.which('git')
-        else ''
-    )
     lock = next((f for p in (root, *root.parents) if (f := p/'requirements.lock').exists()), root/'requirements.lock')
     return dict(
         dataset=config['dataset'],
         config=digest(config),
         code=config['code'],
-        commit=git('rev-parse', 'HEAD') or None,
-        dirty=bool(git('status', '--porcelain')),
+        commit=_git(root, 'rev-parse', 'HEAD') or None,
+        dirty=bool(_git(root, 'status', '--porcelain')),
         lock=file_digest(lock) if lock.exists() else None,
         seed=config['fit']['seed'],
         python=platform.python_version(),
@@ -467,7 +440,7 @@ def lineage(config:dict, root:Path) -> dict:
         gpu=torch.cuda.get_device_name() if config['fit']['accelerator'] == 'gpu' else None,
     )
 
-# %% ../nbs/30_train.ipynb #bd716c3f
+# %% ../nbs/30_train.ipynb #dcb3ddef
 @dataclass
 class Run:
     "A run folder."
@@ -481,25 +454,12 @@ class Run:
     @property
     def config(self) -> dict: return yaml.safe_load((self.path/'config.yaml').read_text())
 
-def best_network(run:Run) -> tuple[torch.nn.Module, Any]: # in evaluation mode, and the task's settings
-    "The network of a finished run."
-    c = run.config
-    task = get_task(c['task'])
-    cfg = task.Config.model_validate(c['fit']['task'] | {'pretrained': False})
-    net = task.network(cfg, c['classes']); net.load_state_dict(load_file(run.path/'export/model.safetensors'))
-    return net.eval(), cfg
-
+# %% ../nbs/30_train.ipynb #fc70f5ca
 def find_teacher(problem:Problem, how:Fit, cfg, root:Path) -> Run|None:
     "The run that teaches, if one is named and can."
     if not how.teacher: return None
-    run = next(
-        (
-            Run(p.resolve())
-            for p in (root / how.teacher, root.parent.parent.parent / how.teacher, Path(how.teacher))  # or of a sweep
-            if (p / 'done.json').is_file()
-        ),
-        None,
-    )
+    places = root/how.teacher, root.parent.parent.parent/how.teacher, Path(how.teacher) # the second: of a sweep
+    run = next((Run(p.resolve()) for p in places if (p/'done.json').is_file()), None)
     if run is None:
         raise NotFound(f'there is no finished run {how.teacher}', f'a run of {root.name}/', 'see `cvlab runs`')
     c, task = run.config, get_task(problem.task)
@@ -507,14 +467,10 @@ def find_teacher(problem:Problem, how:Fit, cfg, root:Path) -> Run|None:
         raise BadInput(
             f'{problem.task} cannot be learned from a teacher', 'a task with `distill`', 'take `teacher` out'
         )
-    if (c['task'], c['classes']) != (problem.task, problem.classes) or c['fit']['task']['image'] != cfg.model_dump(
-        mode='json'
-    )['image']:
-        raise BadInput(
-            f'{run.name} answers another question',
-            'the same task, classes in the same order, and images of the same size',
-            'name another teacher',
-        )
+    asked = problem.task, problem.classes, cfg.model_dump(mode='json')['image']
+    if (c['task'], c['classes'], c['fit']['task']['image']) != asked:
+        wanted = 'the same task, classes in the same order, and images of the same size'
+        raise BadInput(f'{run.name} answers another question', wanted, 'name another teacher')
     return run
 
 def make_network(
@@ -528,75 +484,37 @@ def make_network(
             'set `pretrained` to true or to a .safetensors file',
         )
     net = get_task(problem.task).network(cfg, problem.classes)
-    return net, None if how.finetune == 'all' else freeze(net) if how.finetune == 'head' else add_lora(
-        net, how.lora_rank
-    )
+    if how.finetune == 'all': return net, None
+    return net, freeze(net) if how.finetune == 'head' else add_lora(net, how.lora_rank)
 
-
-def make_trainer(run:Run, fit:Fit, problem:Problem, config:dict, loggers:list, callbacks:list) -> L.Trainer:
-    "Lightning's trainer with our settings: two checkpoints, the best and the last, a history, early stopping."
-    keep, primary = run.path/'checkpoints', problem.metrics.primary
-    watch, mode = (
-        ('val_loss', 'min')
-        if fit.monitor == 'loss'
-        else (f'val_{primary}', 'max' if get_task(problem.task).METRICS[primary] else 'min')
-    )
-    calls = [
-        *([RunningMean(fit.ema)] if fit.ema else []),
-        History(run.path / 'history.csv', fit.epochs),
-        EarlyStopping(watch, patience=fit.patience, mode=mode),
-        ModelCheckpoint(keep, 'best', monitor=watch, mode=mode, enable_version_counter=False),
-        ModelCheckpoint(
-            keep, 'last', save_top_k=1, every_n_epochs=1, save_on_train_epoch_end=True, enable_version_counter=False
-        ),
-    ]
-    many = fit.devices*fit.nodes > 1
-    return L.Trainer(
-        max_epochs=fit.epochs,
-        accelerator=config['fit']['accelerator'],
-        devices=fit.devices,
-        num_nodes=fit.nodes,
-        strategy='ddp' if many and fit.strategy == 'auto' else fit.strategy,
-        accumulate_grad_batches=fit.accumulate,
-        sync_batchnorm=fit.sync_batchnorm and many,
-        precision=config['fit']['precision'],
-        callbacks=calls + callbacks,
-        logger=loggers,
-        gradient_clip_val=fit.clip or None,
-        check_val_every_n_epoch=fit.val_every,
-        deterministic='warn',
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        log_every_n_steps=1_000_000,
-        default_root_dir=run.path,
-    )
-
-def make_loaders(problem:Problem, dataset:Dataset, fit:Fit, cfg) -> tuple[DataLoader, DataLoader]:
-    "Training and validation items in batches."
+# %% ../nbs/30_train.ipynb #fb1222cf
+def _parts(dataset:Dataset) -> dict[str, pa.Table]: # train and val
     parts = {s: dataset.split(s) for s in ('train', 'val')}
     for s, rows in parts.items():
         if not len(rows):
-            raise BadInput(
-                f'the split {s!r} of {dataset.name} is empty',
-                'at least one item in train and in val',
-                'split the dataset again',
-            )
-    a, b = (
-        Images(dataset, rows, problem, cfg, cfg.augment if s == 'train' else (), fit.memory_gb, s)
-        for s, rows in parts.items()
-    )
-    workers = fit.workers if fit.workers >= 0 else 0 if a.kept is not None else os.cpu_count()
-    if workers and not torch.cuda.is_available():  # loaders and arithmetic that share a core wait for one another
+            what, wanted = f'the split {s!r} of {dataset.name} is empty', 'at least one item in train and in val'
+            raise BadInput(what, wanted, 'split the dataset again')
+    return parts
+
+def _loading(images:Images, fit:Fit, joined=None) -> dict: # settings of a DataLoader
+    workers = fit.workers if fit.workers >= 0 else 0 if images.kept is not None else os.cpu_count()
+    if workers and not torch.cuda.is_available():
         torch.set_num_threads(max(1, min(torch.get_num_threads(), os.cpu_count() - workers)))
-    joined = getattr(get_task(problem.task), 'collate', None)
-    kw = dict(
+    return dict(
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
         collate_fn=functools.partial(_collate, joined) if joined else None,
     )
+
+def _collate(joined, batch: list) -> tuple:
+    return default_collate([image for image, _ in batch]), joined([target for _, target in batch])
+
+def make_loaders(problem:Problem, dataset:Dataset, fit:Fit, cfg) -> tuple[DataLoader, DataLoader]:
+    "Training and validation items in batches."
+    parts = _parts(dataset); steps = dict(train=cfg.augment, val=())
+    a, b = (Images(dataset, rows, problem, cfg, steps[s], fit.memory_gb, s) for s, rows in parts.items())
+    kw = _loading(a, fit, getattr(get_task(problem.task), 'collate', None))
     share = len(a) // (batches := fit.devices * fit.nodes * fit.accumulate)
     if not share:
         raise BadInput(
@@ -607,9 +525,6 @@ def make_loaders(problem:Problem, dataset:Dataset, fit:Fit, cfg) -> tuple[DataLo
     a.seed = fit.seed
     order = Shuffled(len(a), fit.seed, often, lambda epoch: a.progress.fill_(epoch / fit.epochs), size * fit.accumulate)
     return DataLoader(a, size, sampler=order, drop_last=True, **kw), DataLoader(b, 4*size, **kw)
-
-def _collate(joined, batch: list) -> tuple:
-    return default_collate([image for image, _ in batch]), joined([target for _, target in batch])
 
 # %% ../nbs/30_train.ipynb #34af85f4
 def _loggers(run:Run, config:dict) -> list:
@@ -636,133 +551,71 @@ def _quietly():
     for said in ('.*isinstance.treespec.*', '.*does not have many workers.*', '.*srun.*'):
         warnings.filterwarnings('ignore', said)
 
-# %% ../nbs/30_train.ipynb #99de8dbe
-def fit(problem:Problem, dataset:Dataset, runs:str|Path|None=None, # the folder of all runs; the workspace's when None
-        force:bool=False,                                           # train again what has not changed
-        callbacks:list=(),                                          # Lightning's, beside ours
-        **changes,                                                  # of `Fit` and of the task's `Config`
-       ) -> Run:
-    "Train, resume, or find a finished run."
-    root = Path(runs or workspace().runs).resolve(); how, cfg = settings(problem, **changes)
-    refuse_terms(problem.data, dataset.table)
-    if (leaks := shared_groups(dataset.table)) and not problem.data.allow_leaks:
-        raise BadInput(
-            f'{len(leaks)} groups or contents lie in more than one split: {", ".join(leaks[:3])}',
-            'no group in two splits',
-            'split the dataset again, or set data: {allow_leaks: true}',
-        )
-    teacher = find_teacher(problem, how, cfg, root)
-    config = run_config(problem, dataset, how, teacher)
-    run = Run(root / run_name(config))
-    run.path.mkdir(parents=True, exist_ok=True)
-    if config['fit']['accelerator'] != 'gpu' and (how.sync_batchnorm or how.strategy.startswith('fsdp')):
-        raise BadInput(
-            'fsdp or sync_batchnorm on a CPU',
-            'GPUs: torch has neither for a CPU',
-            'take ddp, or a network with group norm',
-        )
-    if how.nodes > 1 and rank() is None:
-        raise BadInput(
-            f'{how.nodes} machines, and nobody who begins the processes',
-            'torchrun or SLURM',
-            'call `fit` in a script that torchrun starts on each machine',
-        )
-    if rank():
-        return (
-            run
-            if run.done and not force
-            else _train(run, problem, dataset, how, cfg, config, list(callbacks), teacher, force)
-        )  # not the first: writes nothing
-    try:
-        with FileLock(run.path/'.lock', timeout=0):
-            if force:
-                for p in [run.path/'done.json', *(run.path/'checkpoints').glob('*.ckpt')]: p.unlink(missing_ok=True)
-            if run.done: print(f'{run.name}: nothing has changed, so nothing is trained'); return run
-            if how.devices > 1 and rank() is None:
-                at = meeting_point()
-                env = lambda i: at | dict(RANK=str(i), LOCAL_RANK=str(i), NODE_RANK='0', WORLD_SIZE=str(how.devices))
-                together(
-                    _of_many, how.devices, (run, problem, dataset, how, cfg, config, list(callbacks), teacher), env
-                )
-                return run
-            return _train(run, problem, dataset, how, cfg, config, list(callbacks), teacher)
-    except Timeout:
-        raise RunFailed(
-            f'{run.name} is being trained by another process', 'one process per run', 'wait for it, or stop it'
-        ) from None
+# %% ../nbs/30_train.ipynb #490710e8
+def _calls(run:Run, fit:Fit, problem:Problem) -> list[Callback]:
+    keep, primary = run.path/'checkpoints', problem.metrics.primary
+    best = 'max' if get_task(problem.task).METRICS[primary] else 'min'
+    watch, mode = ('val_loss', 'min') if fit.monitor == 'loss' else (f'val_{primary}', best)
+    every = dict(every_n_epochs=1, save_on_train_epoch_end=True)
+    return [
+        *([RunningMean(fit.ema)] if fit.ema else []),
+        History(run.path / 'history.csv', fit.epochs),
+        EarlyStopping(watch, patience=fit.patience, mode=mode),
+        ModelCheckpoint(keep, 'best', monitor=watch, mode=mode, enable_version_counter=False),
+        ModelCheckpoint(keep, 'last', save_top_k=1, enable_version_counter=False, **every),
+    ]
 
-
-def _of_many(i:int, *args) -> None: _train(*args)
-
-def _train(
-    run: Run,
-    problem: Problem,
-    dataset: Dataset,
-    how: Fit,
-    cfg,
-    config: dict,
-    callbacks: list,
-    teacher: Run | None = None,
-    anew: bool = False,
-) -> Run:
-    _quietly(); L.seed_everything(how.seed, workers=True, verbose=False); first = not rank()
-    if first:
-        write_atomic(run.path / 'config.yaml', yaml.safe_dump(config, sort_keys=False))
-        write_json(
-            run.path / 'lineage.json',
-            lineage(config, run.path.parent.parent)
-            | dict(spread={k: getattr(how, k) for k in ('nodes', 'devices', 'accumulate', 'strategy')}),
-        )
-    train, val = make_loaders(problem, dataset, how, cfg)
-    net, still = make_network(problem, how, cfg); net = safe_in_half(net.to(memory_format=torch.channels_last))
-    if how.compile: net.compile()
-    last, loggers = run.path / 'checkpoints/last.ckpt', _loggers(run, config) if first else []
-    resumed = last.exists() and not anew
-    if first:
-        print(
-            f'{run.name}: {len(train.dataset)} items, {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M weights{"" if still is None else f", {sum(p.numel() for p in net.parameters() if p.requires_grad) / 1e6:.3f} M of them trained"}, {config["fit"]["accelerator"]}, {config["fit"]["precision"]}'
-            + (f', {how.devices * how.nodes} devices' if how.devices * how.nodes > 1 else '')
-            + (', resumed from the last finished epoch' if resumed else ''),
-            flush=True,
-        )
-    since, trainer = (
-        time.perf_counter(),
-        make_trainer(run, how, problem, config, loggers, [timer := StepTimer(), *callbacks]),
+def make_trainer(run:Run, fit:Fit, problem:Problem, config:dict, loggers:list, callbacks:list) -> L.Trainer:
+    "Lightning's trainer with our settings: two checkpoints, the best and the last, a history, early stopping."
+    many = fit.devices*fit.nodes > 1
+    return L.Trainer(
+        max_epochs=fit.epochs,
+        accelerator=config['fit']['accelerator'],
+        devices=fit.devices,
+        num_nodes=fit.nodes,
+        strategy='ddp' if many and fit.strategy == 'auto' else fit.strategy,
+        accumulate_grad_batches=fit.accumulate,
+        sync_batchnorm=fit.sync_batchnorm and many,
+        precision=config['fit']['precision'],
+        callbacks=_calls(run, fit, problem) + callbacks,
+        logger=loggers,
+        gradient_clip_val=fit.clip or None,
+        check_val_every_n_epoch=fit.val_every,
+        deterministic='warn',
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=1_000_000,
+        default_root_dir=run.path,
     )
-    places = [val.dataset.place(i) for i in range(len(val.dataset))]
-    trainer.fit(
-        Fitter(
-            net, problem, how, cfg, dataset.split('val'), places, still, best_network(teacher)[0] if teacher else None
-        ),
-        train,
-        val,
-        ckpt_path=last if resumed else None,
-        weights_only=True,
-    )
-    if trainer.is_global_zero:
-        _finish(
-            run,
-            trainer,
-            time.perf_counter() - since,
-            timer,
-            (lambda: make_network(problem, how, cfg)[0]) if how.finetune == 'lora' else None,
-        )
-    for log in loggers: log.experiment.finish()
-    if torch.distributed.is_initialized(): torch.distributed.barrier(); torch.distributed.destroy_process_group()
-    return run
+
+# %% ../nbs/30_train.ipynb #f9fa172a
+def _announce(run:Run, how:Fit, config:dict, items:int, net, still, resumed:bool) -> None:
+    count = lambda only: sum(p.numel() for p in net.parameters() if p.requires_grad or not only)/1e6
+    some = '' if still is None else f', {count(True):.3f} M of them trained'
+    many = f', {how.devices * how.nodes} devices' if how.devices * how.nodes > 1 else ''
+    again = ', resumed from the last finished epoch' if resumed else ''
+    on = f'{config["fit"]["accelerator"]}, {config["fit"]["precision"]}'
+    print(f'{run.name}: {items} items, {count(False):.2f} M weights{some}, {on}{many}{again}', flush=True)
+
+def _note(run:Run, how:Fit, config:dict) -> None:
+    "What the run is made of."
+    write_atomic(run.path / 'config.yaml', yaml.safe_dump(config, sort_keys=False))
+    spread = {k: getattr(how, k) for k in ('nodes', 'devices', 'accumulate', 'strategy')}
+    write_json(run.path / 'lineage.json', lineage(config, run.path.parent.parent) | dict(spread=spread))
+
+def _weights(kept:dict, adapted=None) -> dict[str, torch.Tensor]: # of a checkpoint; adapted: a network with adapters
+    weights = {k.removeprefix('net.'): v.contiguous().cpu() for k, v in kept.items() if k.startswith('net.')}
+    if not adapted: return weights
+    net = adapted(); net.load_state_dict(weights)
+    return {k: v.contiguous() for k, v in merge_lora(net).state_dict().items()}
 
 def _finish(run:Run, trainer:L.Trainer, seconds:float, timer, adapted=None) -> None:
     "The best weights as safetensors, then the note that the run is done."
-    best = torch.load(run.path/'checkpoints/best.ckpt', map_location='cpu', weights_only=True)
-    weights = {
-        k.removeprefix('net.'): v.contiguous().cpu() for k, v in best['state_dict'].items() if k.startswith('net.')
-    }
-    if adapted:  # what is kept is the network without its adapters
-        net = adapted()
-        net.load_state_dict(weights)
-        weights = {k: v.contiguous() for k, v in merge_lora(net).state_dict().items()}
     (run.path/'export').mkdir(exist_ok=True); tmp = run.path/'export/.model.safetensors'
-    save_file(weights, tmp); os.replace(tmp, run.path/'export/model.safetensors')
+    best = torch.load(run.path/'checkpoints/best.ckpt', map_location='cpu', weights_only=True)
+    save_file(_weights(best['state_dict'], adapted), tmp); os.replace(tmp, run.path/'export/model.safetensors')
     write_json(
         run.path / 'done.json',
         dict(
@@ -775,6 +628,107 @@ def _finish(run:Run, trainer:L.Trainer, seconds:float, timer, adapted=None) -> N
             step_ms=round(1e3 * float(np.median(timer.seconds)), 2) if timer.seconds else None,
         ),
     )
+
+# %% ../nbs/30_train.ipynb #a3e56b58
+def _train(
+    run: Run,
+    problem: Problem,
+    dataset: Dataset,
+    how: Fit,
+    cfg,
+    config: dict,
+    callbacks: list,
+    teacher: Run | None = None,
+    anew: bool = False,
+) -> Run:
+    _quietly(); L.seed_everything(how.seed, workers=True, verbose=False); first = not rank()
+    if first: _note(run, how, config)
+    train, val = make_loaders(problem, dataset, how, cfg)
+    net, still = make_network(problem, how, cfg); net = safe_in_half(net.to(memory_format=torch.channels_last))
+    if how.compile: net.compile()
+    last, loggers = run.path / 'checkpoints/last.ckpt', _loggers(run, config) if first else []
+    resumed = last.exists() and not anew
+    if first: _announce(run, how, config, len(train.dataset), net, still, resumed)
+    since, timer = time.perf_counter(), StepTimer()
+    trainer = make_trainer(run, how, problem, config, loggers, [timer, *callbacks])
+    places = [val.dataset.place(i) for i in range(len(val.dataset))]
+    knows = best_network(teacher)[0] if teacher else None
+    fitter = Fitter(net, problem, how, cfg, dataset.split('val'), places, still, knows)
+    trainer.fit(fitter, train, val, ckpt_path=last if resumed else None, weights_only=True)
+    adapted = (lambda: make_network(problem, how, cfg)[0]) if how.finetune == 'lora' else None
+    if trainer.is_global_zero: _finish(run, trainer, time.perf_counter() - since, timer, adapted)
+    for log in loggers: log.experiment.finish()
+    if torch.distributed.is_initialized(): torch.distributed.barrier(); torch.distributed.destroy_process_group()
+    return run
+
+# %% ../nbs/30_train.ipynb #4e35613e
+def _refuse_devices(how:Fit, config:dict) -> None:
+    if config['fit']['accelerator'] != 'gpu' and (how.sync_batchnorm or how.strategy.startswith('fsdp')):
+        raise BadInput(
+            'fsdp or sync_batchnorm on a CPU',
+            'GPUs: torch has neither for a CPU',
+            'take ddp, or a network with group norm',
+        )
+    if how.nodes > 1 and rank() is None:
+        raise BadInput(
+            f'{how.nodes} machines, and nobody who begins the processes',
+            'torchrun or SLURM',
+            'call `fit` in a script that torchrun starts on each machine',
+        )
+
+def _of_many(i:int, *args) -> None: _train(*args)
+
+def _share(run:Run, problem:Problem, dataset:Dataset, how:Fit, *rest) -> Run:
+    "Begin a process for each device."
+    at, n = meeting_point(), how.devices
+    env = lambda i: at | dict(RANK=str(i), LOCAL_RANK=str(i), NODE_RANK='0', WORLD_SIZE=str(n))
+    together(_of_many, n, (run, problem, dataset, how, *rest), env)
+    return run
+
+# %% ../nbs/30_train.ipynb #63d22906
+def fit(problem:Problem, dataset:Dataset, runs:str|Path|None=None, # the folder of all runs; the workspace's when None
+        force:bool=False,                                           # train again what has not changed
+        callbacks:list=(),                                          # Lightning's, beside ours
+        **changes,                                                  # of `Fit` and of the task's `Config`
+       ) -> Run:
+    "Train, resume, or find a finished run."
+    root = Path(runs or workspace().runs).resolve(); how, cfg = settings(problem, **changes)
+    _refuse_data(problem, dataset)
+    teacher = find_teacher(problem, how, cfg, root)
+    config = run_config(problem, dataset, how, teacher)
+    run = Run(root / run_name(config))
+    run.path.mkdir(parents=True, exist_ok=True)
+    _refuse_devices(how, config)
+    asked = run, problem, dataset, how, cfg, config, list(callbacks), teacher
+    if rank(): return run if run.done and not force else _train(*asked, force) # not the first: writes nothing
+    try:
+        with FileLock(run.path/'.lock', timeout=0):
+            if force:
+                for p in [run.path/'done.json', *(run.path/'checkpoints').glob('*.ckpt')]: p.unlink(missing_ok=True)
+            if run.done: print(f'{run.name}: nothing has changed, so nothing is trained'); return run
+            return _share(*asked) if how.devices > 1 and rank() is None else _train(*asked)
+    except Timeout:
+        raise RunFailed(
+            f'{run.name} is being trained by another process', 'one process per run', 'wait for it, or stop it'
+        ) from None
+
+def _refuse_data(problem:Problem, dataset:Dataset) -> None:
+    refuse_terms(problem.data, dataset.table)
+    if (leaks := shared_groups(dataset.table)) and not problem.data.allow_leaks:
+        raise BadInput(
+            f'{len(leaks)} groups or contents lie in more than one split: {", ".join(leaks[:3])}',
+            'no group in two splits',
+            'split the dataset again, or set data: {allow_leaks: true}',
+        )
+
+# %% ../nbs/30_train.ipynb #e78bfe7a
+def best_network(run:Run) -> tuple[torch.nn.Module, Any]: # in evaluation mode, and the task's settings
+    "The network of a finished run."
+    c = run.config
+    task = get_task(c['task'])
+    cfg = task.Config.model_validate(c['fit']['task'] | {'pretrained': False})
+    net = task.network(cfg, c['classes']); net.load_state_dict(load_file(run.path/'export/model.safetensors'))
+    return net.eval(), cfg
 
 # %% ../nbs/30_train.ipynb #f8fc55f2
 def bare_loop(problem:Problem, dataset:Dataset, **changes) -> list[float]: # seconds per step of each epoch
