@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OPSET', 'FORMS', 'TARGETS', 'export_onnx', 'export_run', 'performance', 'Form', 'forms_for', 'missing', 'Workshop',
-           'variant_folder', 'make_variant', 'compare_again', 'torch_forms', 'contest', 'optimize_run']
+           'variant_folder', 'compare_again', 'make_variant', 'torch_forms', 'contest', 'optimize_run']
 
 # %% ../nbs/50_optimize.ipynb #3d7f7632
 import logging, shutil, warnings
@@ -27,7 +27,7 @@ from .spec import Problem
 from .task import predictions_table
 from .train import Run
 
-# %% ../nbs/50_optimize.ipynb #45733350
+# %% ../nbs/50_optimize.ipynb #8f53e62e
 OPSET = 20
 
 def export_onnx(net:torch.nn.Module, height:int, width:int, path:str|Path) -> Path:
@@ -50,6 +50,7 @@ def export_onnx(net:torch.nn.Module, height:int, width:int, path:str|Path) -> Pa
     model = program.model_proto; onnx.checker.check_model(model)
     return write_atomic(path, model.SerializeToString())
 
+# %% ../nbs/50_optimize.ipynb #10b7b14f
 def export_run(run:Run, problem:Problem, force:bool=False) -> Path: # the folder `export/`
     "Export a run, with what is needed to use it. What is exported already is kept."
     out, note = run.path/'export', run.path/'export/.exported.json'
@@ -84,7 +85,7 @@ def performance(run:Run, predictor:Predictor, rows:pa.Table, read:Callable, prob
         model=file_digest(predictor.folder / 'model.onnx'),
     )
 
-# %% ../nbs/50_optimize.ipynb #4bd192c0
+# %% ../nbs/50_optimize.ipynb #ceb152c8
 @dataclass(frozen=True)
 class Form:
     "A form of a model: how it is made, and what it claims to be."
@@ -112,7 +113,7 @@ TARGETS = {
     'tensorrt': ['tensorrt-fp16'],
 }
 
-
+# %% ../nbs/50_optimize.ipynb #e1c6b80c
 def forms_for(target:str, forms:Sequence[str]=()) -> list[str]:
     "The names of the forms to make."
     if forms:
@@ -129,14 +130,12 @@ def missing(form:Form) -> str: # empty: it can be made and measured here
     "What this machine lacks for a form."
     there = ort.get_available_providers()
     name = form.provider or ('CUDAExecutionProvider' if form.device == 'cuda' else 'CPUExecutionProvider')
-    return (
-        ''
-        if name in there
-        else f'{name} is not installed here (there are: {", ".join(there)}); install the build of ONNX Runtime that has it'
-    )
+    if name in there: return ''
+    what = f'{name} is not installed here (there are: {", ".join(there)})'
+    return f'{what}; install the build of ONNX Runtime that has it'
 
-# %% ../nbs/50_optimize.ipynb #b3f69734
-class Workshop:
+# %% ../nbs/50_optimize.ipynb #86ea1e52
+class _Bench:
     "A run, its data, and the checkpoint's answers: what all forms are made from and held against."
     def __init__(self, run:Run, problem:Problem, data:Dataset, threads:int=0):
         self.run, self.problem, self.data, self.threads = run, problem, data, threads
@@ -185,6 +184,27 @@ class Workshop:
             if n == 'all' or f['support'] >= b.min_support
         )
 
+# %% ../nbs/50_optimize.ipynb #9f3b9da8
+def _pruned(shop:_Bench, out:Path, say:Callable) -> dict: # notes; see 48b_prune.ipynb
+    "Write the graph with fewer channels, and beside it the checkpoint that it is held against."
+    from safetensors.torch import save_file
+    (net, cfg), how = checkpoint_network(shop.run), shop.run.config['fit']
+    def infer(x):
+        with torch.inference_mode(): return {k: v.numpy() for k, v in net(torch.from_numpy(x)).items()}
+    epochs = max(2, how['epochs']//2)
+    tune = lambda net: train_on(net, shop.problem, shop.data, how, epochs)
+    few = torch.from_numpy(shop.pixels[:4])
+    notes = prune(net, shop.export/'model.onnx', tune, lambda net: shop.spent_by(infer), few, .5, say=say)
+    save_file({k: v.contiguous() for k, v in net.state_dict().items()}, out.parent/'model.safetensors')
+    export_onnx(net, cfg.image.height, cfg.image.width, whole := out.with_name('.whole.onnx'))
+    if any(o.name == 'embedding' for o in onnx.load(shop.export/'model.onnx').graph.output):
+        write_atomic(whole, with_embedding(whole))
+    notes |= dict(epochs=epochs, channels=without_silent(whole, out))
+    whole.unlink()
+    return notes
+
+class Workshop(_Bench):
+    "Where the forms of a run are made."
     def make(self, name:str, out:Path, say:Callable) -> dict: # notes on how it went
         "Write the graph of a form."
         source = self.export / 'model.onnx'
@@ -192,32 +212,14 @@ class Workshop:
         if kind == 'graph': folded(source, out); return {}
         if kind == 'fp16': half(source, out); return {}
         if kind == 'int8-dynamic': dynamic_int8(source, out); return {}
-        if kind == 'pruned': return self.prune(out, say)
+        if kind == 'pruned': return _pruned(self, out, say)
         if kind == 'pruned-int8':
             source = self.run.path/'variants/pruned/export/model.onnx'
             return kept_in_float(source, out, self.pixels, self.spent, .75, say)
         if kind == 'int8': return kept_in_float(source, out, self.pixels, self.spent, .5, say)
         shutil.copyfile(source, out); return {}
 
-    def prune(self, out:Path, say:Callable) -> dict: # notes; see 48b_prune.ipynb
-        "Write the graph with fewer channels, and beside it the checkpoint that it is held against."
-        from safetensors.torch import save_file
-        (net, cfg), how = checkpoint_network(self.run), self.run.config['fit']
-        def infer(x):
-            with torch.inference_mode(): return {k: v.numpy() for k, v in net(torch.from_numpy(x)).items()}
-        epochs = max(2, how['epochs']//2)
-        tune = lambda net: train_on(net, self.problem, self.data, how, epochs)
-        few = torch.from_numpy(self.pixels[:4])
-        notes = prune(net, self.export/'model.onnx', tune, lambda net: self.spent_by(infer), few, .5, say=say)
-        save_file({k: v.contiguous() for k, v in net.state_dict().items()}, out.parent/'model.safetensors')
-        export_onnx(net, cfg.image.height, cfg.image.width, whole := out.with_name('.whole.onnx'))
-        if any(o.name == 'embedding' for o in onnx.load(self.export/'model.onnx').graph.output):
-            write_atomic(whole, with_embedding(whole))
-        notes |= dict(epochs=epochs, channels=without_silent(whole, out))
-        whole.unlink()
-        return notes
-
-# %% ../nbs/50_optimize.ipynb #4312dcf9
+# %% ../nbs/50_optimize.ipynb #7f87babc
 def variant_folder(run:str|Path, name:str) -> Path:
     "Where a finished variant of a run is."
     at = Path(run)/'variants'; there = sorted(p.parent.name for p in at.glob('*/variant.json'))
@@ -229,6 +231,7 @@ def variant_folder(run:str|Path, name:str) -> Path:
         )
     return at/name
 
+# %% ../nbs/50_optimize.ipynb #c57d168b
 def _describe(shop:Workshop, name:str, out:Path) -> None:
     "The files beside the graph. A form with fewer bits carries no checkpoint: nothing may answer in its place."
     form, about = FORMS[name], read_json(shop.export / 'model.json')
@@ -244,7 +247,14 @@ def _describe(shop:Workshop, name:str, out:Path) -> None:
         read_json(shop.run.path / 'lineage.json') | dict(run=f'{shop.run.name}/{name}', variant=name),
     )
 
+def _key(shop:Workshop, form:Form) -> str:
+    "What decides a variant and its figures."
+    weights, problem, data = shop.run.done['weights'], shop.problem.digest, shop.data.version
+    return digest(
+        dict(weights=weights, form=form, problem=problem, data=data, hardware=hardware(), ort=ort.__version__)
+    )
 
+# %% ../nbs/50_optimize.ipynb #a0a2e39b
 def _with_budget(found:dict, figures:dict, problem:Problem) -> dict: # a verdict on parity
     "What a pruned network loses is no matter of numbers: the budget decides, against the run that it was made from."
     bad, all_ = within(figures, problem), figures['slices']['all']
@@ -254,59 +264,26 @@ def _with_budget(found:dict, figures:dict, problem:Problem) -> dict: # a verdict
     if bad: out['stages']['network'] |= dict(ok=False, said='; '.join(bad))
     return out | dict(ok=not bad, stage='network' if bad else None, said='; '.join(bad) or f'as its own checkpoint; {lost}')
 
-def make_variant(
-    shop: Workshop, name: str, opponents: Callable | None = None, force: bool = False, say: Callable = lambda text: None
-) -> Path:  # its folder; `opponents` as for compare_again
-    "Make, judge and measure one form of a run. One that is there already is kept."
-    form, out = FORMS[name], shop.run.path/'variants'/name
-    key = digest(
-        dict(
-            weights=shop.run.done['weights'],
-            form=form,
-            problem=shop.problem.digest,
-            data=shop.data.version,
-            hardware=hardware(),
-            ort=ort.__version__,
-        )
-    )
-    if not force and (out / 'variant.json').is_file() and read_json(out / 'variant.json').get('key') == key:
-        say('is there already')
-        return out
-    shutil.rmtree(out, ignore_errors=True); (out/'export').mkdir(parents=True); _describe(shop, name, out)
-    say(form.what)
-    pruned = name.startswith('pruned')
-    if name == 'pruned-int8': make_variant(shop, 'pruned', opponents, force, say)
-    notes = shop.make(name, out / 'export/model.onnx', say)
+# %% ../nbs/50_optimize.ipynb #481c980b
+def _judge(shop:Workshop, name:str, out:Path, say:Callable) -> None:
+    "Thresholds, answers, figures, golden answers, parity and cost of a form that is made."
+    form, primary, pruned = FORMS[name], shop.problem.metrics.primary, name.startswith('pruned')
     calibrate(out / 'export', shop.val, shop.data.read, shop.problem)
     model = Predictor(out / 'export', form.device, shop.threads)
     said = predict_table(model, shop.test, shop.data.read)
     figures = write_evidence(out / 'evaluation', shop.test, said, shop.problem, 'test', shop.data.version)
     write_golden(out / 'golden.parquet', shop.test, shop.data.read, said)
-    say(f'{shop.problem.metrics.primary} {figures["metrics"][shop.problem.metrics.primary]["value"]:.4g}')
+    say(f'{primary} {figures["metrics"][primary]["value"]:.4g}')
     base = shop.first_answers if pruned else shop.base
     strict = pruned and form.precision == 'fp32' # the same numbers as its own checkpoint, and the budget beside them
     own = shop.run.path/'variants/pruned' if pruned else shop.run
     cost = performance(own, model, shop.test, shop.data.read, shop.problem, said, None if strict else base)
-    if strict: cost['parity'] = _with_budget(cost['parity'], side_by_side(shop.test, said, base, shop.problem), shop.problem)
+    if strict:
+        beside = side_by_side(shop.test, said, base, shop.problem)
+        cost['parity'] = _with_budget(cost['parity'], beside, shop.problem)
     cost |= alone(out/'export', form.device, shop.threads or 1)
     write_json(out / 'evaluation/performance.json', cost | dict(precision=form.precision))
     say(cost['parity'].get('said') or 'the same answers as the checkpoint')
-    if opponents: compare_again(out, shop.problem, opponents, golden_of(shop.data))
-    write_json(
-        out / 'variant.json',
-        dict(
-            name=name,
-            key=key,
-            run=shop.run.name,
-            what=form.what,
-            precision=form.precision,
-            provider=form.provider,
-            device=form.device,
-            notes=notes,
-        ),
-    )
-    return out
-
 
 def compare_again(
     folder: Path,
@@ -321,7 +298,27 @@ def compare_again(
     for alias, (tag, theirs) in opponents(folder).items():
         write_comparison(folder / 'evaluation', problem, theirs, alias, tag, golden)
 
-# %% ../nbs/50_optimize.ipynb #dd3344bc
+# %% ../nbs/50_optimize.ipynb #b9d4055c
+def make_variant(
+    shop: Workshop, name: str, opponents: Callable | None = None, force: bool = False, say: Callable = lambda text: None
+) -> Path:  # its folder; `opponents` as for compare_again
+    "Make, judge and measure one form of a run. One that is there already is kept."
+    form, out = FORMS[name], shop.run.path/'variants'/name
+    key = _key(shop, form)
+    if not force and (out / 'variant.json').is_file() and read_json(out / 'variant.json').get('key') == key:
+        say('is there already')
+        return out
+    shutil.rmtree(out, ignore_errors=True); (out/'export').mkdir(parents=True); _describe(shop, name, out)
+    say(form.what)
+    if name == 'pruned-int8': make_variant(shop, 'pruned', opponents, force, say)
+    notes = shop.make(name, out / 'export/model.onnx', say)
+    _judge(shop, name, out, say)
+    if opponents: compare_again(out, shop.problem, opponents, golden_of(shop.data))
+    about = dict(precision=form.precision, provider=form.provider, device=form.device, notes=notes)
+    write_json(out / 'variant.json', dict(name=name, key=key, run=shop.run.name, what=form.what) | about)
+    return out
+
+# %% ../nbs/50_optimize.ipynb #8cfb94cf
 def torch_forms(
     checkpoint: Checkpoint, device: str = 'cpu', compiled: bool = True
 ) -> dict[str, Callable]:  # name -> pixels -> named outputs
@@ -336,6 +333,7 @@ def torch_forms(
     out = {'eager': asked(net), 'eager bf16': asked(net, True)}
     return out | ({'compiled': asked(torch.compile(net, dynamic=True))} if compiled else {})
 
+# %% ../nbs/50_optimize.ipynb #d8b298e0
 def _works(name:str, f:Callable, pixels:np.ndarray, say:Callable) -> bool:
     try:
         f(pixels[:2])
@@ -369,53 +367,48 @@ def contest(
         )
     finally: torch.set_num_threads(before)
 
-# %% ../nbs/50_optimize.ipynb #f0ab2e9d
+# %% ../nbs/50_optimize.ipynb #28748ddd
+_OF_COST = (
+    'latency_ms_p50',
+    'latency_ms_p95',
+    'latency_ms_p99',
+    'model_size_mb',
+    'peak_memory_mb',
+    'startup_seconds',
+    'hardware',
+)
+
 def _row(
     shop: Workshop, name: str, rates: dict, folder: Path | None
 ) -> dict:  # folder: of a run or a variant; None: torch, which is no artifact
     eager = best(rates['eager'])[1]
     size, per_second = best(rates[name]) if name in rates else (None, None)
     m = shop.problem.metrics.primary
-    row = dict(
-        variant=name,
-        metric=m,
-        value=None,
-        loses=None,
-        images_per_second=per_second,
-        batch=size,
-        times_eager=per_second and round(per_second / eager, 2),
-        rates=rates.get(name),
-    )
+    row = dict(variant=name, metric=m, value=None, loses=None, images_per_second=per_second, batch=size)
+    row |= dict(times_eager=per_second and round(per_second / eager, 2), rates=rates.get(name))
     if folder is None: return row
-    cost, figure = (
-        read_json(folder / 'evaluation/performance.json'),
-        read_json(folder / 'evaluation/metrics.json')['metrics'][m],
-    )
+    cost = read_json(folder / 'evaluation/performance.json')
+    figure = read_json(folder / 'evaluation/metrics.json')['metrics'][m]
     p = cost.get('parity') or {}
-    return row | dict(
-        value=figure['value'],
-        low=figure['low'],
-        high=figure['high'],
-        loses=((p.get('slices') or {}).get('all') or {}).get('loses'),
-        parity=p.get('ok'),
-        said=p.get('said'),
-        stage=p.get('stage'),
-        **{
-            k: cost.get(k)
-            for k in (
-                'latency_ms_p50',
-                'latency_ms_p95',
-                'latency_ms_p99',
-                'model_size_mb',
-                'peak_memory_mb',
-                'startup_seconds',
-                'hardware',
-            )
-        },
-        precision=cost.get('precision', 'fp32'),
-    )
+    row |= dict(value=figure['value'], low=figure['low'], high=figure['high'])
+    row |= dict(loses=((p.get('slices') or {}).get('all') or {}).get('loses'), parity=p.get('ok'), said=p.get('said'))
+    row |= dict(stage=p.get('stage')) | {k: cost.get(k) for k in _OF_COST}
+    return row | dict(precision=cost.get('precision', 'fp32'))
 
+# %% ../nbs/50_optimize.ipynb #0f384b16
+def _with_torch(shop:Workshop, rows:list[dict]) -> None:
+    "The figure of the forms in torch, which are no artifacts, on the test items."
+    ready = [shop.model.prepare(shop.data.read(u)) for u in shop.test['uri'].to_pylist()]
+    base = shop.base
+    forms = torch_forms(shop.checkpoint, compiled=False)
+    for r in (r for r in rows if r['value'] is None):
+        said = predictions_table(
+            shop.test['id'].to_pylist(), shop.model.answers(ready, forms.get(r['variant'], shop.checkpoint.infer))
+        )
+        f = side_by_side(shop.test, said, base if base is not None else said, shop.problem)['slices']['all']
+        r |= dict(value=f['artifact'], loses=f['loses'], precision='bf16' if 'bf16' in r['variant'] else 'fp32')
 
+# %% ../nbs/50_optimize.ipynb #a0d30149
 def optimize_run(
     run: Run,
     problem: Problem,
@@ -442,35 +435,15 @@ def optimize_run(
         if n not in skipped: folders[n] = make_variant(shop, n, opponents, force, lambda text, n=n: say(f'{n}: {text}'))
     say('side by side with torch')
     rates = contest(shop, folders, compiled, say=say)
+    for n in folders.keys() & rates.keys(): _note_rate(folders[n], *best(rates[n]))
     judged = {'onnx': run.path} if (run.path / 'evaluation/performance.json').is_file() else {}
-    for n, f in folders.items():
-        c = f / 'evaluation/performance.json'
-        write_json(
-            c, read_json(c) | dict(images_per_second=best(rates[n])[1], batch=best(rates[n])[0])
-        ) if n in rates else None
     rows = [_row(shop, n, rates, (judged | folders).get(n)) for n in dict.fromkeys([*rates, *folders])]
     _with_torch(shop, rows)
-    found = dict(
-        run=run.name,
-        problem=problem.name,
-        target=target,
-        metric=problem.metrics.primary,
-        budget=problem.optimize.model_dump(),
-        threads=threads,
-        hardware=hardware(),
-        rows=rows,
-        skipped=skipped,
-    )
-    write_json(run.path/'variants/summary.json', found); return read_json(run.path/'variants/summary.json')
+    about = dict(run=run.name, problem=problem.name, target=target, metric=problem.metrics.primary)
+    about |= dict(budget=problem.optimize.model_dump(), threads=threads, hardware=hardware())
+    write_json(run.path/'variants/summary.json', about | dict(rows=rows, skipped=skipped))
+    return read_json(run.path/'variants/summary.json')
 
-def _with_torch(shop:Workshop, rows:list[dict]) -> None:
-    "The figure of the forms in torch, which are no artifacts, on the test items."
-    ready = [shop.model.prepare(shop.data.read(u)) for u in shop.test['uri'].to_pylist()]
-    base = shop.base
-    forms = torch_forms(shop.checkpoint, compiled=False)
-    for r in (r for r in rows if r['value'] is None):
-        said = predictions_table(
-            shop.test['id'].to_pylist(), shop.model.answers(ready, forms.get(r['variant'], shop.checkpoint.infer))
-        )
-        f = side_by_side(shop.test, said, base if base is not None else said, shop.problem)['slices']['all']
-        r |= dict(value=f['artifact'], loses=f['loses'], precision='bf16' if 'bf16' in r['variant'] else 'fp32')
+def _note_rate(folder:Path, batch:int, per_second:float) -> None:
+    at = folder / 'evaluation/performance.json'
+    write_json(at, read_json(at) | dict(images_per_second=per_second, batch=batch))
