@@ -131,7 +131,7 @@ def without_silent(path:str|Path, out:str|Path) -> dict[str, tuple[int, int]]: #
     write_atomic(out, model.SerializeToString())
     return changed
 
-# %% ../nbs/48b_prune.ipynb #a41671b3
+# %% ../nbs/48b_prune.ipynb #18f3edb8
 def quiet_channels(path:str|Path, share:float, # of the channels of every group that goes
                    at_once:int=8) -> dict[str, np.ndarray]: # weight -> (C,) bool: to be silenced
     "The channels of an exported graph that say least."
@@ -143,6 +143,7 @@ def quiet_channels(path:str|Path, share:float, # of the channels of every group 
         out |= dict.fromkeys(names, np.isin(np.arange(len(said)), np.argsort(-said, kind='stable')[stay:]))
     return out
 
+# %% ../nbs/48b_prune.ipynb #15cdf57a
 def _norms(net, images) -> dict: # name of a convolution -> the batch norm behind it
     import torch
     made, out, hooks = {}, {}, []

@@ -156,10 +156,10 @@ def _closest(found:list[str], want:list[str], near:Iterable[str], name:str) -> s
     exact = [n for n in top if n.replace('\\', '/').endswith(name.replace('\\', '/'))]
     return top[0] if len(top) == 1 else exact[0] if len(exact) == 1 else None
 
-# %% ../../nbs/11_data.files.ipynb #02a0a2be
+# %% ../../nbs/11_data.files.ipynb #e6254906
 @dataclass
-class Source:
-    "The folder or file that is imported."
+class _Files:
+    "The files of a folder, or one file."
     root: Path
     only: str|None = None # when a single file was named: that file
     quarantine: Quarantine = field(default_factory=Quarantine)
@@ -198,6 +198,11 @@ class Source:
             raise BadInput(f'{name} cannot be read: {e.strerror}', 'a file', 'check the path') from None
         try: return data.decode('utf-8-sig', 'ignore' if limit else 'strict')
         except UnicodeDecodeError: return data.decode('latin-1')
+
+# %% ../../nbs/11_data.files.ipynb #1df7fb36
+@dataclass
+class Source(_Files):
+    "The folder or file that is imported."
 
     @cached_property
     def _tails(self) -> dict[str, list[str]]: # last part of the name, plain -> names
