@@ -560,7 +560,7 @@ def plot_balance(r:Report):
         )
     ax.set(xticks=range(n), ylabel='share of the split')
     ax.set_xticklabels([str(v)[:16] for v in c.index], rotation=90 if n > 12 else 0)
-    ax.spines[['top', 'right']].set_visible(False); ax.legend(frameon=False); fig.tight_layout(); return fig
+    ax.spines[['top', 'right']].set_visible(False); ax.legend(frameon=False, loc='lower right', bbox_to_anchor=(1, 1), ncols=max(1, len(c.columns))); fig.tight_layout(); return fig
 
 # %% ../../nbs/12_data.quality.ipynb #924267a8
 def beside(images:list[np.ndarray]) -> np.ndarray: # (H, W, 3) uint8
