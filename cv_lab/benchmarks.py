@@ -29,17 +29,17 @@ class Step:
 
 def _finish(found): return asyncio.run(found) if inspect.isawaitable(found) else found
 
-SHORTER = ('soak', 'rolling')      # in `make bench`, which has a quarter of an hour
+SHORTER = ('soak', 'rolling')      # in `make bench`, which has a quarter of an hour; whole when named: soak-whole
 NAMED_ONLY = ('litserve', 'bento') # need a download, or minutes
 
 def service_steps() -> dict[str, Step]: # name -> step
     "What can be measured of the service."
+    what = lambda name: (promises.STEPS[name].__doc__ or name).split(':')[0].rstrip('.')
     step = lambda name: Step(
-        lambda ws: promises.measure(name, name in SHORTER),
-        (promises.STEPS[name].__doc__ or name).split(':')[0],
-        name not in NAMED_ONLY,
+        lambda ws: promises.measure(name, name in SHORTER), what(name), name not in NAMED_ONLY
     )
-    return {name: step(name) for name in promises.STEPS}
+    whole = lambda name: Step(lambda ws: promises.measure(name), f'{what(name)}, in its full length', False)
+    return {name: step(name) for name in promises.STEPS} | {f'{name}-whole': whole(name) for name in SHORTER}
 
 # %% ../nbs/94_benchmarks.ipynb #7736a8bb
 def _goal(what:str, rows:dict[str, float], eager:float, goal:float=3.) -> list[dict]: # name -> images a second
@@ -229,13 +229,13 @@ def every_step() -> dict[str, Step]:
 
 # %% ../nbs/94_benchmarks.ipynb #2cbd6bbd
 def _about(ws_root:Path) -> dict:  # under what a line was measured
-    git = ''
-    if (ws_root / '.git').exists():
-        command = ['git', '-C', str(ws_root), 'describe', '--always', '--dirty', '--abbrev=12']
-        git = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    def git(*words):
+        return subprocess.run(['git', '-C', str(ws_root), *words], capture_output=True, text=True).stdout.strip()
+    commit = git('rev-parse', '--short=12', 'HEAD') if (ws_root / '.git').exists() else ''
+    changed = commit and git('status', '--porcelain', '-uno', '--', '.', ':!reports/benchmarks')
     return dict(
         measured=str(date.today()),
-        commit=git or 'no commit',
+        commit=(commit + '-dirty' * bool(changed)) or 'no commit',
         hardware=hardware(),
         software=f'Python {platform.python_version()}, ONNX Runtime {version("onnxruntime")}',
         load=round(os.getloadavg()[0], 2),
@@ -334,8 +334,7 @@ def _cell(text:str) -> str: return str(text).replace('|', '/').replace('\n', ' '
 BY_TESTS = (
     'Kept by tests rather than by a clock: hostile requests, pixels, neighbours, abandoned work, keys, jobs, metrics and '
     'attacks, in `tests/test_serve.py`, `tests/test_service_life.py`, `tests/test_bento.py` and `tests/test_release*.py`. '
-    'The soak is one minute here and ten by itself: `cvlab service promise soak`. What needs a download, or many '
-    'minutes, is measured only when it is named: `cvlab bench --only` with `bento`, `litserve`, `coco` or `data`.'
+    'What needs a download, or many minutes, is measured only when it is named: `cvlab bench --only` with one of '
 )
 
 def benchmarks_page(rows:list[dict]) -> str: # Markdown
@@ -355,4 +354,4 @@ def benchmarks_page(rows:list[dict]) -> str: # Markdown
     for n in sorted({r['promise'] for r in rows}, key=lambda n: (n in (0, 98, 99), n)):
         title = TITLES.get(n, '') if n in (0, 98, 99) else f'{n}. {TITLES.get(n, "")}'
         text += ['', f'## {title}', '', *_table([r for r in rows if r['promise'] == n])]
-    return '\n'.join([*text, '', BY_TESTS, ''])
+    return '\n'.join([*text, '', BY_TESTS + ', '.join(f'`{n}`' for n in sorted(named)) + '.', ''])
