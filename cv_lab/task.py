@@ -7,7 +7,7 @@ __all__ = ['CONTRACT', 'OPTIONAL', 'Prediction', 'in_image', 'predictions_table'
            'check_decision', 'guess_task']
 
 # %% ../nbs/20_task.ipynb #9ff6f429
-import importlib, inspect, pkgutil
+import importlib, inspect, pkgutil, sys
 from dataclasses import dataclass, replace
 from types import ModuleType
 import numpy as np, pyarrow as pa
@@ -119,8 +119,11 @@ def trained_config(task:ModuleType, settings:dict):  # its Config
     )
 
 
+_SOUND = {} # checked once: a training asks for its task with every image
+
 def get_task(name:str) -> ModuleType:
     "The task of that name, its contract checked."
+    if (task := _SOUND.get(name)) is not None and sys.modules.get(task.__name__) is task: return task
     found = tasks()
     if name not in found:
         raise BadInput(
@@ -134,6 +137,7 @@ def get_task(name:str) -> ModuleType:
             'all names of task.CONTRACT',
             'see nbs/20_task.ipynb',
         )
+    _SOUND[name] = found[name]
     return found[name]
 
 # %% ../nbs/20_task.ipynb #3f873fe7
