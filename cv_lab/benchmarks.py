@@ -80,7 +80,7 @@ def optimized_digits(ws:Workspace, say:Callable=lambda text: None) -> list[dict]
     from cv_lab.experiment import open_dataset
     from cv_lab.optimize import optimize_run
     from cv_lab.spec import load_problem
-    from cv_lab.train import Run
+    from cv_lab.runs import Run
 
     spec = load_problem(ws.problems / 'digits.yaml')
     found = optimize_run(Run(digits_run(ws)), spec, open_dataset(spec.dataset, ws), threads=1, compiled=False, say=say)

@@ -25,7 +25,7 @@ from .prune import prune, train_on, without_silent
 from .predict import Predictor, calibrate, describe_model, predict_table, write_golden
 from .spec import Problem
 from .task import predictions_table
-from .train import Run
+from .runs import Run
 
 # %% ../nbs/50_optimize.ipynb #8f53e62e
 OPSET = 20

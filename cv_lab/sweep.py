@@ -22,7 +22,8 @@ from .data.manifest import Dataset
 from .devices import together
 from .spec import Problem, Range
 from .task import get_task
-from .train import Run, fit, run_config, settings
+from .runs import Run, run_config, settings
+from .train import fit
 
 # %% ../nbs/32_sweep.ipynb #77a3661a
 def search_space(problem:Problem, **changes) -> dict[str, Range|list]: # setting -> where it is tried

@@ -10,7 +10,7 @@ from cv_lab.decide import NEVER, cheapest, class_stairs, fit_stairs, on_stairs
 from cv_lab.spec import Problem, parse_problem
 from cv_lab.task import check_decision
 from cv_lab.tasks import classification, detection
-from cv_lab.train import settings
+from cv_lab.runs import settings
 
 
 def test_stairs_are_those_of_scikit_learn():

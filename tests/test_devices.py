@@ -8,7 +8,9 @@ from lightning.pytorch.callbacks import Callback
 from cv_lab.core import BadInput, RunFailed
 from cv_lab.devices import rank, together
 from cv_lab.tasks import classification
-from cv_lab.train import Shuffled, fit, make_loaders, run_config, run_name, settings
+from cv_lab.loading import Shuffled, make_loaders
+from cv_lab.runs import run_config, run_name, settings
+from cv_lab.train import fit
 from tests.shout import shout
 from tests.test_train import problem
 

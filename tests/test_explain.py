@@ -22,7 +22,7 @@ from cv_lab.image import Preprocess, decode
 from cv_lab.spec import Problem
 from cv_lab.task import tasks
 from cv_lab.tasks import classification, detection
-from cv_lab.train import Images
+from cv_lab.loading import Images
 
 CLASSES = ['a', 'b', 'c']
 

@@ -38,7 +38,7 @@ def made(tmp_path_factory):
     from safetensors.torch import save_file
     from cv_lab.image import Preprocess
     from cv_lab.optimize import export_run
-    from cv_lab.train import Run
+    from cv_lab.runs import Run
 
     home = tmp_path_factory.mktemp('optimize')
     data = classification.example(home / 'stripes')
@@ -160,7 +160,7 @@ def test_a_neighbour_that_changes_an_answer_is_seen(made):
 
 def test_an_embedding_for_the_service_is_an_output_and_changes_nothing(made, tmp_path):
     from cv_lab.optimize import export_run
-    from cv_lab.train import Run
+    from cv_lab.runs import Run
 
     run, data = made
     shutil.copytree(run.path, tmp_path / 'run')
@@ -205,7 +205,7 @@ def row(verdict): return next(r for r in verdict['rules'] if r['rule'] == 'parit
 
 @pytest.fixture
 def copied(made, tmp_path):
-    from cv_lab.train import Run
+    from cv_lab.runs import Run
     run, data = made; shutil.copytree(run.path, tmp_path/'runs/stripes-1'); return Run(tmp_path/'runs/stripes-1'), data
 
 

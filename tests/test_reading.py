@@ -10,7 +10,7 @@ from cv_lab.reader import columns_at, columns_of, core_places, reader_loss
 from cv_lab.spec import Problem
 from cv_lab.task import Prediction, in_image, predictions_table
 from cv_lab.tasks import reading
-from cv_lab.train import Images
+from cv_lab.loading import Images
 
 DIGITS = list('0123456789')
 

@@ -6,7 +6,7 @@ from cv_lab.image import Preprocess, decode
 from cv_lab.spec import Problem
 from cv_lab.task import CONTRACT, Prediction, faults, predictions_table, tasks
 from cv_lab.core import Annotation
-from cv_lab.train import Images
+from cv_lab.loading import Images
 
 TASKS = tasks()
 

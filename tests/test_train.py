@@ -3,10 +3,13 @@ import os, signal, subprocess, sys, textwrap
 
 import numpy as np, pandas as pd, pytest, torch
 
+from cv_lab.augment import augmentation
 from cv_lab.core import BadInput, RunFailed
+from cv_lab.loading import Shuffled
+from cv_lab.runs import settings
 from cv_lab.spec import Problem
 from cv_lab.tasks import classification
-from cv_lab.train import Shuffled, augmentation, fit, settings
+from cv_lab.train import fit
 
 SMALL = dict(epochs=6, batch_size=12, lr=5e-3, task=dict(image=dict(height=16, width=16)))
 SCRIPT = '''
@@ -84,6 +87,20 @@ def test_nothing_is_trained_twice(tmp_path, capsys):
     fit(problem(), data, tmp_path/'r', force=True, **SMALL); assert (a.path/'done.json').stat().st_mtime_ns > when
 
 
+def test_the_name_of_a_run_covers_the_code_behind_it(tmp_path, monkeypatch):
+    import shutil, cv_lab
+    from pathlib import Path
+    from cv_lab.runs import code_digest
+
+    shutil.copytree(Path(cv_lab.__file__).parent, tmp_path/'cv_lab', ignore=shutil.ignore_patterns('__pycache__'))
+    here = code_digest('classification'); monkeypatch.setattr(cv_lab, '__file__', str(tmp_path/'cv_lab/__init__.py'))
+    assert code_digest('classification') == here
+    for room, decides in dict(train=True, runs=True, loading=True, augment=True, cards=False, sweep=False).items():
+        file = tmp_path/f'cv_lab/{room}.py'; text = file.read_text(); file.write_text(text + '# another\n')
+        assert (code_digest('classification') != here) == decides, room
+        file.write_text(text)
+
+
 def test_two_processes_do_not_train_one_run(tmp_path):
     from filelock import FileLock
     data = classification.example(tmp_path/'stripes'); run = fit(problem(), data, tmp_path/'r', **SMALL)
@@ -133,7 +150,7 @@ def test_half_precision_gives_the_same_weights(tmp_path):
 def test_targets_and_loss_are_made_for_a_crop(tmp_path):
     import torch
     from cv_lab.tasks import segmentation
-    from cv_lab.train import Images, of_shape
+    from cv_lab.loading import Images, of_shape
     data = segmentation.example(tmp_path/'scenes'); p = Problem(
         name='crops', task='segmentation', classes=sorted({a['label'] for s in data.table['annotations'].to_pylist() for a in s}),
         owner='us', intended_use='tests', metrics=dict(primary='mean_iou'), acceptance=[dict(metric='mean_iou', at_least=.1)])
@@ -165,7 +182,7 @@ def test_order_depends_on_seed_and_epoch_only():
 
 
 def test_rare_classes_come_more_often():
-    from cv_lab.train import repeat_factors, systematic
+    from cv_lab.loading import repeat_factors, systematic
 
     often = repeat_factors([[dict(label='a')]] * 90 + [[dict(label='a'), dict(label='b')]] * 10, 0.4)
     order = Shuffled(100, 0, often)
@@ -216,7 +233,7 @@ def test_pretrained_weights_of_a_local_file(tmp_path):
 
 def test_loader_processes_begin_each_epoch_anew(tmp_path):
     "What a loader's processes make of an epoch depends on the seed and the epoch, not on how many epochs they have seen."
-    from cv_lab.train import make_loaders
+    from cv_lab.loading import make_loaders
 
     data = classification.example(tmp_path / 'stripes')
     how, cfg = settings(
