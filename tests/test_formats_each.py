@@ -188,6 +188,35 @@ def test_coco_faults(tmp_path):
     assert r.tally['mended'] == {'box reached out of the image': 1}
 
 
+def test_one_bad_entry_costs_only_itself(tmp_path):
+    src = coco(tmp_path/'coco', [None, dict(id=1, image_id=139, category_id=3, bbox=[1, 1, 5, 5])], images=[
+        'x', dict(id=139, file_name='000000000139.jpg'), dict(id=7, file_name='gone.jpg'),
+        dict(id=7, file_name='000000000285.jpg')])
+    r = import_dataset(src, 'coco', tmp_path/'o1')
+    assert [a['bbox'] for a in get(r)['000000000139.jpg']] == [[1, 1, 6, 6]] and r.tally['left_out'] == {
+        'entry is no object': 2, 'image is missing': 1, 'image id is given twice': 1, 'image is not listed': 1}
+
+    for i in range(4): image(tmp_path/f'hf/train/{i}.png', i)
+    two = dict(bbox=[[1, 1, 5, 5], [2, 2, 5, 5]])
+    lines = [dict(file_name='0.png', objects=two | dict(categories=[0, 1])),  # as its handbook shows it
+             dict(file_name='1.png', objects=two | dict(categories=[0])), dict(file_name='2.png', objects='x'),
+             dict(file_name='3.png', caption='three')]
+    (tmp_path/'hf/train/metadata.jsonl').write_text('\n'.join(map(json.dumps, lines)) + '\n{broken')
+    r = import_dataset(tmp_path/'hf', 'auto', tmp_path/'o2')
+    assert [a['label'] for a in get(r)['0.png']] == ['0', '1'] and get(r)['3.png'][0]['caption'] == 'three'
+    assert r.tally['left_out'] == {'line cannot be read': 3, 'image is not listed': 2}
+
+    for i in range(2): image(tmp_path/f'fo/data/{i}.png', i)
+    det = lambda *b: dict(_cls='Detection', label='cat', bounding_box=list(b))
+    dump(tmp_path/'fo/samples.json', dict(samples=[
+        dict(filepath='data/0.png', gt=dict(_cls='Detections', detections=[det(.1, .1), det(.1, .1, .2, .2), None]),
+             also=dict(_cls='Detections', detections=5)),
+        dict(nofile=1)]))
+    r = import_dataset(tmp_path/'fo', 'auto', tmp_path/'o3')
+    assert len(get(r)['0.png']) == 1 and r.tally['left_out'] == {
+        'label cannot be read': 3, 'sample without a filepath': 1, 'image is not listed': 1}
+
+
 def test_coco_instances_and_captions_of_one_image_meet(tmp_path):
     src = coco(tmp_path/'src', [dict(id=1, image_id=139, category_id=3, bbox=[1, 1, 5, 5])])
     coco(

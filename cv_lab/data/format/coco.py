@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Callable, Iterator
 import numpy as np
 from ...core import BadInput, read_json
-from ..files import Source
+from ..files import Quarantine, Source
 from ..manifest import Dataset
 from ..formats import MALFORMED, Found, Reading, Target, kind_of, split_in, unlisted
 from ..outlines import mask_of
@@ -103,10 +103,13 @@ def read(source:Source,
     return Reading(items.values(), list(classes) or None, {k: v for k, v in about.items() if v}, total=len(items))
 
 # %% ../../../nbs/11c_data.format.coco.ipynb #2489f83b
-def _list(data:dict, key:str, name:str) -> list[dict]:
-    if not isinstance(v := data.get(key) or [], list) or not all(isinstance(r, dict) for r in v):
+def _list(data:dict, key:str, name:str, q:Quarantine|None=None) -> list[dict]:
+    "The objects of a list; what is none is set aside, or refused where nothing may be."
+    if not isinstance(v := data.get(key) or [], list) or q is None and not all(isinstance(r, dict) for r in v):
         raise BadInput(f'"{key}" of {name} is not a list of objects', 'COCO JSON', 'export it again')
-    return v
+    for i, r in enumerate(v):
+        if not isinstance(r, dict): q.drop(name, 'entry is no object', f'{key}[{i}]: {str(r)[:60]}', part='entry')
+    return [r for r in v if isinstance(r, dict)]
 
 def _read_file(
     source: Source,
@@ -122,7 +125,7 @@ def _read_file(
     if not isinstance(data, dict):
         raise BadInput(f'{name} is not COCO', 'an object with "images" and "annotations"', 'name the format')
     names = {}
-    for c in _list(data, 'categories', name):
+    for c in _list(data, 'categories', name, q):
         if not isinstance(c.get('id'), (int, str)):
             q.drop(name, 'category id cannot be read', c.get('name'), part='category')
             continue
@@ -130,29 +133,29 @@ def _read_file(
         names[c.get('id')] = str(c.get('name')); classes.setdefault(str(c.get('name')), c.get('id'))
         if c.get('supercategory') not in (None, '', 'none', c.get('name')):
             about.setdefault('supercategories', {})[str(c.get('name'))] = str(c['supercategory'])
-    licenses = {l['id']: l for l in _list(data, 'licenses', name) if isinstance(l.get('id'), (int, str))}
+    licenses = {l['id']: l for l in _list(data, 'licenses', name, q) if isinstance(l.get('id'), (int, str))}
     if isinstance(data.get('info'), dict): about.setdefault('info', {k: _text(v) for k, v in data['info'].items()})
     if licenses:
         about.setdefault('license_urls', {}).update(
             {str(l.get('name')): str(l['url']) for l in licenses.values() if l.get('url')}
         )
-    here = _read_images(source, name, _list(data, 'images', name), split, folder, licenses, items)
-    _read_annotations(_list(data, 'annotations', name), names, here, q)
+    here = _read_images(source, name, _list(data, 'images', name, q), split, folder, licenses, items)
+    _read_annotations(_list(data, 'annotations', name, q), names, here, q)
 
 # %% ../../../nbs/11c_data.format.coco.ipynb #52d433da
 def _read_images(
     source: Source, name: str, records: list[dict], split: str | None, folder: str | None, licenses: dict, items: dict
 ) -> dict:  # id -> Found
     "The images that a file lists."
-    here, listed, q, home = {}, set(), source.quarantine, name.rpartition('/')[0]
+    here, listed, met, q, home = {}, set(), set(), source.quarantine, name.rpartition('/')[0]
     near = [home, f'{home}/images'.strip('/'), 'images', *([f'images/{split}'] if split else [])]
     if folder: near = [folder]
     for r, default in zip(records, default_ids([str(r.get('file_name')) for r in records])):
-        if (image := source.locate(str(r.get('file_name')), near)) is None:
-            q.drop(r.get('file_name'), 'image is missing', name)
-            continue
+        image, twice = source.locate(str(r.get('file_name')), near), str(r.get('id')) in met
+        met.add(str(r.get('id')))
+        if image is None: q.drop(r.get('file_name'), 'image is missing', name); continue
         if not isinstance(r.get('id'), (int, str)): q.drop(image, 'image id cannot be read', r.get('id')); continue
-        if r.get('id') in here: q.drop(image, 'image id is given twice', r.get('id')); continue
+        if twice: q.drop(image, 'image id is given twice', r.get('id')); continue
         if image in listed: q.drop(image, 'image is listed twice', name, part='listing'); continue
         f = items.setdefault(image, Found(image, size=(r.get('width') or 0, r.get('height') or 0)))
         if f.item.get('split', split) != split:
@@ -289,7 +292,7 @@ def _ids_in(path:Path) -> tuple[dict, dict]: # image id -> file name, category i
             'name the file that the ids were given in',
         )
     pick = lambda key, what: {
-        r['id']: str(r.get(what)) for r in _list(data, key, path.name) if isinstance(r.get('id'), (int, str))
+        r['id']: str(r.get(what)) for r in _list(data, key, path.name, Quarantine()) if isinstance(r.get('id'), (int, str))
     }
     return pick('images', 'file_name'), pick('categories', 'name')
 
@@ -329,7 +332,8 @@ def predictions(source:Source, d:Dataset, find:Callable, # name of an image -> i
                ) -> Iterator[Found]: # `image` is the item's id, or the reference as it was given where none is known
     "What a model says, from a results file, or from a whole COCO file whose objects have scores."
     name = (source.find('*.json') or [''])[0]; data = read_json(source.path(name)); where = ids
-    if isinstance(data, dict): where, data = ids or source.path(name), _list(data, 'annotations', name)
+    if isinstance(data, dict) and 'annotations' in data:
+        where, data = ids or source.path(name), _list(data, 'annotations', name)
     if not isinstance(data, list) or not all(isinstance(r, dict) for r in data):
         raise BadInput(
             f'{name} is no COCO results file',

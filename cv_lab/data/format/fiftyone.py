@@ -56,11 +56,14 @@ def _placed(inner:np.ndarray, x:float, y:float, w:float, h:float, W:int, H:int) 
 _OWN = {'_cls', '_id', 'tags', 'attributes', 'label', 'bounding_box', 'mask', 'confidence', 'index', 'points', 'closed',
         'filled', 'logits', 'text', 'track_id', 'annotator', 'mask_path'} # of a label document
 
+def _documents(o:dict) -> list: # one by one
+    "The label documents in a field."
+    many = next((m for m in ('classifications', 'detections', 'polylines') if o.get('_cls') == m.capitalize()), None)
+    return [o] if many is None else list(o.get(many) or [])
+
 def _label(o:dict, field:str, size:tuple[int, int]) -> list[dict]: # annotations
     "A FiftyOne label document as annotations; boxes and polygons in fractions of the image."
     kind = o.get('_cls')
-    for many in ('classifications', 'detections', 'polylines'):
-        if kind == many.capitalize(): return [a for x in o.get(many) or [] for a in _label(x, field, size)]
     a = dict(label=o.get('label')) | {k: str(o[k]) for k in ('text', 'annotator') if o.get(k) is not None}
     if o.get('confidence') is not None: a['score'] = float(o['confidence'])
     if (t := o.get('track_id', o.get('index'))) is not None: a['track_id'] = str(t)
@@ -81,6 +84,17 @@ def _label(o:dict, field:str, size:tuple[int, int]) -> list[dict]: # annotations
     if not W or not H: raise ValueError('a mask on a sample without metadata')
     return [a | dict(mask=_placed(inner, x*W, y*H, w*W, h*H, int(W), int(H)))]
 
+def _labels(o:dict, field:str, size:tuple[int, int], image:str, q) -> list[dict]: # annotations
+    "Those of a field that can be read; the others are set aside, each by itself."
+    out = []
+    try: documents = _documents(o)
+    except MALFORMED as e: q.drop(image, 'label cannot be read', f'{field}: {e}', part='annotation'); return out
+    for i, x in enumerate(documents):
+        try: out += _label(x, field, size)
+        except MALFORMED as e:
+            q.drop(image, 'label cannot be read', f'{field} {i}: {getattr(e, "what", e)}', part='annotation')
+    return out
+
 # %% ../../../nbs/11q_data.format.fiftyone.ipynb #b0f7ede8
 def _classes(meta) -> list[str]:
     found = meta.get('default_classes') if isinstance(meta, dict) else None
@@ -98,8 +112,7 @@ def _sample(s:dict, image:str, wanted:list[str]|None, q) -> Found:
         if k in ('filepath', 'tags', 'metadata') or k.startswith('_') or v is None: continue
         if isinstance(v, dict) and '_cls' in v:
             if wanted and k not in wanted: continue
-            try: f.annotations += _label(v, k, size)
-            except MALFORMED as e: q.drop(image, 'label cannot be read', getattr(e, 'what', str(e)), part='annotation')
+            f.annotations += _labels(v, k, size, image, q)
         elif k.startswith('caption') and isinstance(v, str): f.annotations.append(dict(caption=v))
         elif k in COLUMNS and k not in ('tags', 'split'): f.item[k] = str(v)
         elif isinstance(v, (str, int, float, bool)): tags[k.removeprefix('tag_')] = str(v)
@@ -126,6 +139,7 @@ def read(source:Source,
         if meta in source.names: classes += _classes(read_json(source.path(meta)))
         for s in data['samples']:
             if not isinstance(s, dict): q.drop(n, 'sample cannot be read', s); continue
+            if not s.get('filepath'): q.drop(n, 'sample without a filepath', str(s)[:60]); continue
             if (image := source.locate(str(s.get('filepath')), [home, f'{home}/data'.strip('/')])) is None:
                 q.drop(s.get('filepath'), 'image is missing', n)
                 continue

@@ -11,7 +11,7 @@ from typing import Iterator
 import pyarrow as pa, pyarrow.ipc, pyarrow.parquet as pq
 from ...core import BadInput
 from ..files import Source
-from ..formats import COLUMNS, FIELDS, KINDS, Found, Reading, Target, kind_of, split_in, unlisted
+from ..formats import COLUMNS, FIELDS, KINDS, MALFORMED, Found, Reading, Target, kind_of, split_in, unlisted
 
 TITLE = 'Hugging Face datasets'
 KEEPS = (*KINDS, *FIELDS, *COLUMNS)
@@ -66,10 +66,12 @@ def _named(v, names:list[str]|None) -> str|None:
 
 def _objects(o, features:dict, boxes:str) -> list[dict]: # annotations
     if isinstance(o, list): o = {k: [r.get(k) for r in o] for k in (o[0] if o else {})}
+    if not isinstance(o, dict): raise ValueError(f'objects are {type(o).__name__}, not columns of bbox and category')
     key = next((k for k in ('category', 'categories', 'label', 'labels', 'category_id') if k in o), None)
-    names, out = _names(features, 'objects', key or ''), []
-    for i, b in enumerate(o.get('bbox') or []):
-        c = (o[key] or [None]*(i + 1))[i] if key else None
+    names, out, found = _names(features, 'objects', key or ''), [], o.get('bbox') or []
+    said = (o[key] or [None]*len(found)) if key else [None]*len(found)
+    if len(said) != len(found): raise ValueError(f'{len(found)} boxes and {len(said)} of {key}')
+    for b, c in zip(found, said):
         if b and len(b) == 4 and boxes == 'xywh': b = [b[0], b[1], b[0] + b[2], b[1] + b[3]]
         out.append(dict(label=_named(c, names) or 'object', bbox=b))
     return out
@@ -145,7 +147,7 @@ def _packed(source:Source, boxes:str, text:str) -> Iterator[Found]:
             if name in seen: name = f'{stem}/{k:06}-{name.rpartition("/")[2]}'
             try:
                 anns, item = _said(row, features, boxes, text)
-            except (ValueError, TypeError, KeyError, IndexError) as e:
+            except MALFORMED as e:
                 q.drop(name, 'annotation cannot be read', f'{n}, row {k}: {e}', part='annotation')
                 anns, item = [], {}
             seen.add(name); yield Found(name, anns, dict(split=split_in(n)) | item, data=im['bytes'])
@@ -184,7 +186,7 @@ def _listed(source:Source, name:str, boxes:str, text:str) -> Iterator[Found]:
         try:
             row = json.loads(row) if isinstance(row, str) else row
             anns, item = _said(row, {}, boxes, text)
-        except (ValueError, TypeError, KeyError, AttributeError) as e:
+        except MALFORMED as e:
             q.drop(f'{name}:{k + 1}', 'line cannot be read', str(e), part='row')
             continue
         if (image := source.locate(str(row.get('file_name')), [home])) is None:
