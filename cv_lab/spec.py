@@ -38,11 +38,23 @@ def names_in(expression:str) -> set[str]: # the tags an expression asks for
 def _compare(op, a, b) -> np.ndarray:
     "One comparison; a tag is a text, so it is read as a number where the other side is one."
     if isinstance(op, (ast.In, ast.NotIn)):
+        if not isinstance(b, list): raise ValueError("`in` wants a list, such as ['a', 'b']")
         found = np.isin(a, [str(v) for v in b])
         return found if isinstance(op, ast.In) else ~found
     as_number = lambda v: np.array([_number(x) for x in v]) if isinstance(v, np.ndarray) and v.dtype == object else v
     if isinstance(b, (int, float)) or isinstance(a, (int, float)): a, b = as_number(a), as_number(b)
+    if isinstance(a, list) or isinstance(b, list): raise ValueError('a list is asked with `in`')
+    texts = np.asarray(a).dtype == object or np.asarray(b).dtype == object
+    if texts and not isinstance(op, (ast.Eq, ast.NotEq)): return _ordered(op, a, b)
     return np.asarray(_COMPARE[type(op)](a, b))
+
+def _ordered(op, a, b) -> np.ndarray: # bool
+    "What comes before what; an item that lacks one of the two comes nowhere."
+    a, b = np.broadcast_arrays(np.asarray(a, object), np.asarray(b, object))
+    there = np.array([x is not None and y is not None for x, y in zip(a.flat, b.flat)], bool).reshape(a.shape)
+    out = np.zeros(a.shape, bool)
+    out[there] = _COMPARE[type(op)](a[there], b[there]).astype(bool)
+    return out
 
 def _number(x) -> float:
     try: return float(x)
@@ -58,7 +70,7 @@ def select(expression:str,               # for example "lighting == 'night' and 
         if isinstance(node, ast.Constant): return node.value
         if isinstance(node, (ast.List, ast.Tuple)): return [value(e) for e in node.elts]
         if isinstance(node, ast.UnaryOp):
-            return ~value(node.operand) if isinstance(node.op, ast.Not) else -value(node.operand)
+            return ~np.asarray(value(node.operand), bool) if isinstance(node.op, ast.Not) else -value(node.operand)
         if isinstance(node, ast.BoolOp):
             parts = [value(v) for v in node.values]
             return np.logical_and.reduce(parts) if isinstance(node.op, ast.And) else np.logical_or.reduce(parts)
@@ -69,10 +81,13 @@ def select(expression:str,               # for example "lighting == 'night' and 
             raise BadInput(
                 f'slice {expression!r} asks for the tag {node.id!r}',
                 f'one of the tags of this dataset: {", ".join(sorted(tags)) or "none"}',
-                'correct the name in the problem file',
+                'correct the name',
             )
         return np.array(tags[node.id], dtype=object)
-    return np.broadcast_to(np.asarray(value(_parse(expression)), bool), (n,))
+    try: return np.broadcast_to(np.asarray(value(_parse(expression)), bool), (n,))
+    except (TypeError, ValueError) as e:
+        mend = "for example: lighting == 'night' and blur < 0.3"
+        raise BadInput(f'{expression!r} chooses no items: {e}', 'tags compared with texts or numbers', mend) from None
 
 # %% ../nbs/01_spec.ipynb #bcd0fb99
 class Strict(BaseModel): model_config = ConfigDict(extra='forbid', frozen=True)
@@ -286,16 +301,23 @@ def parse_problem(text:str,        # YAML
         faults = [f'{at(err)}: {err["msg"].removeprefix("Value error, ")}' for err in e.errors()]
         raise BadInput('\n'.join(faults), 'a problem file as in nbs/01_spec.ipynb', 'correct the lines named') from None
 
+def _problems_near(path:Path) -> list[str]: # sorted
+    "Problem files beside a path, and in `problems/` below it."
+    near = [*path.parent.glob('*.yaml'), *path.parent.glob('problems/*.yaml')]
+    return sorted(str(p) for p in near if re.search(r'^task\s*:', p.read_text(encoding='utf8', errors='replace'), re.M))
+
 def load_problem(path:str|Path) -> Problem:
     "Read a problem file."
     path = Path(path)
     if not path.is_file():
         raise NotFound(
             f'there is no problem file {path}',
-            f'one of: {", ".join(sorted(map(str, path.parent.glob("*.yaml")))) or "none here"}',
+            f'one of: {", ".join(_problems_near(path)) or "none here"}',
             'make one with: cvlab init DATASET',
         )
-    return parse_problem(path.read_text(encoding='utf8'), str(path))
+    try: text = path.read_text(encoding='utf8')
+    except UnicodeDecodeError: raise BadInput(f'{path} is no text in UTF-8', 'a problem file', 'check the path') from None
+    return parse_problem(text, str(path))
 
 # %% ../nbs/01_spec.ipynb #360badb5
 def judge(rule:Rule,          # what is asked

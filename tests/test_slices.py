@@ -50,6 +50,19 @@ def world(right, light, **columns):
     return truth, said
 
 
+@pytest.mark.parametrize('where, chosen', [
+    ("day >= '2025-02'", [0, 0, 1]), ("day < '2025-02'", [1, 0, 0]), ('day < site', [1, 0, 0]), ('not day', [0, 1, 0]),
+    ("site in ['n', 'x']", [1, 0, 0]), ('level > -1', [1, 0, 1]), ('not level > 1', [1, 1, 0])])
+def test_an_item_that_lacks_a_tag_is_before_and_after_nothing(where, chosen):
+    tags = dict(day=['2025-01-01', None, '2025-03-01'], site=['n', 's', None], level=['0', None, '2'])
+    assert select(where, tags).tolist() == list(map(bool, chosen))
+
+
+@pytest.mark.parametrize('where', ['day ==', '', '-day', "day in 'x'", "day == ['x']", "'a' < 3", '[day]', 'f(day)', 'dat'])
+def test_a_sentence_that_chooses_nothing_says_so(where):
+    with pytest.raises(BadInput): select(where, dict(day=['1', None]))
+
+
 def test_facts_are_counted_and_a_tag_wins():
     box = lambda *b: dict(label='x', bbox=list(b))
     t = make_table(
