@@ -282,6 +282,9 @@ def test_a_label_studio_batch_becomes_the_next_version(tmp_path, farm):
     assert 'value="dog"' in (tmp_path/'b/labelstudio/config.xml').read_text() and (tmp_path/'b/mined.csv').exists()
     with pytest.raises(BadInput, match='nobody'):
         import_into(tmp_path / 'b/labelstudio/tasks.json', tmp_path / 'farm', batch=tmp_path / 'b')
+    (tmp_path/'notes.txt').write_text('nothing of use') # not a folder per class, though the images lie in one
+    with pytest.raises(BadInput, match='no format'):
+        import_into(tmp_path/'notes.txt', tmp_path/'farm', batch=tmp_path/'b')
     choice = lambda *v: [dict(type='choices', from_name='class', to_name='image', value=dict(choices=[c])) for c in v]
     for t, v in zip(tasks, [('dog',), ('horse',), ()]):
         t['annotations'] = [dict(completed_by=dict(email='ada'), result=choice(*v))]

@@ -169,6 +169,14 @@ def test_once_held_out_always_held_out(home):
     assert was <= {r['sha256'] for r in again.table.to_pylist() if r['split'] == 'test'}
 
 
+def test_splitting_again_and_again_does_not_eat_the_training_data(tmp_path):
+    save_dataset(dataset([item(i, 'ab'[i % 2], sha256=digest(str(i))) for i in range(200)]), tmp_path)
+    for seed in range(3):
+        d, proof = v.split_dataset(load_dataset(tmp_path), held=v.ever_held(tmp_path), redo=True, seed=seed)
+        v.commit(tmp_path, d, 'again')
+        assert abs(proof['items']['test'] - 40) <= 8 and abs(proof['items']['val'] - 30) <= 8
+
+
 def test_golden_cannot_be_touched_unnoticed(home):
     items = v.freeze_golden(home, each=3); assert len(items) == 6 and v.golden_changes(home, load_dataset(home)) == []
     golden = lambda r: r['sha256'] in items
@@ -228,6 +236,11 @@ def test_command_line(home):
     assert code == 0 and json.loads(out)['proof']['shared_groups'] == 0
     assert load_dataset(home).about['split']['seed'] == 3
     first = json.loads(cvlab('log', home, '--json')[1])[-1]['version']
+    assert not (home/'GUIDELINE.md').exists() and isinstance(
+        CliRunner().invoke(app, ['datasheet', str(home), '--task', 'nope']).exception, BadInput)
+    (home/'junk.parquet').write_text('x')
+    assert isinstance(
+        CliRunner().invoke(app, ['check', str(home), '--predictions', str(home/'junk.parquet')]).exception, BadInput)
     assert cvlab('version', home)[1].strip() == load_dataset(home).version
     assert (
         json.loads(cvlab('diff', home, first, '--json')[1])['moved']

@@ -166,7 +166,9 @@ def import_(src: Src, out: NewFolder = None, into: Into = None, format: Guess = 
 # %% ../../nbs/95_cli.data.ipynb #priv0002
 @app.command()
 def export(
-    dataset: Annotated[Path, typer.Argument(help='The folder of a dataset.', show_default=False)],
+    dataset: Annotated[
+        str, typer.Argument(help='The folder of a dataset, or an embedded one such as `digits`.', show_default=False)
+    ],
     format: Annotated[str, typer.Option('--format', '-f', help='See `cvlab data formats`.', show_default=False)],
     out: Annotated[Path, typer.Option('--out', help='A folder that is not there yet, or empty.', show_default=False)],
     images: Annotated[str, typer.Option(help='`copy`, `link` (a second name of the same file), or `none`.')] = 'copy',
@@ -181,10 +183,14 @@ def export(
     """
     from cv_lab.audit import workspace_log
     from cv_lab.data.formats import export_dataset
+    from cv_lab.data.manifest import load_dataset
+    from cv_lab.data.samples import SAMPLES
+    from cv_lab.experiment import open_dataset
 
     if images not in ('copy', 'link', 'none'):
         raise BadInput(f'--images {images}', 'copy, link or none', 'copy is the safe one')
-    r = export_dataset(dataset, format, out, images, split, log=workspace_log(dataset), by=who, **options_of(option))
+    d = open_dataset(dataset) if dataset in SAMPLES else load_dataset(dataset)
+    r = export_dataset(d, format, out, images, split, log=workspace_log(Path(dataset)), by=who, **options_of(option))
     lost = ', '.join(f'{k} {n:,}' for k, n in r.lost.items()) or 'nothing'
     text = f'{r.files:,} files in {out}\nnot kept by {format}: {lost}'
     say(dict(folder=str(r.folder), files=r.files, lost=r.lost), as_json, text)
@@ -268,9 +274,9 @@ def check(
         made = run_experiment('dataset', given, loud=not as_json)
         found = read_json(made.folder / 'data.json')
     else:
-        import pyarrow.parquet as pq
+        from cv_lab.data.predictions import prediction_table
 
-        spec, said = load_problem(problem) if problem else None, pq.read_table(predictions) if predictions else None
+        spec, said = load_problem(problem) if problem else None, prediction_table(predictions) if predictions else None
         if pixels: found = look(open_dataset(dataset), spec, workers, said).to_json()
         else: found = _table_only(dataset, spec)
     say(found, as_json, _checked(found))
@@ -401,7 +407,9 @@ def datasheet(
     from cv_lab.core import write_atomic
     from cv_lab.data.datasheet import answers_template, datasheet as sheet, guideline, load_answers
     from cv_lab.data.manifest import load_dataset
+    from cv_lab.task import get_task
     d, path = load_dataset(dataset), answers or dataset/'datasheet.yaml'
+    if task: get_task(task)
     if not path.exists():
         write_atomic(path, answers_template())
         typer.echo(f'to fill in: {path}')

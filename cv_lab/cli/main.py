@@ -651,6 +651,11 @@ def main(args:list[str]|None=None) -> None:
     except Refusal as e:
         print(e, file=sys.stderr)
         sys.exit(e.exit_code)
+    except OSError as e: # a full disk, a folder that may not be written
+        if e.filename is None: raise
+        why = BadInput(f'{e.filename}: {e.strerror}', 'a path that can be read and written', 'check it, its rights, its disk')
+        print(why, file=sys.stderr)
+        sys.exit(why.exit_code)
     except KeyboardInterrupt:
         print('stopped', file=sys.stderr)
         sys.exit(130)

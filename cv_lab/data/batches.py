@@ -129,6 +129,9 @@ def finished(src:str|Path, format:str='auto',
     sent = batch if batch is None or isinstance(batch, Dataset) else load_dataset(Path(batch) / 'items')
     work = _work(src, sent, folder) if sent else src
     fmt = recognise(open_source(work, folder))[0] if format == 'auto' else format
+    if sent and fmt == 'imagefolder':                      # only what lies beside the images can be an answer
+        raise BadInput(f'{src} is in no format that says something of images elsewhere', 'what the labelling tool wrote',
+                       'name another file, or its format')
     tells = 'undone' in signature(get_format(fmt).read).parameters
     try:
         r = import_dataset(

@@ -626,16 +626,14 @@ def export_dataset(
 ) -> ExportResult: # options of the format's `write`
     "Write a dataset as another tool reads it."
     d = dataset if isinstance(dataset, Dataset) else load_dataset(dataset)
-    dst, version = Path(dst).resolve(), d.version
+    dst, version, whole = Path(dst).resolve(), d.version, d.table
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise BadInput(f'{dst} is not empty', 'a folder that is not there yet', 'name another, or remove it')
     module = get_format(format)
     _check_options(f'export as {format}', module.write, options)
     if split: d = Dataset(d.split(split), d.name, d.root, d.classes, d.about)
     if not len(d):
-        there = 'see its table'
-        if not isinstance(dataset, Dataset):
-            there = ', '.join(map(str, pc.unique(load_dataset(dataset).table['split']).to_pylist()))
+        there = ', '.join(map(str, pc.unique(whole['split']).to_pylist()))
         raise BadInput(
             f'there is nothing to export{f" in split {split}" if split else ""}',
             'a dataset with items',

@@ -111,7 +111,7 @@ def split_dataset(
     u = units_of(t, seed, more)
     had = np.full(len(d), -1, np.int8) if redo else split_numbers(t); _hold(t, had, held)
     if by != 'class' and len(d): had = _decided(t, u, had, by, shares)
-    done = _with_splits(d, draw_splits(t, u, had, shares)); del u
+    done = _with_splits(d, draw_splits(t, u, had, _still_to_give(shares, had) if redo else shares)); del u
     proof = (
         dict(by=by if by != 'site' else f'site: {site}', seed=seed, wanted=shares)
         | prove_split(done.rows, clusters)
@@ -124,6 +124,13 @@ def _hold(t:pa.Table|Path, had:np.ndarray, held:Sequence[str]) -> None: # change
     at, held = 0, pa.array(list(held), pa.string())
     for b in batches(t, ['sha256']) if len(held) else ():
         had[at:at + len(b)][pc.is_in(b['sha256'], held).to_numpy(False)] = SPLITS.index('test'); at += len(b)
+
+def _still_to_give(shares:dict[str, float], had:np.ndarray) -> dict[str, float]: # sum to 1
+    "The shares of what is not held, so that together with what is held they are those that were asked for."
+    counts = np.bincount(had[had >= 0], minlength=len(SPLITS))
+    left = {k: max(s*len(had) - counts[SPLITS.index(k)], 0.) for k, s in shares.items()}
+    total = sum(left.values())
+    return {k: v/total for k, v in left.items()} if total else shares
 
 def _with_splits(d:Dataset|Manifest, drawn:np.ndarray) -> Dataset|Manifest:
     at, names = SCHEMA.get_field_index('split'), pa.array(SPLITS)

@@ -221,6 +221,7 @@ def plan_withdrawal(
 ) -> Plan:
     "Find everything; touch nothing."
     root, only = Path(root).resolve(), [Path(p).resolve() for p in datasets]
+    for p in only: load_dataset(p, verify=False)           # refused where there is none
     folders = sorted({*known_datasets(root), *only})
     rows = _rows(folders)
     named = rows[rows['folder'].isin(map(str, only))] if only else rows

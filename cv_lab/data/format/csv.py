@@ -54,7 +54,9 @@ def columns_of(header:list[str], given:dict[str, str]) -> dict[str, str]: # what
             found[what] = hit
     if 'image' not in found:
         raise BadInput(
-            'no column names the images', f'one of: {NAMES["image"]}', f'name it: -o image=..., of {", ".join(header)}'
+            'no column names the images',
+            f'one of: {NAMES["image"]}',
+            f'give one of these names to {", ".join(header)}; an import takes -o image=... too',
         )
     return found
 
