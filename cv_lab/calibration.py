@@ -110,6 +110,7 @@ def right_and_sure(
     if multilabel: return (true == (probs >= .5)).ravel(), np.where(probs >= .5, probs, 1 - probs).ravel()
     return true[np.arange(len(probs)), probs.argmax(1)], probs.max(1)
 
+# %% ../nbs/41_calibration.ipynb #034efecd
 def fit_thresholds(truth:pa.Table, predictions:pa.Table, # of held-out items, at temperature 1
                    problem:Problem) -> dict:  # what thresholds.json holds
     "What corrects the probabilities, and the confidence from which an answer is believed: by target precision or by costs."

@@ -61,6 +61,22 @@ def figures(values:dict[str, np.ndarray], support:int, confidence:float) -> dict
         out[k] = dict(value=known(v[0]), low=known(low), high=known(high), support=support)
     return out
 
+# %% ../nbs/40_evaluate.ipynb #52456d2c
+def _per_class(everything:dict, truth:pa.Table, problem:Problem) -> dict:
+    "Figures that a task gives per class, turned from columns to classes."
+    has = [{a['label'] for a in anns or []} for anns in truth['annotations'].to_pylist()]
+    return {
+        c: dict(
+            support=sum(c in h for h in has),
+            **{
+                k: {b: f[b][i] for b in ('value', 'low', 'high')}
+                for k, f in everything.items()
+                if isinstance(f['value'], list)
+            },
+        )
+        for i, c in enumerate(problem.classes)
+    }
+
 # %% ../nbs/40_evaluate.ipynb #9d56a966
 def evaluate(truth:pa.Table,       # manifest rows
              predictions:pa.Table, # by id
@@ -107,21 +123,6 @@ def evaluate(truth:pa.Table,       # manifest rows
         gap(r, values, {n: int(m.sum()) for n, m in masks.items()}, sure) for r in problem.acceptance if r.between
     ]
     return out
-
-def _per_class(everything:dict, truth:pa.Table, problem:Problem) -> dict:
-    "Figures that a task gives per class, turned from columns to classes."
-    has = [{a['label'] for a in anns or []} for anns in truth['annotations'].to_pylist()]
-    return {
-        c: dict(
-            support=sum(c in h for h in has),
-            **{
-                k: {b: f[b][i] for b in ('value', 'low', 'high')}
-                for k, f in everything.items()
-                if isinstance(f['value'], list)
-            },
-        )
-        for i, c in enumerate(problem.classes)
-    }
 
 # %% ../nbs/40_evaluate.ipynb #35776e1e
 def gap(

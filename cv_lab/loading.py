@@ -30,7 +30,7 @@ class _Decoded(torch.utils.data.Dataset):
         if 3*cfg.image.height*cfg.image.width*len(self) > memory_gb*1e9: return
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             all_ = pool.map(self.load, range(len(self)))
-            bar = tqdm(all_, f'decoding {title}', len(self), leave=False, disable=None)
+            bar = tqdm(all_, f'decoding {title}', len(self), leave=False, disable=None, delay=1)
             self.kept = torch.stack(list(bar))
 
     def __len__(self): return len(self.uris)

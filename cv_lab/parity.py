@@ -94,12 +94,13 @@ def _floats(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.abs(np.asarray(a, np.float64) - b).max(initial=0)) if np.shape(a) == np.shape(b) else math.inf
 
 
+def _apart(d:dict) -> float: # how far two answers are apart, as one figure: a changed decision counts 1
+    return max([d.get('score', 0.), d['labels'], *(d.get(k, 0.)/w for k, w in (('box', 10), ('mask', 100)))])
+
+# %% ../nbs/47_parity.ipynb #0d1d1f27
 def _record(outs:list, infer:Callable) -> Callable:
     def once(x): outs.append(infer(x)); return outs[-1]
     return once
-
-def _apart(d:dict) -> float: # how far two answers are apart, as one figure: a changed decision counts 1
-    return max([d.get('score', 0.), d['labels'], *(d.get(k, 0.)/w for k, w in (('box', 10), ('mask', 100)))])
 
 class Walk:
     "An artifact and a checkpoint, side by side."

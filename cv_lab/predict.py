@@ -120,8 +120,8 @@ class Prepared:
     parts: Sequence[tuple[Window, np.ndarray, Placement]] = () # the windows it is looked at in, if there are several
 
 # %% ../nbs/45_predict.ipynb #5fd4a83a
-class Predictor:
-    "A model folder, ready to answer."
+class _Opened:
+    "A model folder: what it says of itself, and its network."
     def __init__(self, folder:str|Path,      # a run's `export/`, or a bundle
                  device:str='auto',          # auto, cpu, cuda
                  threads:int=0):             # of the CPU for one inference; 0: all
@@ -142,6 +142,9 @@ class Predictor:
         else: self.infer = _onnx_network(folder/'model.onnx', self.device, threads, self.runtime)
         self.digest = digest({f: file_digest(folder/f) for f in MODEL_FILES if (folder/f).is_file()})
 
+# %% ../nbs/45_predict.ipynb #687d9df9
+class Predictor(_Opened):
+    "A model folder, ready to answer."
     @classmethod
     def load(cls, folder:str|Path, device:str='auto', **kwargs) -> 'Predictor': return cls(folder, device, **kwargs)
 

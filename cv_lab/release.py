@@ -418,8 +418,8 @@ def _replay(moves:list[dict]) -> dict:
     return _entry(moves[-1], before)
 
 # %% ../nbs/60_release.ipynb #ab05a33a
-class Aliases(Store):
-    "The store, with names that point into it."
+class _Names(Store):
+    "The store, with names that point into it: who is meant."
     def _entries(self, problem:str) -> dict[str, dict]: # alias -> `_Entry`
         if not _NAME.fullmatch(problem):
             raise BadInput(f'{problem!r} is no name of a problem', 'such as digits', 'see cvlab registry list')
@@ -454,6 +454,9 @@ class Aliases(Store):
                 'see cvlab registry verify')
         return self._folder(tag)
 
+# %% ../nbs/60_release.ipynb #bdad484e
+class Aliases(_Names):
+    "Names that move, and leave a line in the log."
     def _settle(self, problem:str) -> dict[str, dict]: # the entries
         "Say in the log which last move never took effect; under the lock."
         entries = self._entries(problem)
@@ -540,8 +543,8 @@ class Promotions(Aliases):
             'promote another bundle')
 
 # %% ../nbs/60_release.ipynb #f72706d2
-class Registry(Promotions):
-    "Bundles, aliases, log: what is released, what runs, and who said so."
+class _Shelf(Promotions):
+    "Bundles, aliases, log: what is there."
     def models(self, problem:str|None=None) -> list[dict]: # newest first
         "The stored bundles."
         out = []
@@ -565,6 +568,9 @@ class Registry(Promotions):
         "All events, oldest first."
         return self._log.read()
 
+# %% ../nbs/60_release.ipynb #b839df79
+class Registry(_Shelf):
+    "Bundles, aliases, log: what is released, what runs, and who said so."
     def verify(self) -> dict: # ok; rows of what, ok, said; head: the digest of the log's last line
         "Check every stored byte, the chain of the log, and that the aliases are where the log left them."
         rows = []

@@ -395,6 +395,7 @@ train:             # any setting of the trainer or of the task; an unknown name 
   batch_size: {batch}{size}
 '''
 
+# %% ../nbs/01_spec.ipynb #5125df0b
 def draft_problem(name:str, task:str, classes:list[str], dataset:str,
                   tags:dict[str, set],  # tag -> the values that occur
                   metrics:list[str],    # of the task, the leading one first
