@@ -3,7 +3,7 @@
 With `--pages` (`make pages`): every page is run, each in a process of its own, and one that fails is named.
 With `--refresh` (`make notebooks`): every page is run again in place, so that its shown output is fresh.
 """
-import difflib, filecmp, os, shutil, subprocess, sys, tempfile
+import difflib, filecmp, json, os, shutil, subprocess, sys, tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -62,6 +62,10 @@ def refresh() -> None:
     pages = sorted(p for p in (ROOT/'nbs').glob('*.ipynb'))
 
     def one(page):
+        nb = json.loads(page.read_text(encoding='utf8'))  # exec_nb leaves what a cell showed before where it shows nothing now
+        for c in nb['cells']:
+            if c['cell_type'] == 'code': c['outputs'] = []
+        page.write_text(json.dumps(nb, indent=1, ensure_ascii=False) + '\n', encoding='utf8')
         tool('exec_nb', page.name, '--dest', page.name, '--exc_stop', cwd=page.parent)
         print(f'  {page.name}', flush=True)
 
