@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PACKAGES', 'ROOT', 'NATIVE', 'service', 'ARENAS', 'MAPPED', 'from_registry', 'from_bento', 'find_source', 'Carried',
            'carried', 'pinned', 'Host', 'at_our_door', 'only_our_faults', 'look_often', 'check_models',
-           'drain_on_signals', 'give_memory_back', 'VisionService', 'Running', 'free_port', 'command', 'environment',
-           'start_service', 'wait_until_ready', 'serve']
+           'drain_on_signals', 'keep_open', 'give_memory_back', 'VisionService', 'Running', 'free_port', 'command',
+           'environment', 'start_service', 'wait_until_ready', 'serve']
 
 # %% ../nbs/70_serve.ipynb #06c603ed
 import asyncio, ctypes, logging, os, platform, signal, socket, subprocess, sys, tempfile, time
@@ -139,7 +139,8 @@ async def at_our_door(theirs, scope, receive, send):
             async def again(): return next(rest, None) or await receive()
             await theirs(scope, again, send)
     except ClientGone: pass
-    except Fault as e: await Endpoint(service, '/predict', partial(refuse, e=e))(scope, receive, send)
+    except Fault as e: # without the body, which its traceback holds
+        await Endpoint(service, '/predict', partial(refuse, e=e.with_traceback(None)))(scope, receive, send)
 
 # %% ../nbs/70_serve.ipynb #aa8fc459
 def _challengers(named:str|None) -> Source|None: # a folder, or an alias of the registry
@@ -215,6 +216,18 @@ def drain_on_signals(target:Service):
         return handler
     for number in (signal.SIGTERM, signal.SIGINT):
         if callable(before := signal.getsignal(number)): signal.signal(number, closing(number, before))
+
+# %% ../nbs/70_serve.ipynb #9b7c1e02
+def keep_open(seconds:int=100):
+    "Let connections be idle for longer than clients let theirs, where `--timeout-keep-alive` does not say how long."
+    from bentoml import serving
+
+    if (theirs := serving.construct_timeouts_args).__module__ != __name__:
+        def arguments(timeout_keep_alive, timeout_graceful_shutdown):
+            return theirs(timeout_keep_alive or seconds, timeout_graceful_shutdown)
+        serving.construct_timeouts_args = arguments
+
+keep_open()
 
 # %% ../nbs/70_serve.ipynb #ff0e5d08
 ARENAS, MAPPED = 2, 1 << 20 # arenas of the allocator; bytes from which a block is mapped by itself

@@ -138,7 +138,7 @@ def test_bentoml_serve_from_start_to_end(tmp_path):
         start_service(port=free_port(), model=toy, env=dict(CVLAB_DRAIN_SECONDS='2')) as s,
         httpx.Client(base_url=s.url) as http,
     ):
-        asked(s, http, image, want); killed(s); ended(s)
+        asked(s, http, image, want); idled(s, image); killed(s); ended(s)
 
 
 def asked(s, http, image, want):
@@ -172,6 +172,18 @@ def asked(s, http, image, want):
     )
     assert http.post('/predict', content=iter([bytes(1 << 20)]*101)).status_code == 413
     assert http.post('/predict', content=image, headers={'x-problem': 'nothing'}).status_code == 404
+
+
+def idled(s, image):
+    "A connection that was idle for longer than clients keep theirs is still one: closed then, it would reset a request."
+    def port_of(http):
+        with http.stream('POST', '/v1/predict', content=image) as r:
+            r.read()
+            return r.status_code, r.extensions['network_stream'].get_extra_info('client_addr')[1]
+    with httpx.Client(base_url=s.url, limits=httpx.Limits(keepalive_expiry=60)) as http:
+        first = port_of(http)
+        time.sleep(6)  # httpx keeps 5 s, and the service's host closed after 5 s too
+        assert port_of(http) == first
 
 
 def killed(s):

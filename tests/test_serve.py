@@ -1,6 +1,7 @@
 "The service, asked in this process: every promise against what it would look like if it were broken."
 import asyncio, base64, contextlib, io, json, logging, struct, time, zlib
 from dataclasses import replace
+from functools import partial
 
 import httpx, numpy as np, pytest
 from PIL import Image
@@ -9,6 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from cv_lab.geometry import rle_encode
 from cv_lab.image import decode, preprocess
 from cv_lab.predict import Predictor
+from cv_lab.service import calls
 from cv_lab.service.app import Service
 from cv_lab.service.bodies import Options
 from cv_lab.service.faults import FAULTS
@@ -338,13 +340,17 @@ def test_served_pixels_are_training_pixels(tmp_path, kind):
     assert np.array_equal(seen, preprocess(decode(b.getvalue()), cfg))
 
 
-def test_a_body_that_never_ends_is_refused_while_it_is_read(toy):
-    "Chunked, without a length: after the limit nothing more is taken."
+def test_a_body_that_never_ends_is_refused_while_it_is_read(toy, monkeypatch):
+    "Chunked, without a length: after the limit comes the answer; what follows is not kept, and not heard for long."
+    monkeypatch.setattr(calls, 'heard_out', partial(calls.heard_out, most=0.5))
     async def go():
-        service = Service(folders(toy)); await service.start(); taken, sent = 0, []
+        service = Service(folders(toy)); await service.start(); taken, sent, heard = 0, [], []
         async def receive():
-            nonlocal taken; taken += 1; return dict(type='http.request', body=bytes(65536), more_body=True)
-        async def send(m): sent.append(m)
+            nonlocal taken
+            taken += 1
+            if sent: heard.append(asyncio.get_running_loop().time()); await asyncio.sleep(.1)
+            return dict(type='http.request', body=bytes(65536), more_body=True)
+        async def send(m): sent.append(m | dict(after=taken))
 
         await service(
             dict(
@@ -359,13 +365,12 @@ def test_a_body_that_never_ends_is_refused_while_it_is_read(toy):
             receive,
             send,
         )
-        await service.stop(); return taken, sent
-    taken, sent = run(go())
-    assert (
-        sent[0]['status'] == 413
-        and taken * 65536 < 10_000_000 + 2 * 65536
-        and (b'connection', b'close') in sent[0]['headers']
-    )
+        await service.stop(); return sent, heard
+    sent, heard = run(go())
+    assert sent[0]['status'] == 413 and (b'connection', b'close') in sent[0]['headers']
+    assert sent[0]['after'] == sent[1]['after'] and sent[0]['after'] * 65536 < 10_000_000 + 2 * 65536
+    assert json.loads(sent[1]['body'])['error']['code'] == 'too_large' and sent[1]['more_body']
+    assert not sent[2].get('more_body') and 0.3 < heard[-1] - heard[0] < 5
 
 
 def test_a_bad_image_fails_alone(toy):
@@ -456,7 +461,8 @@ def test_files_with_something_wrong_in_them(): # ten thousand of them: `cvlab se
     found, = run(mutations(300)); assert found['kept'], found
 
 
-def test_a_slow_body_times_out_and_a_hung_request_is_cut(toy):
+def test_a_slow_body_times_out_and_a_hung_request_is_cut(toy, monkeypatch):
+    monkeypatch.setattr(calls, 'heard_out', partial(calls.heard_out, most=0.5))
     async def go():
         async with serving(toy) as (service, http):
             model = service.models.pick(None)

@@ -1,13 +1,13 @@
 "The service over time: load, swaps, trials, keys, jobs, and what it does when it is too much."
-import ast, asyncio, json, logging, os, re, struct, sys, threading, time
+import ast, asyncio, contextlib, json, logging, os, re, socket, struct, sys, threading, time
 from pathlib import Path
 
-import numpy as np, pytest
+import httpx, numpy as np, pytest, uvicorn
 
 from cv_lab.client import AsyncClient, ServiceFault
 from cv_lab.image import TooLarge, open_image
 from cv_lab.predict import Predictor
-from cv_lab.serve import PACKAGES, at_our_door
+from cv_lab.serve import PACKAGES, at_our_door, free_port
 from cv_lab.service.app import Service
 from cv_lab.service.jobs import Job
 from cv_lab.service.keys import Guard, new_key
@@ -155,6 +155,54 @@ def test_keys(toy, tmp_path):
     assert web not in str(list(tmp_path.iterdir())) and all(
         k not in (tmp_path / 'keys.json').read_text() for k in (web, ops)
     )
+
+
+@contextlib.contextmanager
+def listening(*paths, **settings):
+    "A service behind a real socket."
+    service = Service(folders(*paths), **settings)
+    server = uvicorn.Server(uvicorn.Config(service, port=(port := free_port()), log_level='error', access_log=False))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started: time.sleep(0.02)
+    try: yield service, port
+    finally:
+        server.should_exit = True
+        thread.join(10)
+
+
+def test_whoever_sends_too_much_gets_to_read_why(toy):
+    "Closing on a client that still writes resets the connection, and the answer is lost on its way."
+    def ask(port, head, piece, n):
+        with socket.create_connection(('127.0.0.1', port), 10) as s:
+            s.sendall(b'POST /v1/predict HTTP/1.1\r\nHost: x\r\n' + head + b'\r\n\r\n')
+            for _ in range(n): s.sendall(piece)
+            time.sleep(0.05)
+            said = b''
+            while more := s.recv(65536): said += more
+        return said
+    large, chunk = bytes(1 << 20), b'100000\r\n' + bytes(1 << 20) + b'\r\n'
+    with listening(toy) as (_, port):
+        whole = [ask(port, b'Content-Length: 16777216', large, 16) for _ in range(3)]
+        chunked = [ask(port, b'Transfer-Encoding: chunked', chunk, 15) for _ in range(3)]
+        fits, of_too_many_pixels = grey(1), png(30_000, 30_000)
+        with httpx.Client(base_url=f'http://127.0.0.1:{port}') as http:
+            ends = [http.post('/v1/predict', content=c).headers.get('connection') for c in (fits, of_too_many_pixels)]
+    for said in whole + chunked:
+        head, _, body = said.partition(b'\r\n\r\n')
+        assert head.startswith(b'HTTP/1.1 413 ') and b'connection: close' in head.lower()
+        assert json.loads(body)['error']['code'] == 'too_large'
+    assert ends == [None, None]  # what was read to its end keeps its connection
+
+
+def test_a_service_that_goes_down_lets_its_clients_go_too(toy):
+    "With the answer, not by a reset: they come again elsewhere."
+    with listening(toy) as (service, port), httpx.Client(base_url=f'http://127.0.0.1:{port}') as http:
+        before = http.post('/v1/predict', content=grey(1))
+        service.drain()
+        after = http.post('/v1/predict', content=grey(1))
+    assert before.status_code == after.status_code == 200
+    assert (before.headers.get('connection'), after.headers.get('connection')) == (None, 'close')
 
 
 def test_from_elsewhere_a_key_is_needed_unless_said_otherwise(toy):

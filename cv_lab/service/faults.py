@@ -67,5 +67,4 @@ def error_response(
     if (wait := getattr(e, 'retry_after', None)) is not None:
         headers.append((b'retry-after', str(max(1, round(wait + 0.49))).encode()))
     if e.http_status == 401: headers.append((b'www-authenticate', b'Bearer'))
-    if e.http_status in (408, 413): headers.append((b'connection', b'close')) # the rest of the body is not read
     return e.http_status, headers, json.dumps(envelope(e, request_id), ensure_ascii=False).encode()
