@@ -11,7 +11,8 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 import numpy as np, pandas as pd
 from scipy.ndimage import uniform_filter1d
-from .measures import THUMB
+from threadpoolctl import threadpool_limits
+from .measures import THUMB, pooled
 
 # %% ../../nbs/11b_data.duplicates.ipynb #0589af64
 def _regions() -> np.ndarray:  # (R, 4): x0, y0, x1, y1 as shares of the sides; x1 < x0 reads from right to left
@@ -26,25 +27,20 @@ def _regions() -> np.ndarray:  # (R, 4): x0, y0, x1, y1 as shares of the sides; 
 REGIONS = _regions()
 GRID = 8 # cells of a fingerprint along each side
 
+def _cut(lo:float, hi:float) -> np.ndarray: # (GRID, THUMB): the share of each pixel in each cell from lo to hi
+    edge = np.linspace(lo, hi, GRID + 1)*THUMB; a, b = np.sort([edge[:-1], edge[1:]], 0)[..., None]; p = np.arange(THUMB)
+    return (np.minimum(b, p + 1) - np.maximum(a, p)).clip(0)/(b - a)
+
 def fingerprints(thumbs:np.ndarray, # (N, THUMB, THUMB) uint8
                 ) -> np.ndarray: # (R, N, GRID²) float16, unit length; zero where there is no structure
     "The fingerprints of all regions of all thumbnails."
+    spans, which = np.unique(REGIONS[:, [0, 2, 1, 3]].reshape(-1, 2), axis=0, return_inverse=True)
+    cut, which = np.concatenate([_cut(*s) for s in spans]).astype(np.float32), which.reshape(-1, 2)
     out = np.zeros((len(REGIONS), len(thumbs), GRID*GRID), np.float16)
-    for i in range(0, len(thumbs), 2048):
-        part = thumbs[i:i + 2048]; sums = np.zeros((len(part), THUMB + 1, THUMB + 1), np.int32)
-        np.cumsum(np.cumsum(part, 1, dtype=np.int32), 2, out=sums[:, 1:, 1:])
-        for r, (x0, y0, x1, y1) in enumerate(REGIONS):
-            x, y = (
-                np.rint(np.linspace(min(a, b), max(a, b), GRID + 1) * THUMB).astype(int)
-                for a, b in ((x0, x1), (y0, y1))
-            )
-            at = sums[:, y][:, :, x]
-            cells = (at[:, 1:, 1:] - at[:, :-1, 1:] - at[:, 1:, :-1] + at[:, :-1, :-1]) / (
-                np.diff(y)[:, None] * np.diff(x)
-            ).astype(np.float32)
-            out[r, i : i + 2048] = unit(
-                cells[:, :: (1 if y1 > y0 else -1), :: (1 if x1 > x0 else -1)].reshape(len(part), -1)
-            )
+    for i in range(0, len(thumbs), 512):
+        part = thumbs[i:i + 512].astype(np.float32)
+        cells = (cut @ (part @ cut.T)).reshape(len(part), len(spans), GRID, len(spans), GRID)
+        for r, (x, y) in enumerate(which): out[r, i:i + 512] = unit(cells[:, y, :, x].reshape(len(part), -1))
     return out
 
 def unit(rows:np.ndarray) -> np.ndarray: # (N, D) float32
@@ -63,7 +59,7 @@ def _embed(prints:np.ndarray, # (R, N, D) from `fingerprints`
 
     def embed(p):
         e = (p.astype(np.float32) - pca.mean_) @ (pca.components_.T * scale)
-        return e / np.maximum(np.linalg.norm(e, axis=1, keepdims=True), 1e-6) * (np.abs(p).sum(1, keepdims=True) > 0)
+        return e / np.maximum(np.linalg.norm(e, axis=1, keepdims=True), 1e-6) * p.view(np.uint16).any(1, keepdims=True)
 
     return np.stack([embed(p) for p in prints]).astype(np.float32)
 
@@ -107,11 +103,11 @@ def candidates(thumbs:np.ndarray, # (N, THUMB, THUMB) uint8
             for q in np.array_split(order[bounds[c] : bounds[c + 1]], max(1, (bounds[c + 1] - bounds[c]) // 1024))
             if len(q)
         ):
-            s = e[r][asked] @ e[0][listed].T; s[asked[:, None] == listed] = -1
-            if s.shape[1] > 2 * each and (s > least).sum() > 4 * each * len(asked):
-                s[s < np.partition(s, -2 * each, axis=1)[:, -2 * each, None]] = -1  # crowded: the best only
-            i, j = np.nonzero(s > least)
-            found.append((listed[j].astype(np.int32), asked[i].astype(np.int32), np.full(len(i), r, np.int8), s[i, j]))
+            s = e[r][asked] @ e[0][listed].T; k, close = 2*each + 1, s > least # itself is among them
+            if s.shape[1] > k and np.count_nonzero(close) > 4*each*len(asked): # crowded: the best only
+                close &= s >= np.partition(s, -k, axis=1)[:, -k, None]
+            i, j = np.divmod(np.flatnonzero(close), len(listed)); a, b = listed[j], asked[i]; other = a != b
+            found.append(tuple(v[other] for v in (a.astype(np.int32), b.astype(np.int32), np.full(len(i), r, np.int8), s[i, j])))
         return tuple(np.concatenate(x) for x in zip(*found))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -127,76 +123,73 @@ def candidates(thumbs:np.ndarray, # (N, THUMB, THUMB) uint8
     return top['a'].to_numpy(), top['b'].to_numpy(), top['r'].to_numpy()
 
 # %% ../../nbs/11b_data.duplicates.ipynb #50e026c4
-def _sample(
-    flat: np.ndarray, side: int, which: np.ndarray, box: np.ndarray, n: int
-):  # -> (M, n, n), its derivatives by x and by y, (n,) positions
+def _sample(flat:np.ndarray, side:int,         # square images, all in one row
+            which:np.ndarray, box:np.ndarray,  # (M,), (M, 4)
+            n:int) -> np.ndarray: # (M, n, n) float32
     "Bilinear samples of boxes of square images."
     u = ((np.arange(n) + 0.5) / n).astype(np.float32)
-    at = lambda lo, hi: ((lo[:, None] + u * (hi - lo)[:, None]) * side - 0.5).clip(0, side - 1.001)
+    at = lambda lo, hi: ((lo[:, None] + u*(hi - lo)[:, None])*side - .5).clip(0, side - 1.001)
     x, y = at(box[:, 0], box[:, 2]), at(box[:, 1], box[:, 3]); xi, yi = x.astype(np.intp), y.astype(np.intp)
-    fx, fy = (
-        (x - xi).astype(np.float32)[:, None, :],
-        (y - yi).astype(np.float32)[:, :, None],
-    )  # all of it in 32 bits: half the time
+    fx, fy = (x - xi).astype(np.float32)[:, None, :], (y - yi).astype(np.float32)[:, :, None]
     i = ((which.astype(np.intp)*side*side)[:, None] + yi*side)[:, :, None] + xi[:, None, :]
-    p, q, s, t = (flat.take(i + k, mode='clip').astype(np.float32, copy=False) for k in (0, 1, side, side + 1))
-    dx, dx_lower = q - p, t - s; upper = p + dx*fx; dy = s + dx_lower*fx - upper
-    return upper + dy*fy, (dx + (dx_lower - dx)*fy)*side, dy*side, u
+    p, q, s, t = (flat[k:].take(i, mode='clip').astype(np.float32, copy=False) for k in (0, 1, side, side + 1))
+    q -= p; q *= fx; q += p; t -= s; t *= fx; t += s # the upper row, the lower row
+    t -= q; t *= fy; t += q
+    return t
 
 # %% ../../nbs/11b_data.duplicates.ipynb #fbedf16e
-def align(fine:np.ndarray, coarse:np.ndarray, # (N, 2n, 2n) to take boxes from, (N, n, n) to compare with
+def _slopes(fine:np.ndarray) -> tuple[np.ndarray, np.ndarray]: # (A, 2n, 2n) -> (A, 6, n²), (A, 6, 6)
+    "How a picture changes when its left, upper, right, lower edge moves; itself, at unit length; and one. Their normal inverse."
+    f = fine.astype(np.float32); n = f.shape[1]//2; u = ((np.arange(n) + .5)/n).astype(np.float32); w = u[:, None]
+    left, right = f[:, ::2, ::2] + f[:, 1::2, ::2], f[:, ::2, 1::2] + f[:, 1::2, 1::2]
+    upper, lower = f[:, ::2, ::2] + f[:, ::2, 1::2], f[:, 1::2, ::2] + f[:, 1::2, 1::2]
+    want = (left + right)/4; want -= want.mean((1, 2), keepdims=True)
+    size = np.maximum(np.sqrt(np.einsum('ijk,ijk->i', want, want)), .5)[:, None, None]; want /= size
+    gx, gy = (right - left)*(n/size), (lower - upper)*(n/size)
+    J = np.stack([gx*(1 - u), gy*(1 - w), gx*u, gy*w, want, np.ones_like(want)], 1).reshape(len(f), 6, n*n)
+    H = (J @ J.transpose(0, 2, 1)).astype(float); k = np.arange(6)
+    H[:, k, k] = H[:, k, k]*[1.02, 1.02, 1.02, 1.02, 1, 1] + 1e-3
+    return J, np.linalg.inv(H).astype(np.float32)
+
+def align(fine:np.ndarray, # (N, 2n, 2n); compared are n by n samples
           a:np.ndarray, b:np.ndarray, box:np.ndarray, # (M,), (M,), (M, 4)
-          steps:int) -> tuple[np.ndarray, np.ndarray]: # (M, 4) better boxes of b, (M,) correlation with the whole of a
+          steps:int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+          # (M, 4) better boxes of b, (M,) correlation with the whole of a, (M, n²) what lies in the boxes
     "Move boxes of b until they look like the whole of a."
-    m, n, side, flat = len(a), coarse.shape[1], fine.shape[1], fine.reshape(-1); want = unit(coarse[a].reshape(m, -1))
-    best, kept, first, k = np.full(m, -2, np.float32), box.copy(), box, np.arange(6)
+    m, side, flat = len(a), fine.shape[1], fine.reshape(-1); n = side//2; of, at = np.unique(a, return_inverse=True)
+    J, inverse = (v[at] for v in _slopes(fine[of]))
+    best, kept, first, there = np.full(m, -2, np.float32), box.copy(), box, np.empty((m, n*n), np.float32)
     for step in range(steps + 1):
-        v, gx, gy, u = _sample(flat, side, b, box, n)
-        c = (want * unit(v.reshape(m, -1))).sum(1)
+        v = _sample(flat, side, b, box, n).reshape(m, -1); v -= v.mean(1, keepdims=True)
+        q = (J @ v[..., None])[..., 0]; c = q[:, 4]/np.maximum(np.sqrt(np.einsum('ij,ij->i', v, v)), .5)
         better = c > best
-        best[better], kept[better] = c[better], box[better]
-        if step == steps: return kept, best
-        J = np.empty((m, 6, n*n), np.float32); w = u[:, None]
-        for i, g in enumerate((gx*(1 - u), gy*(1 - w), gx*u, gy*w, v)): J[:, i] = g.reshape(m, -1)
-        J[:, 5] = 1
-        H = (J @ J.transpose(0, 2, 1)).astype(float)
-        H[:, k, k] = H[:, k, k] * [1.02, 1.02, 1.02, 1.02, 1, 1] + 1e-3
-        q = np.linalg.solve(H, (J @ want[..., None]).astype(float))[..., 0]
-        gain = np.where(np.abs(q[:, 4:5]) < 1e-5, 1e-5, q[:, 4:5])
-        box = (box + (q[:, :4]/gain).clip(-.08, .08)).clip(first - .25, first + .25).clip(-.02, 1.02).astype(np.float32)
+        best[better], kept[better], there[better] = c[better], box[better], v[better]
+        if step == steps: return kept, best, there
+        q = (inverse @ q[..., None])[..., 0]; gain = np.where(np.abs(q[:, 4:5]) < 1e-3, 1e-3, q[:, 4:5])
+        d = (q[:, :4]/gain).clip(-.08, .08); size = np.tile(box[:, 2:] - box[:, :2], 2); wide = np.tile(1 + d[:, 2:] - d[:, :2], 2)
+        new = np.tile(box[:, :2], 2) + size*([0, 0, 1, 1] - d)/wide # where the inverse of that move takes the edges
+        box = new.clip(first - .25, first + .25).clip(-.02, 1.02).astype(np.float32)
 
 # %% ../../nbs/11b_data.duplicates.ipynb #cc9cbdb8
-def _pooled(t:np.ndarray, k:int) -> np.ndarray: # (N, side/k, side/k) float32
-    "Means over k by k pixels."
-    return np.concatenate(
-        [
-            p.reshape(len(p), t.shape[1] // k, k, t.shape[2] // k, k).mean((2, 4), dtype=np.float32)
-            for p in np.array_split(t, len(t) // 4096 + 1)
-        ]
-    )
+def _detail(x:np.ndarray) -> np.ndarray: # (M, n²) or (M, n, n) -> (M, n²), unit length
+    "A picture less its local mean over 5 by 5."
+    n = int(np.sqrt(x[0].size)); near = uniform_filter1d(np.eye(n, dtype=np.float32), 5, axis=0); x = x.reshape(-1, n, n)
+    return unit((x - near @ (x @ near.T)).reshape(len(x), -1))
 
-
-def _detail(x:np.ndarray) -> np.ndarray: # (M, n²), unit length
-    "A picture less its local mean."
-    return unit((x - uniform_filter1d(uniform_filter1d(x, 5, axis=1), 5, axis=2)).reshape(len(x), -1))
+_LEVELS = ((4, 3, .75, -1), (2, 4, .8, .65), (1, 2, -1, -1)) # pixels to a sample; steps; least agreement: all, detail
 
 def agreement(thumbs:np.ndarray, a:np.ndarray, b:np.ndarray, r:np.ndarray, # from `candidates`
              ) -> pd.DataFrame: # a, b, score in [-1, 1], box: where in b the whole of a lies
-    "How much the detail of aligned candidates agrees; candidates that do not even agree in the large are left out."
-    half, quarter, eighth = (_pooled(thumbs, k) for k in (2, 4, 8))
+    "How much the detail of aligned candidates agrees; what differs too much from afar is left out."
+    at = {k: pooled(thumbs, THUMB//k) for k in (2, 4, 8)} | {1: thumbs}
     def judge(s:slice) -> pd.DataFrame:
-        i, j = a[s], b[s]
-        box, _ = align(quarter, eighth, i, j, REGIONS[r[s]], 3)  # coarsely first: from afar, detail pulls the wrong way
-        for steps, least in ((4, .6), (8, .75)):
-            box, c = align(half, quarter, i, j, box, steps)
-            ok = c > least
-            i, j, box = i[ok], j[ok], box[ok]
-            if not len(i): return pd.DataFrame(columns=['a', 'b', 'score', 'box'])
-        box, c = align(thumbs, half, i, j, box, 2)
-        there = _sample(thumbs.reshape(-1), THUMB, j, box, THUMB//2)[0]
-        return pd.DataFrame(
-            dict(a=i, b=j, score=np.minimum(c, (_detail(half[i]) * _detail(there)).sum(1)), box=box.round(3).tolist())
-        )
+        i, j, box = a[s], b[s], REGIONS[r[s]]
+        for k, steps, least, least_detail in _LEVELS: # coarsely first: from afar, detail pulls the wrong way
+            if not len(i): break
+            box, c, there = align(at[k], i, j, box, steps); detail = (_detail(at[2*k][i])*_detail(there)).sum(1)
+            ok = (c > least) & (detail > least_detail)
+            i, j, box, score = i[ok], j[ok], box[ok], np.minimum(c, detail)[ok]
+        return pd.DataFrame(dict(a=i, b=j, score=score, box=box.round(3).tolist()))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = [f for f in pool.map(judge, (slice(k, k + 256) for k in range(0, len(a), 256))) if len(f)]
@@ -214,11 +207,16 @@ def line_between(best:np.ndarray, # (N,) each item's best agreement, -1 where it
         if (np.abs(best - line) <= .04).mean() <= .02: return float(line)
     return high
 
+def _spread(t:np.ndarray) -> np.ndarray: # (N, S, S) uint8 -> (N,)
+    t = t.reshape(len(t), t.shape[1]*t.shape[2]).astype(np.float32); t -= t.mean(1, keepdims=True)
+    return np.sqrt(np.einsum('ij,ij->i', t, t)/t.shape[1])
+
+@threadpool_limits.wrap(limits=1, user_api='blas') # the threads here are our own
 def near_duplicates(thumbs:np.ndarray, # (N, THUMB, THUMB) uint8, one of each group of exact copies
                     least:float|None=None, # agreement; None: where `line_between` draws it
                    ) -> pd.DataFrame: # a, b (indices), score, box
     "Pairs of items that are the same picture, the surest first."
-    lively = np.flatnonzero(np.concatenate([p.std((1, 2)) > 2 for p in np.array_split(thumbs, len(thumbs)//4096 + 1)]))
+    lively = np.flatnonzero(np.concatenate([_spread(p) > 2 for p in np.array_split(thumbs, len(thumbs)//512 + 1)]))
     if len(lively) < 2: return pd.DataFrame(dict(a=[], b=[], score=[], box=[])).astype(dict(a=int, b=int, score=float))
     t = thumbs if len(lively) == len(thumbs) else thumbs[lively]
     pairs = agreement(t, *candidates(t))

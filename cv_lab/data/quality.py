@@ -10,6 +10,7 @@ __all__ = ['KINDS', 'finding', 'picture_findings', 'between_findings', 'near_pai
 # %% ../../nbs/12_data.quality.ipynb #efea8887
 import textwrap
 from dataclasses import dataclass
+from itertools import islice
 import numpy as np, pandas as pd, pyarrow as pa, pyarrow.compute as pc
 from PIL import Image, ImageDraw
 from ..core import BadInput
@@ -145,11 +146,9 @@ def picture_findings(seen:pd.DataFrame, thumbs:np.ndarray, # from `measure_files
 # %% ../../nbs/12_data.quality.ipynb #c5348b2a
 def _labels_of(t:pa.Table) -> list[str]: # one text per row, equal where the same is said
     "What is said about each item, as text."
-    flat = pc.list_flatten(t['annotations']).combine_chunks() if len(t) else None
-    if flat is None or not len(flat): return ['']*len(t)
-    parents = pc.list_parent_indices(t['annotations']).to_numpy()
-    said = pd.Series(pc.struct_field(flat, 'label').to_pylist(), dtype=object).fillna('')
-    return said.groupby(parents).agg(lambda v: ', '.join(sorted(v))).reindex(range(len(t)), fill_value='').tolist()
+    flat, many = pc.list_flatten(t['annotations']), pc.fill_null(pc.list_value_length(t['annotations']), 0).to_pylist()
+    said = iter(pc.fill_null(pc.struct_field(flat.combine_chunks(), 'label'), '').to_pylist() if len(flat) else [])
+    return [', '.join(sorted(islice(said, n))) for n in many]
 
 def _rows(t:pa.Table, seen:pd.DataFrame) -> pd.DataFrame: # the first may stay
     "What is compared between items, in the order of who may stay."
