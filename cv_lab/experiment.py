@@ -16,7 +16,10 @@ import yaml
 from filelock import FileLock, Timeout
 from cv_lab.core import (
     BadInput,
+    Damaged,
+    NotAccepted,
     NotFound,
+    Refusal,
     RunFailed,
     Workspace,
     digest,
@@ -27,6 +30,7 @@ from cv_lab.core import (
     write_json,
 )
 from .report import index_html, render_html
+from .spec import load_problem
 
 # %% ../nbs/92_experiment.ipynb #39ffa64a
 @dataclass
@@ -165,6 +169,7 @@ def run_experiment(name:str,                  # of a notebook in nbs/experiments
     ws = ws or workspace(); notebook = _find(ws, name); known = parameters_of(notebook)
     given = dict(given or {}) | ({'problem': str(problem)} if problem is not None else {})
     values = check_parameters(known, given)
+    if given.get('problem'): load_problem(ws.root/values['problem'])       # refused before anything runs
     key = digest(dict(values=values, notebook=file_digest(notebook)))[:8]
     folder = inside(ws.reports, f'{name}/{date.today()}-{key}'); folder.mkdir(parents=True, exist_ok=True)
     said = ', '.join(f'{k}={v}' for k, v in given.items())
@@ -180,6 +185,16 @@ def run_experiment(name:str,                  # of a notebook in nbs/experiments
         ) from None
     return Report(folder)
 
+_REFUSALS = {c.__name__: c for c in (BadInput, NotFound, NotAccepted, Damaged)}
+
+def _ended(name:str, e, where:str) -> Refusal: # `e`: a `PapermillExecutionError`
+    "What ended a notebook: a refusal stays one, with its own exit code; anything else is a run that failed."
+    if e.ename not in _REFUSALS:
+        return RunFailed(f'{name} failed in cell {e.exec_count}: {e.ename}: {e.evalue}',
+                         'a notebook that runs to its end', f'read {where}')
+    what, expected, mend = re.fullmatch(r'(.*?)(?:\n  expected: (.*?))?(?:\n  to do:    (.*))?', e.evalue, re.S).groups('')
+    return _REFUSALS[e.ename](f'{name}: {what}', expected, f'{mend or "see what was wrong"} ({where} says where)')
+
 def _run_into(folder:Path, notebook:Path, values:dict, ws:Workspace, loud:bool, status:dict) -> None:
     from papermill.exceptions import PapermillExecutionError
     since = time.perf_counter()
@@ -187,11 +202,7 @@ def _run_into(folder:Path, notebook:Path, values:dict, ws:Workspace, loud:bool, 
     except PapermillExecutionError as e:
         write_json(folder / 'status.json', status | dict(state='failed', error=f'{e.ename}: {e.evalue}'))
         index_html(ws.reports)
-        raise RunFailed(
-            f'{notebook.stem} failed in cell {e.exec_count}: {e.ename}: {e.evalue}',
-            'a notebook that runs to its end',
-            f'read {os.path.relpath(folder / "notebook.ipynb")}',
-        ) from None
+        raise _ended(notebook.stem, e, os.path.relpath(folder/'notebook.ipynb')) from None
     except BaseException: write_json(folder/'status.json', status | dict(state='failed', error='interrupted')); raise
     render_html(
         folder / 'notebook.ipynb',

@@ -15,7 +15,7 @@ import numpy as np, pyarrow as pa, pyarrow.parquet as pq
 os.environ.setdefault('ORT_DISABLE_TELEMETRY', '1')  # since 1.29 it tells its maker of every model, unless told not to
 import onnxruntime as ort
 from .calibration import fit_thresholds
-from .core import Annotation, Damaged, NotFound, digest, file_digest, read_json, write_atomic, write_json
+from .core import Annotation, BadInput, Damaged, NotFound, digest, file_digest, read_json, write_atomic, write_json
 from .geometry import box_iou, mask_iou, rle_decode
 from .image import MAX_PIXELS, Placement, Preprocess, decode, placement, preprocess
 from .data.manifest import PREDICTIONS
@@ -107,6 +107,7 @@ def _torch_has_cuda() -> bool:
 def _device(asked:str, folder:Path) -> tuple[str, bool]: # cpu or cuda; whether ONNX Runtime has CUDA
     "Where the answers are worked out."
     onnx_cuda = 'CUDAExecutionProvider' in ort.get_available_providers()
+    if asked not in ('auto', 'cpu', 'cuda'): raise BadInput(f'the device {asked!r}', 'auto, cpu or cuda', 'correct the name')
     if asked != 'auto': return asked, onnx_cuda
     if not onnx_cuda and not (folder / 'model.safetensors').is_file(): return 'cpu', onnx_cuda
     return 'cuda' if onnx_cuda or _torch_has_cuda() else 'cpu', onnx_cuda

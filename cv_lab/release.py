@@ -505,7 +505,8 @@ def objections(folder:str|Path,            # of a bundle
 # %% ../nbs/60_release.ipynb #d3e4e3cb
 def _who_and_why(by:str, reason:str, alias:str):
     if not (by or '').strip() or not (reason or '').strip():
-        raise BadInput('moving an alias needs a name and a reason', 'who it is, and why', 'say both')
+        raise BadInput('moving an alias needs a name and a reason', 'who it is, and why',
+                       'say both: --by ADA --reason "better at night"')
     if not _ALIAS.fullmatch(alias) or _BEGINNING.fullmatch(alias) or alias == 'latest':
         raise BadInput(f'{alias!r} cannot be an alias', 'such as production or challenger', 'choose another name')
 
@@ -591,6 +592,9 @@ class Registry(_Shelf):
         with self._lock():
             if (bad := self._log.faults()):
                 raise Damaged('\n'.join(bad), 'a log that nobody changed', 'put a copy of the log back first')
+            if problem not in self.problems() and not self._log.moves(problem):
+                known = ', '.join(self.problems()) or 'none yet'
+                raise NotFound(f'nothing of {problem!r} was ever released', f'a problem: {known}', 'see cvlab registry list')
             try: now = self._entries(problem)
             except Damaged: now = {}
             left = {a: now[a] if a in now and self._unfinished(now[a], m) else _replay(m)

@@ -106,7 +106,7 @@ def test_keep(home, tmp_path):
     shutil.rmtree(f.parent)
     assert cvlab('import', file, '--json') == dict(tag=a) and cvlab('verify', '--json')['ok']
     (r.home / 'aliases/shapes.json').write_text('{}')
-    cvlab('restore', 'shapes')
+    cvlab('restore', 'shapes'); cvlab('restore', 'nope', fails=NotFound); assert 'nope' not in r.problems()
     assert cvlab('verify', '--json')['ok'] and r.resolve('shapes') == a
 
 

@@ -177,7 +177,10 @@ def test_shuffled_labels_are_refused_with_rule_and_figure(home, trained, capsys)
         (['predict', 'nowhere.png'], 3, 'nowhere.png'),
         (['release', 'nothing-here'], 3, 'no finished run'),
         (['compare', 'a', 'b'], 3, 'no finished run'),
-        (['run', 'train', '--problem', 'problems/none.yaml'], 5, 'no problem file'),
+        (['run', 'train', '--problem', 'problems/none.yaml'], 3, 'no problem file'),
+        (['run', 'train', '-p', 'problem=problems/stripes.yaml', '-p', 'dataset=nowhere'], 3, 'says where'), # in the notebook
+        (['bench', '--device', 'tpu', '--no-report'], 3, 'cpu or cuda'),
+        (['data', 'export', 'data/stripes', '-f', 'csv', '--out', '/proc/nowhere/x'], 3, '/proc'),
         (['frobnicate'], 2, 'No such command'),
         (['init', 'nowhere'], 3, 'no dataset'),
     ],
