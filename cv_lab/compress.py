@@ -59,9 +59,24 @@ def half(path:str|Path, out:str|Path) -> Path:
     with _quiet(): small = convert_float_to_float16(model, keep_io_types=True, node_block_list=normalising_nodes(model))
     return write_atomic(out, small.SerializeToString())
 
-# %% ../nbs/48_compress.ipynb #d2c31089
+# %% ../nbs/48_compress.ipynb #48c0de02
 LAYERS = ('Conv', 'ConvTranspose', 'Gemm', 'MatMul')
 
+def _left_alone(model:onnx.ModelProto, keep:Sequence[str]) -> list[str]: # nodes
+    "What stands behind layers that stay in float only, and so gains nothing from eight bits."
+    behind, out = {}, list(keep)
+    for n in model.graph.node:  # in the order of their use
+        before = set().union(*(behind.get(i, set()) for i in n.input))
+        behind |= dict.fromkeys(n.output, {n.name} if n.op_type in LAYERS else before)
+        if n.op_type not in LAYERS and before and before <= set(keep): out.append(n.name)
+    return out
+
+def _gated(model:onnx.ModelProto) -> list[str]: # nodes
+    "Products with a gate, as hard-swish and squeeze and excitation have them: the gate comes in float."
+    gates = {o for n in model.graph.node if n.op_type in ('HardSigmoid', 'Sigmoid') for o in n.output}
+    return [n.name for n in model.graph.node if n.op_type == 'Mul' and gates & {*n.input}]
+
+# %% ../nbs/48_compress.ipynb #d2c31089
 class _Reader:  # what the calibration is fed with
     def __init__(self, name, pixels, batch=16):
         self.batches = iter([{name: pixels[i : i + batch]} for i in range(0, len(pixels), batch)])
@@ -79,15 +94,6 @@ def for_int8(path:str|Path, out:str|Path) -> Path:
     model = onnx.load(out)
     for i, n in enumerate(model.graph.node): n.name = n.name or f'{n.op_type.lower()} {i}'
     onnx.save(model, out); return Path(out)
-
-def _left_alone(model:onnx.ModelProto, keep:Sequence[str]) -> list[str]: # nodes
-    "What stands behind layers that stay in float only, and so gains nothing from eight bits."
-    behind, out = {}, list(keep)
-    for n in model.graph.node:  # in the order of their use
-        before = set().union(*(behind.get(i, set()) for i in n.input))
-        behind |= dict.fromkeys(n.output, {n.name} if n.op_type in LAYERS else before)
-        if n.op_type not in LAYERS and before and before <= set(keep): out.append(n.name)
-    return out
 
 def fewer_bits(path:str|Path,       # from `for_int8`
                out:str|Path, pixels:np.ndarray, # (N, 3, H, W) uint8, held-out images to learn ranges from
@@ -108,7 +114,7 @@ def fewer_bits(path:str|Path,       # from `for_int8`
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             nodes_to_quantize=list(only) or None,
-            nodes_to_exclude=[*_left_alone(model, keep), *normalising_nodes(model)],
+            nodes_to_exclude=[*_left_alone(model, keep), *_gated(model), *normalising_nodes(model)],
             calibration_cache_path=cache,
         )
         return write_atomic(out, Path(f'{d}/m.onnx').read_bytes())

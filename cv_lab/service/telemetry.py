@@ -17,65 +17,59 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 # %% ../../nbs/65_service.telemetry.ipynb #1e262d26
 _SECONDS = (.0005, .001, .002, .005, .01, .02, .05, .1, .2, .5, 1, 2, 5, 10)
 
-class Metrics:
-    "The metrics of one service."
-    def __init__(self):
-        self.registry = r = CollectorRegistry()
-        count = lambda name, what, *labels: Counter(f'cvlab_{name}', what, labels, registry=r)
-        spread = lambda name, what, buckets, *labels: Histogram(
-            f'cvlab_{name}', what, labels, buckets=buckets, registry=r
-        )
-        self.requests = count('requests', 'HTTP requests', 'route', 'method', 'status')
-        self.seconds = spread('request_seconds', 'From the first byte to the last', _SECONDS, 'route')
-        self.stage = spread(
-            'stage_seconds', 'Parts of a prediction: read, decode, queue, infer, encode', _SECONDS, 'problem', 'stage'
-        )
-        self.faults = count('faults', 'Answers that are faults, by code', 'code')
-        self.batch = spread('batch_size', 'Images that went together', (1, 2, 4, 8, 16, 32, 64), 'problem')
-        self.items = count(
-            'work', 'What became of images: answered, expired, abandoned, refused, failed', 'problem', 'outcome'
-        )
-        self.queue = Gauge('cvlab_queue_depth', 'Images that wait', ['problem'], registry=r)
-        self.inflight = Gauge('cvlab_inflight_requests', 'Requests being answered', registry=r)
-        self.cost = Gauge(
-            'cvlab_cost_per_1000', 'What 1,000 answers cost at the present pace', ['problem', 'currency'], registry=r
-        )
-        self.ready = Gauge('cvlab_ready', '1: takes requests', registry=r)
-        self.confidence = spread(
-            'confidence',
-            'Confidence of answers',
-            (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99),
-            'problem',
-            'digest',
-        )
-        self.entropy = spread(
-            'entropy',
-            'Entropy of the probabilities, as a share of the highest possible',
-            (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9),
-            'problem',
-            'digest',
-        )
-        self.labels = count('labels', 'Labels answered', 'problem', 'digest', 'label')
-        self.accepted = count(
-            'accepted', 'Answers by whether they were confident enough', 'problem', 'digest', 'accepted'
-        )
-        self.brightness = spread(
-            'image_brightness', 'Mean grey level of inputs', (16, 32, 64, 96, 128, 160, 192, 224, 240), 'problem'
-        )
-        self.contrast = spread(
-            'image_contrast', 'Standard deviation of grey levels', (4, 8, 16, 32, 48, 64, 96), 'problem'
-        )
-        self.bytes = spread('image_bytes', 'Size of image files', (1e3, 1e4, 1e5, 5e5, 1e6, 5e6, 1e7), 'problem')
-        self.swaps = count('swaps', 'Changes of the model', 'problem', 'outcome')
-        self.samples = count('samples', 'Images and embeddings to be stored: kept, dropped, failed', 'what', 'outcome')
-        self.loaded_at = Gauge(
-            'cvlab_model_loaded_timestamp_seconds',
-            'When the present model was loaded',
-            ['problem', 'digest'],
-            registry=r,
-        )
+class _Series:
+    "Series in a registry of their own."
+    def __init__(self): self.registry = CollectorRegistry()
+
+    def _count(self, name, what, *labels): return Counter(f'cvlab_{name}', what, labels, registry=self.registry)
+    def _gauge(self, name, what, *labels): return Gauge(f'cvlab_{name}', what, labels, registry=self.registry)
+
+    def _spread(self, name, what, buckets, *labels):
+        return Histogram(f'cvlab_{name}', what, labels, buckets=buckets, registry=self.registry)
 
     def text(self) -> bytes: return generate_latest(self.registry)
+
+class _OfRequests(_Series):
+    "What is counted and timed of requests."
+    def __init__(self):
+        super().__init__()
+        count, spread, gauge = self._count, self._spread, self._gauge
+        self.requests = count('requests', 'HTTP requests', 'route', 'method', 'status')
+        self.seconds = spread('request_seconds', 'From the first byte to the last', _SECONDS, 'route')
+        parts = 'Parts of a prediction: read, decode, queue, infer, encode'
+        self.stage = spread('stage_seconds', parts, _SECONDS, 'problem', 'stage')
+        self.faults = count('faults', 'Answers that are faults, by code', 'code')
+        self.batch = spread('batch_size', 'Images that went together', (1, 2, 4, 8, 16, 32, 64), 'problem')
+        outcomes = 'What became of images: answered, expired, abandoned, refused, failed'
+        self.items = count('work', outcomes, 'problem', 'outcome')
+        self.queue = gauge('queue_depth', 'Images that wait', 'problem')
+        self.inflight = gauge('inflight_requests', 'Requests being answered')
+        self.cost = gauge('cost_per_1000', 'What 1,000 answers cost at the present pace', 'problem', 'currency')
+        self.ready = gauge('ready', '1: takes requests')
+
+# %% ../../nbs/65_service.telemetry.ipynb #7e11a003
+_SURE = (.1, .2, .3, .4, .5, .6, .7, .8, .9, .95, .99)
+_SPREAD = (.05, .1, .2, .3, .5, .7, .9)
+_GREY, _CONTRAST = (16, 32, 64, 96, 128, 160, 192, 224, 240), (4, 8, 16, 32, 48, 64, 96)
+_BYTES = (1e3, 1e4, 1e5, 5e5, 1e6, 5e6, 1e7)
+
+class Metrics(_OfRequests):
+    "The metrics of one service."
+    def __init__(self):
+        super().__init__()
+        count, spread, of_model = self._count, self._spread, ('problem', 'digest')
+        self.confidence = spread('confidence', 'Confidence of answers', _SURE, *of_model)
+        entropy = 'Entropy of the probabilities, as a share of the highest possible'
+        self.entropy = spread('entropy', entropy, _SPREAD, *of_model)
+        self.labels = count('labels', 'Labels answered', *of_model, 'label')
+        self.accepted = count('accepted', 'Answers by whether they were confident enough', *of_model, 'accepted')
+        self.brightness = spread('image_brightness', 'Mean grey level of inputs', _GREY, 'problem')
+        self.contrast = spread('image_contrast', 'Standard deviation of grey levels', _CONTRAST, 'problem')
+        self.bytes = spread('image_bytes', 'Size of image files', _BYTES, 'problem')
+        self.swaps = count('swaps', 'Changes of the model', 'problem', 'outcome')
+        self.samples = count('samples', 'Images and embeddings to be stored: kept, dropped, failed', 'what', 'outcome')
+        loaded = 'When the present model was loaded'
+        self.loaded_at = self._gauge('model_loaded_timestamp_seconds', loaded, *of_model)
 
 # %% ../../nbs/65_service.telemetry.ipynb #4cc9bb9d
 class ModelMetrics:
@@ -129,7 +123,7 @@ def set_up_log(level:str|None=None, stream=None):
 def event(what: str, level: int = logging.INFO, exc_info=None, **fields):
     log.log(level, what, extra=dict(fields=fields), exc_info=exc_info)
 
-# %% ../../nbs/65_service.telemetry.ipynb #b9a059f9
+# %% ../../nbs/65_service.telemetry.ipynb #7e11a005
 def ours_only(folder:Path) -> Path: # `folder`
     "A folder that nobody else on the machine may look into; one that is there stays as it is."
     for p in reversed([folder, *folder.parents]):
@@ -145,6 +139,7 @@ def least_priority():
     try: os.setpriority(os.PRIO_PROCESS, 0, 19)
     except (AttributeError, OSError): pass
 
+# %% ../../nbs/65_service.telemetry.ipynb #b9a059f9
 class PredictionLog:
     "An append-only log in JSON lines, in files of bounded size and number."
     def __init__(self, folder:str|Path, max_bytes:int=32_000_000, max_files:int=20, max_waiting:int=10_000,
