@@ -181,6 +181,24 @@ def test_order_depends_on_seed_and_epoch_only():
     b.set_epoch(4); assert list(a) != list(b)
 
 
+def test_items_to_look_at_are_of_different_groups_and_classes():
+    from cv_lab.core import digest
+    from cv_lab.data.manifest import make_table
+    from cv_lab.loading import varied
+
+    clip = lambda name, label, n: [
+        dict(id=f'{name}{i}', sha256=digest(f'{name}{i}'), group=name, annotations=[dict(label=label)]) for i in range(n)
+    ]
+    rows = make_table(clip('a', 'car', 30) + clip('b', 'car', 9) + clip('c', 'van', 9) + clip('d', 'bus', 1))
+    labels = lambda t: [a[0]['label'] for a in t['annotations'].to_pylist()]
+    some = varied(rows, 4)
+    assert sorted(some['group'].to_pylist()) == list('abcd') and some.equals(varied(rows, 4))
+    assert set(labels(varied(rows, 3))) == {'car', 'van', 'bus'} and labels(varied(rows, 6)).count('van') == 2
+    assert len(varied(rows, 99)) == 49 and len(varied(rows.slice(0, 0), 3)) == 0
+    large = make_table(clip('a', 'car', 3000) + clip('b', 'van', 3))
+    assert set(varied(large, 2)['group'].to_pylist()) == {'a', 'b'}
+
+
 def test_rare_classes_come_more_often():
     from cv_lab.loading import repeat_factors, systematic
 
