@@ -248,7 +248,7 @@ def make_trainer(run:Run, fit:Fit, problem:Problem, config:dict, loggers:list, c
         callbacks=_calls(run, fit, problem) + callbacks,
         logger=loggers,
         gradient_clip_val=fit.clip or None,
-        check_val_every_n_epoch=fit.val_every,
+        check_val_every_n_epoch=min(fit.val_every, fit.epochs),
         deterministic='warn',
         num_sanity_val_steps=0,
         use_distributed_sampler=False,

@@ -108,6 +108,12 @@ def test_two_processes_do_not_train_one_run(tmp_path):
         fit(problem(), data, tmp_path / 'r', **SMALL)
 
 
+def test_a_training_shorter_than_its_validation_interval_ends_with_one(tmp_path):
+    data = classification.example(tmp_path / 'stripes')
+    run = fit(problem(), data, tmp_path / 'r', **SMALL | dict(epochs=2, val_every=5))
+    assert run.done['best_epoch'] == 2 and run.history['epoch'].tolist() == [2]
+
+
 def test_multi_label_trains(tmp_path):
     data = classification.example(tmp_path / 'stripes')
     run = fit(problem(multilabel=True), data, tmp_path / 'r', **SMALL | {'epochs': 2})
