@@ -181,6 +181,7 @@ _LEVELS = ((4, 3, .75, -1), (2, 4, .8, .65), (1, 2, -1, -1)) # pixels to a sampl
 def agreement(thumbs:np.ndarray, a:np.ndarray, b:np.ndarray, r:np.ndarray, # from `candidates`
              ) -> pd.DataFrame: # a, b, score in [-1, 1], box: where in b the whole of a lies
     "How much the detail of aligned candidates agrees; what differs too much from afar is left out."
+    order = np.argsort(a, kind='stable'); a, b, r = a[order], b[order], r[order] # what is looked for stands together
     at = {k: pooled(thumbs, THUMB//k) for k in (2, 4, 8)} | {1: thumbs}
     def judge(s:slice) -> pd.DataFrame:
         i, j, box = a[s], b[s], REGIONS[r[s]]

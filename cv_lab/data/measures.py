@@ -65,10 +65,10 @@ THUMB = 64 # pixels: the side of a thumbnail
 def _look(data:bytes) -> tuple[np.ndarray, np.ndarray, list[int], dict]: # (h, w) uint8; (THUMB, THUMB) uint8; histogram
     "What is taken from one file: its luminance, thumbnail, histogram, and what else is said of it."
     im, said = luminance(data); raw = im.tobytes()
-    said |= dict(sha256=hashlib.sha256(data).hexdigest(),
-                 pixels=hashlib.sha256(repr(im.size).encode() + raw).hexdigest()[:32])
+    seen = hashlib.sha256(repr(im.size).encode()); seen.update(raw)
+    said |= dict(sha256=hashlib.sha256(data).hexdigest(), pixels=seen.hexdigest()[:32])
     down = Image.Resampling.BOX if min(im.size) > THUMB else Image.Resampling.BILINEAR
-    px, thumb = (np.frombuffer(b, np.uint8) for b in (raw, im.resize((THUMB, THUMB), down).tobytes()))
+    px, thumb = (np.frombuffer(b, np.uint8) for b in (raw, im.resize((THUMB, THUMB), down, reducing_gap=2).tobytes()))
     return px.reshape(im.height, im.width), thumb.reshape(THUMB, THUMB), im.histogram(), said
 
 # %% ../../nbs/11a_data.measures.ipynb #0b3c9439

@@ -515,7 +515,7 @@ def check(dataset:Dataset,
     t = dataset.table; classes = problem.classes if problem else dataset.classes or labels_in(t)
     seen, thumbs = measure_files(dataset, workers)
     counts, pairs = class_counts(t, classes), near_pairs(t, seen, thumbs)
-    first = seen.groupby('pixels')['pixels'].transform(lambda v: v.index[0]); same = first.dropna().astype(int)
+    fine = seen['pixels'].dropna(); one = fine.drop_duplicates(); same = fine.map(pd.Series(one.index, one)).astype(int)
     seen['cluster'] = clusters(len(t), pd.DataFrame(dict(a=[*pairs['keep'], *same], b=[*pairs['drop'], *same.index])))
     missing = [(c, s) for c, row in counts.iterrows() for s, v in row.items() if v == 0]
     found = pd.concat(
