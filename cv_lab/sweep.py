@@ -184,6 +184,7 @@ def sweep(problem:Problem, dataset:Dataset, runs:str|Path|None=None, # the folde
           **changes,       # of the settings that every trial shares
          ) -> 'Swept':
     "Try settings, or go on with it."
+    if not dict(problem.train).get('devices', 1): changes = dict(devices=1) | changes # a sweep spreads by `jobs`
     space = search_space(problem, **changes); how, _ = settings(problem, **changes)
     if trials < 1 or jobs < 1:
         raise BadInput(f'{trials} trials in {jobs} processes', 'at least one of each', 'correct `trials` or `jobs`')

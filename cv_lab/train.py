@@ -401,7 +401,7 @@ def best_network(run:Run) -> tuple[torch.nn.Module, Any]: # in evaluation mode, 
 # %% ../nbs/30_train.ipynb #f8fc55f2
 def bare_loop(problem:Problem, dataset:Dataset, **changes) -> list[float]: # seconds per step of each epoch
     "The same training as `fit`, with nothing around it."
-    how, cfg = settings(problem, **changes); torch.manual_seed(how.seed); task = get_task(problem.task)
+    how, cfg = settings(problem, **{'devices': 1} | changes); torch.manual_seed(how.seed); task = get_task(problem.task)
     on = 'cuda' if torch.cuda.is_available() and how.accelerator != 'cpu' else 'cpu'
     half = run_config(problem, dataset, how)['fit']['precision'] == 'bf16-mixed'
     net = task.network(cfg, problem.classes).to(on, memory_format=torch.channels_last)

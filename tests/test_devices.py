@@ -92,12 +92,23 @@ def test_a_run_is_named_by_its_step_not_by_the_devices_that_share_it(stripes):
     )
 
 
+def test_the_machine_decides_who_shares_a_step(stripes, monkeypatch):
+    how = lambda **kw: settings(problem(), devices=0, accelerator='cpu', **HOW | kw)[0]
+    for cores, batches, devices in ((1, 2, 1), (2, 2, 2), (3, 4, 2), (8, 6, 6), (2, 3, 1)):
+        monkeypatch.setattr(os, 'cpu_count', lambda n=cores: n)
+        got = how(accumulate=batches)
+        assert (got.devices, got.devices * got.accumulate) == (devices, batches)
+        alone = settings(problem(), accumulate=batches, accelerator='cpu', **HOW)[0]
+        assert run_config(problem(), stripes, got) == run_config(problem(), stripes, alone)
+
+
 def test_what_cannot_be_is_refused(stripes, tmp_path):
     for change, said in (
         (dict(strategy='fsdp'), 'CPU'),
         (dict(sync_batchnorm=True, devices=2), 'CPU'),
         (dict(nodes=2), 'torchrun'),
         (dict(strategy='ddp_spawn'), 'strategy'),
+        (dict(devices=-1), 'devices'),
         (dict(finetune='lora'), 'knows nothing'),
         (dict(teacher='nobody'), 'nobody'),
     ):
