@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np, pyarrow as pa, torch
 from torch.utils.data import DataLoader, Sampler, default_collate
 from tqdm.auto import tqdm
-from .augment import Augment, augmentation
+from .augment import Augment, at_progress, augmentation
 from .core import Annotation, BadInput
 from .data.manifest import Dataset
 from .geometry import to_input
@@ -107,7 +107,8 @@ class Images(_Decoded):
             image, said = self.augment(self.item, i, len(self), float(self.progress))
             return image, self.target(said, of_shape(self.cfg, *image.shape[-2:]))
         image = self.image(i)
-        return (self.augment(image) if self.augment else image), self.targets[i]
+        if self.augment: image = at_progress(self.augment, float(self.progress))(image)
+        return image, self.targets[i]
 
 # %% ../nbs/29d_loading.ipynb #8dc9ac40
 def varied(rows:pa.Table, n:int, # how many; fewer where there are no more

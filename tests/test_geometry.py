@@ -68,6 +68,7 @@ def test_polygons_and_masks_agree():
         [{'RandomHorizontalFlip': dict(p=1.0)}],
         [{'RandomVerticalFlip': dict(p=1.0)}],
         [{'RandomScale': dict(scale=[0.5, 1.6])}],
+        [{'ProgressiveResize': {}}, {'RandomHorizontalFlip': {}}],
         [{'Mosaic': dict(p=1.0)}],
         [{'RandomAffine': dict(degrees=0, translate=[0.2, 0.2], scale=[0.7, 1.3], fill=114)}],
         [{'Mosaic': dict(p=1.0)}, {'RandomScale': {}}, {'RandomHorizontalFlip': {}}],

@@ -173,6 +173,24 @@ def test_targets_and_loss_are_made_for_a_crop(tmp_path):
         assert any(torch.equal(page[y0:y0+32, x0:x0+48], t['classes']) for y0, x0 in at)
 
 
+def test_images_grow_while_the_training_goes_on(tmp_path, monkeypatch):
+    from cv_lab.tasks import segmentation
+    seen = {}
+    for name, task in dict(classification=classification, segmentation=segmentation).items():
+        data, net = task.example(tmp_path/name), task.network
+        labels = sorted({a['label'] for s in data.table['annotations'].to_pylist() for a in s})
+        p = Problem(name=name, task=name, classes=labels, owner='us', intended_use='tests',
+                    metrics=dict(primary=next(iter(task.METRICS))), acceptance=[dict(metric=next(iter(task.METRICS)), at_least=.1)])
+        def watched(cfg, classes, net=net, sizes=seen.setdefault(name, [])):
+            made = net(cfg, classes); made.register_forward_pre_hook(lambda m, x: sizes.append(tuple(x[0].shape[2:])) if m.training else None)
+            return made
+        monkeypatch.setattr(task, 'network', watched)
+        fit(p, data, tmp_path/'runs', epochs=4, batch_size=8, workers=1, image=dict(height=64, width=96),
+            augment=[{'ProgressiveResize': dict(scales=[.5, 1.], until=[.5])}])
+        small = seen[name][:len(seen[name])//2]
+        assert set(small) == {(32, 48)} and set(seen[name][len(small):]) == {(64, 96)}, seen[name]
+
+
 def test_a_leaking_dataset_is_refused(tmp_path):
     from dataclasses import replace
     import pyarrow as pa
