@@ -234,5 +234,6 @@ class Augment:
         for m in self.mosaics:
             if progress < m.until and float(torch.rand(1)) < m.p:
                 s = m([s, *(get(int(j)) for j in torch.randint(n, (m.others,)))])
-        if self.each: s = at_progress(self.each, progress)(s)
+        if self.each: # what is said has no pixels, and torchvision would walk through all of it at every step
+            s = at_progress(self.each, progress)({k: v for k, v in s.items() if k != 'said'}) | dict(said=s['said'])
         return from_sample(s, self.parts, self.visible)

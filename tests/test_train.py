@@ -181,7 +181,8 @@ def test_images_grow_while_the_training_goes_on(tmp_path, monkeypatch):
         labels = sorted({a['label'] for s in data.table['annotations'].to_pylist() for a in s})
         p = Problem(name=name, task=name, classes=labels, owner='us', intended_use='tests',
                     metrics=dict(primary=next(iter(task.METRICS))), acceptance=[dict(metric=next(iter(task.METRICS)), at_least=.1)])
-        def watched(cfg, classes, net=net, sizes=seen.setdefault(name, [])):
+        sizes = seen[name] = []
+        def watched(cfg, classes, net=net, sizes=sizes):
             made = net(cfg, classes); made.register_forward_pre_hook(lambda m, x: sizes.append(tuple(x[0].shape[2:])) if m.training else None)
             return made
         monkeypatch.setattr(task, 'network', watched)

@@ -80,15 +80,14 @@ def loss(outputs:dict, targets:dict, cfg:Config): # scalar tensor
     "Focal loss plus Dice, over the pixels that are not ignored."
     import torch
 
-    z, y, weight = outputs['logits'].float(), targets['classes'].long(), targets['weight'][0]
-    ok = y != IGNORE
-    y = y.clamp(min=0)
-    lp = z.log_softmax(1); said = lp.gather(1, y[:, None])[:, 0]; p = said.exp(); w = weight[y]*ok
+    z, y, weight = outputs['logits'].float().contiguous(), targets['classes'].long(), targets['weight'][0]
+    ok = (y != IGNORE).float(); y = y.clamp(min=0); w = weight[y]*ok
+    lp = z.log_softmax(1); said = lp.gather(1, y[:, None])[:, 0]; p = said.exp()
     total = -(w*(1 - p)**cfg.focus*said).sum()/torch.maximum((w*(y > 0)).sum(), .01*w.sum()).clamp(min=1e-6)
     if not cfg.dice: return total
-    per_class = lambda v: z.new_zeros(z.shape[1]).index_add(0, y[ok], v[ok])
-    both, true = per_class(p), per_class(torch.ones_like(p))
-    size = torch.einsum('nchw,nhw->c', lp.exp(), ok.float()) + true
+    per_class = lambda v: z.new_zeros(z.shape[1]).index_add(0, y.flatten(), (v*ok).flatten())
+    both, true = per_class(p), per_class(ok)
+    size = (lp.exp()*ok[:, None]).sum((0, 2, 3)) + true
     there = (true > 0)[1:]
     return total + cfg.dice*((1 - (2*both + 1)/(size + 1))[1:]*there).sum()/there.sum().clamp(min=1)
 
