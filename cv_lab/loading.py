@@ -118,7 +118,7 @@ def varied(rows:pa.Table, n:int, # how many; fewer where there are no more
     rows = rows.take(np.unique(np.linspace(0, len(rows) - 1, min(len(rows), among)).round().astype(int)))
     left = sorted(rows.select(['sha256', 'group', 'annotations']).add_column(0, 'at', [range(len(rows))]).to_pylist(),
                   key=lambda r: r['sha256'] or '')
-    group, shown, out = Counter(), Counter(), []
+    group, shown, out = Counter(), Counter({None: 1}), []  # None: nothing is in it
     of = lambda r: {a['label'] for a in r['annotations'] or []} or {None}
     while left and len(out) < n:
         r = min(left, key=lambda r: (group[r['group'] or r['sha256']], min(shown[c] for c in of(r)), len(of(r))))
