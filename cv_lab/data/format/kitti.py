@@ -90,6 +90,7 @@ def read(source:Source) -> Reading:
     for stem in sorted(set(files) - used): q.drop(stem, 'image is missing', files[stem])
     return Reading(items, total=len(items))
 
+# %% ../../../nbs/11m_data.format.kitti.ipynb #6c2eae84
 def write(target:Target) -> None:
     stems, lists = target.stems(), {s: [] for s in target.splits()}
     for r in target.rows():

@@ -114,11 +114,13 @@ def _split_finder(source:Source, splits:dict[str, list[str]]):
         return said if said in able or not folders else able[0] if able else None
     return find
 
+# %% ../../../nbs/11e_data.format.yolo.ipynb #86cf7a9b
 def _label_file(image:str, there:set[str]) -> str|None:
     stem = image.rpartition('.')[0]; at = [m.start() for m in re.finditer(r'(?:^|(?<=/))images(?=/)', stem)]
     tries = [f'{stem[:at[-1]]}labels{stem[at[-1] + 6:]}.txt'] if at else []
     return next((n for n in (*tries, f'labels/{stem}.txt', f'{stem}.txt') if n in there), None)
 
+# %% ../../../nbs/11e_data.format.yolo.ipynb #3d3002f5
 def read(source:Source) -> Reading:
     names, splits, n = _settings(source)
     there = set(source.names)
