@@ -4,7 +4,7 @@ from pathlib import Path
 
 import httpx, numpy as np, pytest, uvicorn
 
-from cv_lab.client import AsyncClient, ServiceFault
+from cv_lab.client import AsyncClient, Client, ServiceFault
 from cv_lab.image import TooLarge, open_image
 from cv_lab.predict import Predictor
 from cv_lab.serve import PACKAGES, at_our_door, free_port
@@ -193,6 +193,32 @@ def test_whoever_sends_too_much_gets_to_read_why(toy):
         assert head.startswith(b'HTTP/1.1 413 ') and b'connection: close' in head.lower()
         assert json.loads(body)['error']['code'] == 'too_large'
     assert ends == [None, None]  # what was read to its end keeps its connection
+
+
+def test_the_client_sends_once_more_what_a_reset_has_cut_off(toy):
+    "Somebody in between closes a connection that was idle, while the next request is on its way."
+    with listening(toy) as (_, port), socket.create_server(('127.0.0.1', 0)) as door:
+        seen = []
+        def between():
+            for last in (False, True):
+                theirs = door.accept()[0]
+                with theirs, socket.create_connection(('127.0.0.1', port)) as ours:
+                    for n in range(1 if last else 2):
+                        asked = b''
+                        while not asked.endswith(grey(1)): asked += theirs.recv(65536)
+                        seen.append((last, n))
+                        if n:
+                            theirs.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
+                            break
+                        ours.sendall(asked)
+                        time.sleep(0.3)
+                        theirs.sendall(ours.recv(65536))
+        thread = threading.Thread(target=between, daemon=True)
+        thread.start()
+        with Client(f'http://127.0.0.1:{door.getsockname()[1]}') as client:
+            said = [client.predict(grey(1)).label for _ in range(2)]
+        thread.join(5)
+    assert said == ['dark', 'dark'] and seen == [(False, 0), (False, 1), (True, 0)]
 
 
 def test_a_service_that_goes_down_lets_its_clients_go_too(toy):
