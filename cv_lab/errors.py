@@ -31,7 +31,7 @@ def plot_confusion(table:pd.DataFrame):
     import matplotlib.pyplot as plt
 
     n = len(table)
-    share = table.to_numpy() / np.maximum(table.sum(1).to_numpy()[:, None], 1)
+    share = table.to_numpy() / np.maximum(table.sum(axis=1).to_numpy()[:, None], 1)
     off = share * (1 - np.eye(n))
     size = min(12, 2 + .42*n); fig, ax = plt.subplots(figsize=(size, size*.92))
     ax.imshow(off, cmap='Oranges', vmin=0, vmax=max(off.max(), .02)); names = [str(c)[:14] for c in table.index]
