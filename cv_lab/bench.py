@@ -315,6 +315,8 @@ def _name_points(ax, points:list[tuple]) -> None: # x, y, name
             t.remove()
         else: ax.annotate(name, (x, y), xytext=(0, 7), textcoords='offset points', ha='center', fontsize=8)
         taken.append(box)
+    over = max((b.y1 for b in taken), default=0) - ax.bbox.y1
+    if over > 0: low, high = ax.get_ylim(); ax.set_ylim(low, high + 1.6*(high - low)*over/ax.bbox.height)
 
 def plot_pareto(
     rows: Sequence[dict], cost: str, gain: str, name: str = 'variant', least: float | None = None
@@ -337,7 +339,7 @@ def plot_pareto(
     ax.xaxis.set_minor_formatter(plain)
     ax.tick_params(axis='x', which='both', labelsize=8)
     ax.margins(0.15, 0.4)
-    ax.legend(loc='lower center', bbox_to_anchor=(.5, 1), ncols=2, frameon=False, fontsize=9)
+    ax.legend(loc='upper center', bbox_to_anchor=(.5, -.14), ncols=2, frameon=False, fontsize=9)
     fig.tight_layout()
     _name_points(ax, [(r[cost], r[gain], str(r[name])) for r in rows])
     return fig
