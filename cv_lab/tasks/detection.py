@@ -9,9 +9,9 @@ __all__ = ['GEOMETRY', 'METRICS', 'TAXONOMY', 'GAIN', 'Config', 'network', 'targ
 # %% ../../nbs/22_tasks.detection.ipynb #1ef15d96
 from pathlib import Path
 import numpy as np, pandas as pd, pyarrow as pa
-from PIL import Image
-from ..core import Annotation, digest
-from ..data.manifest import Dataset, assign_splits, make_table
+from ..core import Annotation
+from ..data.manifest import Dataset
+from ..data.shapes import shape_mask, shape_scenes
 from ..drawing import draw_annotations
 from cv_lab.objects import (
     AT_HALF,
@@ -133,37 +133,15 @@ def draw(image:np.ndarray, annotations:list) -> np.ndarray:
 
 def example(folder:str|Path) -> Dataset:
     "Forty-eight small scenes of discs, squares and crosses, some empty, some crowded."
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(0)
-    names, rows = ['disc', 'square', 'cross'], []
-    y, x = np.mgrid[:64, :96]
-    for i in range(48):
-        px = np.full((64, 96, 3), rng.integers(20, 80), np.uint8) + rng.integers(0, 16, (64, 96, 1)).astype(np.uint8)
+    names = ['disc', 'square', 'cross']
+
+    def fill(px, rng, i):
         said = []
         for k in range(int(rng.integers(0, 4)) if i % 8 else 0):
             r, c = int(rng.integers(6, 11)), int(rng.integers(3))
             cx, cy = 16 + 32 * k + int(rng.integers(-4, 5)), int(rng.integers(r + 1, 62 - r))
-            dx, dy = abs(x - cx), abs(y - cy)
-            m = dict(
-                disc=dx**2 + dy**2 <= r * r,
-                square=np.maximum(dx, dy) <= r,
-                cross=(np.minimum(dx, dy) <= r // 3) & (np.maximum(dx, dy) <= r),
-            )[names[c]]
-            px[m] = rng.integers(140, 255, 3)
+            px[shape_mask(names[c], cx, cy, r)] = rng.integers(140, 255, 3)
             said.append(Annotation(names[c], bbox=(cx - r, cy - r, cx + r + 1, cy + r + 1)))
-        path = folder/f'scene-{i:02}.png'; Image.fromarray(px).save(path)
-        rows.append(
-            dict(
-                id=path.stem,
-                uri=path.name,
-                sha256=digest(path.read_bytes()),
-                width=96,
-                height=64,
-                group=f'scene {i}',
-                license='CC0-1.0',
-                tags=dict(crowding='many' if len(said) > 1 else 'few'),
-                annotations=said,
-            )
-        )
-    return Dataset(assign_splits(make_table(rows), dict(train=.6, val=.2, test=.2)), 'shapes', folder, names)
+        return said, dict(crowding='many' if len(said) > 1 else 'few')
+
+    return shape_scenes(folder, names, fill)

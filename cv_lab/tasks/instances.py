@@ -9,10 +9,10 @@ __all__ = ['GEOMETRY', 'METRICS', 'TAXONOMY', 'GAIN', 'Config', 'network', 'targ
 # %% ../../nbs/25_tasks.instances.ipynb #4803bcb3
 from pathlib import Path
 import numpy as np, pandas as pd, pyarrow as pa
-from PIL import Image
 from pydantic import Field
-from ..core import Annotation, digest
-from ..data.manifest import Dataset, assign_splits, make_table
+from ..core import Annotation
+from ..data.manifest import Dataset
+from ..data.shapes import HEIGHT, WIDTH, shape_mask, shape_scenes
 from ..drawing import draw_annotations
 from ..geometry import mask_box, rle_encode
 from ..labelmaps import region
@@ -200,49 +200,20 @@ def draw(image:np.ndarray, annotations:list) -> np.ndarray:
 
 def example(folder:str|Path) -> Dataset:
     "Forty-eight small scenes of rings, squares and crosses, some in front of others, some empty; squares as polygons."
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(0)
-    names, rows = ['ring', 'square', 'cross'], []
-    y, x = np.mgrid[:64, :96]
-    for i in range(48):
-        px = np.full((64, 96, 3), rng.integers(20, 80), np.uint8) + rng.integers(0, 16, (64, 96, 1)).astype(np.uint8)
+    names = ['ring', 'square', 'cross']
+
+    def fill(px, rng, i):
         shapes = []
         for k in range(int(rng.integers(1, 4)) if i % 8 else 0):
             r, c = int(rng.integers(8, 13)), int(rng.integers(3))
             cx, cy = 18 + 28 * k + int(rng.integers(-4, 5)), int(rng.integers(r + 1, 62 - r))
-            dx, dy = abs(x - cx), abs(y - cy)
-            d = dx**2 + dy**2
-            shapes.append(
-                (
-                    names[c],
-                    [
-                        (d <= r * r) & (d > (r - 4) ** 2),
-                        np.maximum(dx, dy) <= r,
-                        (np.minimum(dx, dy) <= r // 4) & (np.maximum(dx, dy) <= r),
-                    ][c],
-                )
-            )
+            shapes.append((names[c], shape_mask(names[c], cx, cy, r, arm=4)))
             px[shapes[-1][1]] = rng.integers(140, 255, 3)
-        path = folder/f'scene-{i:02}.png'; Image.fromarray(px).save(path)
-        seen = [
-            (name, m & ~np.any([n for _, n in shapes[k + 1 :]], 0) if shapes[k + 1 :] else m)
-            for k, (name, m) in enumerate(shapes)
-        ]  # a later one lies in front
-        rows.append(
-            dict(
-                id=path.stem,
-                uri=path.name,
-                sha256=digest(path.read_bytes()),
-                width=96,
-                height=64,
-                group=f'scene {i}',
-                license='CC0-1.0',
-                tags=dict(crowding='many' if len(seen) > 1 else 'few'),
-                annotations=[_labelled(*s) for s in seen],
-            )
-        )
-    return Dataset(assign_splits(make_table(rows), dict(train=.6, val=.2, test=.2)), 'shapes', folder, names)
+        before = lambda k: [m for _, m in shapes[k + 1:]] or [np.zeros((HEIGHT, WIDTH), bool)] # a later one lies in front
+        return ([_labelled(name, m & ~np.any(before(k), 0)) for k, (name, m) in enumerate(shapes)],
+                dict(crowding='many' if len(shapes) > 1 else 'few'))
+
+    return shape_scenes(folder, names, fill)
 
 def _labelled(name:str, m:np.ndarray) -> Annotation: # a whole square as a polygon, all else as a mask
     x1, y1, x2, y2 = box = mask_box(m)

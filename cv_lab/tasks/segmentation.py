@@ -10,10 +10,10 @@ __all__ = ['GEOMETRY', 'METRICS', 'TAXONOMY', 'GAIN', 'WEIGHT', 'ROUGH', 'DECIDE
 from pathlib import Path
 from typing import Any, Literal
 import numpy as np, pandas as pd, pyarrow as pa
-from PIL import Image
 from pydantic import Field
-from ..core import Annotation, BadInput, digest
-from ..data.manifest import Dataset, assign_splits, make_table
+from ..core import Annotation, BadInput
+from ..data.manifest import Dataset
+from ..data.shapes import shape_mask, shape_scenes
 from ..drawing import draw_annotations
 from ..geometry import mask_box, rle_encode
 from ..image import Preprocess
@@ -196,44 +196,19 @@ def draw(image:np.ndarray, annotations:list) -> np.ndarray:
 
 def example(folder:str|Path) -> Dataset:
     "Forty-eight small scenes of discs, squares and crosses, some empty, as masks and as polygons."
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(0)
-    names, rows = ['disc', 'square', 'cross'], []
-    y, x = np.mgrid[:64, :96]
-    for i in range(48):
-        px = np.full((64, 96, 3), rng.integers(20, 80), np.uint8) + rng.integers(0, 16, (64, 96, 1)).astype(np.uint8)
+    names = ['disc', 'square', 'cross']
+
+    def fill(px, rng, i):
         said = []
         for k in range(int(rng.integers(1, 4)) if i % 8 else 0):
             r, c = int(rng.integers(7, 12)), int(rng.integers(3))
             cx, cy = 16 + 32 * k + int(rng.integers(-4, 5)), int(rng.integers(r + 1, 62 - r))
-            dx, dy = abs(x - cx), abs(y - cy)
-            m = dict(
-                disc=dx**2 + dy**2 <= r * r,
-                square=np.maximum(dx, dy) <= r,
-                cross=(np.minimum(dx, dy) <= r // 3) & (np.maximum(dx, dy) <= r),
-            )[names[c]]
-            px[m] = rng.integers(140, 255, 3); x1, y1, x2, y2 = mask_box(m)
-            said.append(
-                Annotation(names[c], polygon=[[x1, y1, x2, y1, x2, y2, x1, y2]])
-                if names[c] == 'square'
-                else Annotation(names[c], mask=rle_encode(m))
-            )
-        path = folder/f'scene-{i:02}.png'; Image.fromarray(px).save(path)
-        rows.append(
-            dict(
-                id=path.stem,
-                uri=path.name,
-                sha256=digest(path.read_bytes()),
-                width=96,
-                height=64,
-                group=f'scene {i}',
-                license='CC0-1.0',
-                tags=dict(objects=len(said)),
-                annotations=said,
-            )
-        )
-    return Dataset(assign_splits(make_table(rows), dict(train=.6, val=.2, test=.2)), 'shapes', folder, names)
+            m = shape_mask(names[c], cx, cy, r); px[m] = rng.integers(140, 255, 3); x1, y1, x2, y2 = mask_box(m)
+            ring = dict(polygon=[[x1, y1, x2, y1, x2, y2, x1, y2]])
+            said.append(Annotation(names[c], **(ring if names[c] == 'square' else dict(mask=rle_encode(m)))))
+        return said, dict(objects=len(said))
+
+    return shape_scenes(folder, names, fill)
 
 # %% ../../nbs/23_tasks.segmentation.ipynb #e9b5442c
 def figures(truth:pa.Table, predictions:pa.Table, problem:Problem) -> dict: # title -> matplotlib figure
