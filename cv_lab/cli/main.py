@@ -544,7 +544,7 @@ def _ask_service(ws, data, spec) -> Path:
     from cv_lab.serve import start_service
     row = data.split('test').slice(0, 1).to_pylist()[0]
     image = data.root/row['uri']
-    with start_service(env=dict(CVLAB_HOME=str(ws.root))) as service:
+    with start_service(env=dict(CVLAB_HOME=str(ws.root)), seconds=180) as service: # a machine may be busy
         answer = httpx.post(
             f'{service.url}/v1/models/{spec.name}/predict',
             content=image.read_bytes(),
