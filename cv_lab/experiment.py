@@ -7,7 +7,7 @@ __all__ = ['Parameter', 'parameters_of', 'check_parameters', 'experiments', 'Rep
            'find_run']
 
 # %% ../nbs/92_experiment.ipynb #077eaa83
-import ast, logging, os, re, time
+import ast, json, logging, os, re, shlex, time
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -33,6 +33,8 @@ from .report import index_html, render_html
 from .spec import load_problem
 
 # %% ../nbs/92_experiment.ipynb #39ffa64a
+_LIKE = dict(str='text', int=10, float=0.1, bool=True, list=[1, 2], dict=dict(name=1)) # of each type, for an advice
+
 @dataclass
 class Parameter:
     "One parameter of an experiment."
@@ -56,9 +58,14 @@ class Parameter:
             raise BadInput(
                 f'parameter {self.name}={given}',
                 f'{self.type}: {self.help or self.name}',
-                f'for example -p {self.name}={self.default!r}',
+                f'for example -p {shlex.quote(f"{self.name}={self.like()}")}',
             )
         return value
+
+    def like(self) -> str: # of the default, when it is of the type
+        "The text of a value that would be taken."
+        value = self.default if type(self.default).__name__ == self.type else _LIKE.get(self.type)
+        return value if isinstance(value, str) else json.dumps(value)
 
 # %% ../nbs/92_experiment.ipynb #cc3eede2
 def parameters_of(notebook:str|Path) -> dict[str, Parameter]:
