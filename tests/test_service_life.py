@@ -306,6 +306,17 @@ def test_a_clients_fault_leaves_no_traceback_in_the_log():
     assert only_our_faults(logging.LogRecord('bentoml.serve', 20, 'app.py', 1, 'Service started', (), None))
 
 
+def test_jobs_that_are_off_say_what_switches_them_on(toy, tmp_path):
+    async def go(jobs, path='/v1/jobs'):
+        async with serving(toy, jobs=jobs) as (_, http): return (await http.post(path)), (await http.get(f'{path}/x'))
+
+    off = run(go(None)) + run(go(None, '/v1/models/brightness/jobs'))
+    assert all(r.status_code == 404 and r.json()['error']['code'] == 'not_found' for r in off)
+    assert all('CVLAB_JOBS' in r.json()['error']['todo'] for r in off)
+    on = run(go(tmp_path)) + run(go(None, '/v1/job'))
+    assert not any('CVLAB_JOBS' in r.text for r in on)
+
+
 def test_jobs_over_http(toy, tmp_path):
     async def wait(http, id):
         for _ in range(500):

@@ -351,9 +351,9 @@ def _refusal(e:HTTPException):
             raise Fault(
                 'method_not_allowed', f'{call.scope["method"]} is not for this path', allow, 'see /openapi.json'
             )
-        raise Fault(
-            'not_found', f'there is no {call.scope["path"][:80]!r}', 'a path of /openapi.json', 'check the address'
-        )
+        off = 'jobs' in call.scope['path'].split('/') and not service.jobs
+        mend = 'check the address; jobs are off here: CVLAB_JOBS=FOLDER switches them on' if off else 'check the address'
+        raise Fault('not_found', f'there is no {call.scope["path"][:80]!r}', 'a path of /openapi.json', mend)
 
     return handler
 
