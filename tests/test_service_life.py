@@ -12,7 +12,17 @@ from cv_lab.service.app import Service
 from cv_lab.service.jobs import Job
 from cv_lab.service.keys import Guard, new_key
 from cv_lab.service.models import folders, toy_model
-from cv_lab.service.openapi import Answer, JobInfo, Trying
+from cv_lab.service.openapi import (
+    Answer,
+    InferAnswer,
+    JobInfo,
+    Live,
+    ModelReady,
+    ModelTensors,
+    Ready,
+    ServerInfo,
+    Trying,
+)
 from cv_lab.service.rollout import Plan, chosen
 from cv_lab.service.telemetry import PredictionLog
 from tests.test_serve import grey, png, run, serving
@@ -504,7 +514,7 @@ def test_the_v2_protocol(toy):
                 )
             ]
             gets = [
-                (await http.get(p)).status_code
+                await http.get(p)
                 for p in (
                     '/v2',
                     '/v2/health/live',
@@ -533,7 +543,9 @@ def test_the_v2_protocol(toy):
         and parts['label'] == struct.pack('<I', 6) + b'bright'
         and np.frombuffer(parts['confidence'], '<f4')[0] == pytest.approx(want['confidence'])
     )
-    assert all(400 <= r.status_code < 500 for r in bad) and gets == [200]*5 + [404, 404]
+    assert all(400 <= r.status_code < 500 for r in bad) and [r.status_code for r in gets] == [200]*5 + [404, 404]
+    for kind, r in zip((ServerInfo, Live, Ready, ModelTensors, ModelReady), gets): kind.model_validate(r.json())
+    for said in (js.json(), json.loads(binary.content[:n])): InferAnswer.model_validate(said)
 
 
 def test_the_client(toy):

@@ -210,8 +210,7 @@ def _jobs() -> list[tuple]:
 
 def routes(jobs:bool) -> list[tuple]: # method, path, handler, scope, OpenAPI operation, more for Endpoint
     "Everything that can be asked."
-    of_kserve = [(m, p, h, s, None, {}) for m, p, h, s in kserve.routes()]
-    return _predictions() + _about_itself() + feedback.routes() + (_jobs() if jobs else []) + of_kserve
+    return _predictions() + _about_itself() + feedback.routes() + (_jobs() if jobs else []) + kserve.routes()
 
 # %% ../../nbs/69_service.app.ipynb #7c2875f1
 class _Door:

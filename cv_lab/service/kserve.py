@@ -12,6 +12,7 @@ import numpy as np
 from .bodies import options_of, image_of, read_json_body
 from .calls import Call, encode, item, shown, work_on
 from .faults import Fault
+from .openapi import Live, ModelReady, ModelTensors, Ready, ServerInfo, infer_operation, operation
 
 # %% ../../nbs/68_service.kserve.ipynb #c5
 def elements(raw:bytes, most:int) -> list[bytes]:
@@ -180,17 +181,23 @@ async def model_about(service, call) -> dict:
     )
 
 # %% ../../nbs/68_service.kserve.ipynb #c29
-def routes() -> list[tuple]: # method, path, handler, scope
-    "The protocol's paths."
-    paths = [
-        ('GET', '/v2', server, 'predict'),
-        ('GET', '/v2/health/live', live, None),
-        ('GET', '/v2/health/ready', ready, None),
+def _of_models(v:str, more:str, named:tuple[str, ...]) -> list[tuple]:
+    path = f'/v2/models/{{problem}}{v}'
+    about = operation('Which tensors a model takes and gives', f'v2_model{more}', ModelTensors, path=named)
+    able = operation('A model takes requests', f'v2_model_ready{more}', ModelReady, path=named)
+    return [
+        ('GET', path, model_about, 'predict', about, {}),
+        ('GET', f'{path}/ready', model_ready, 'predict', able, {}),
+        ('POST', f'{path}/infer', infer, 'predict', infer_operation(f'v2_infer{more}', named), {}),
     ]
-    for v in ('', '/versions/{version}'):
-        paths += [
-            ('GET', f'/v2/models/{{problem}}{v}', model_about, 'predict'),
-            ('GET', f'/v2/models/{{problem}}{v}/ready', model_ready, 'predict'),
-            ('POST', f'/v2/models/{{problem}}{v}/infer', infer, 'predict'),
-        ]
-    return paths
+
+def routes() -> list[tuple]: # as in service.app
+    "The protocol's paths."
+    probe = lambda what, said, h, *faults: operation(what, f'v2_{h.__name__}', said, *faults)
+    return [
+        ('GET', '/v2', server, 'predict', probe('The server, and what of the protocol it knows', ServerInfo, server), {}),
+        ('GET', '/v2/health/live', live, None, probe('The process lives', Live, live, 'hung'), {}),
+        ('GET', '/v2/health/ready', ready, None, probe('It takes requests', Ready, ready, 'hung'), {}),
+        *_of_models('', '', ('problem',)),
+        *_of_models('/versions/{version}', '_version', ('problem', 'version')),
+    ]
