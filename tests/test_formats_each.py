@@ -644,6 +644,22 @@ def test_cvat_faults(tmp_path):
     }
 
 
+def test_cvat_tracks_of_the_same_id_are_told_apart(tmp_path):
+    for k in range(2): image(tmp_path / f's/images/frame_{k:06}.jpg', k)
+    box = lambda k, x: f'<box frame="{k}" outside="0" keyframe="1" xtl="{x}" ytl="1" xbr="{x + 8}" ybr="9"/>'
+    track = lambda i, x: f'<track id="{i}" label="car">{box(0, x)}{box(1, x)}</track>'
+    (tmp_path / 's/annotations.xml').write_text(
+        f'<annotations><version>1.1</version><meta><task><mode>interpolation</mode></task></meta>'
+        f'{track(0, 1)}{track(0, 20)}{track(1, 10)}</annotations>'
+    )
+    r = import_dataset(tmp_path / 's', 'cvat', tmp_path / 'o')
+    for x in r.dataset.table.to_pylist():
+        assert {a['track_id']: a['bbox'][0] for a in x['annotations']} == {'0': 1, '1': 10, '2': 20}
+    assert [(x['item'], x['part'], x['action'], x['reason'], x['detail']) for x in r.quarantine.to_dict('records')] == [
+        ('annotations.xml', 'track', 'mended', 'track id was given twice', 'a second track 0 (car) is track 2 now')
+    ]
+
+
 # the rest
 
 def test_mot_boxes_may_reach_out(tmp_path):

@@ -126,18 +126,31 @@ def _between(a:dict, b:dict, t:float) -> dict:
         return a | dict(polygon=[mix(a['polygon'][0], b['polygon'][0])])
     return dict(a)
 
+def _told_apart(root:ET.Element, name:str, q) -> list[tuple[ET.Element, str|None]]: # a track, and its own id
+    "The tracks of a film; one whose id another had before gets the next number that is free."
+    tracks, seen, out = root.findall('track'), set(), []
+    taken = {t.get('id') for t in tracks}
+    for t in tracks:
+        tid = t.get('id')
+        if tid is not None and tid in seen:
+            tid = next(str(k) for k in range(len(tracks) + len(taken) + 1) if str(k) not in taken)
+            said = f'a second track {t.get("id")} ({t.get("label", "")}) is track {tid} now'
+            q.mend(name, 'track id was given twice', said, part='track')
+        seen.add(tid); taken.add(tid); out.append((t, tid))
+    return out
+
 def _video(source:Source, name:str, root:ET.Element, known:list[str]) -> list[Found]:
     q, frames = source.quarantine, _frames(source, name); number = lambda path: int(root.findtext(path) or 0)
     w, h = (number(f'.//meta//original_size/{k}') for k in ('width', 'height'))
     film = (root.findtext('.//meta/task/name') or name.rpartition('/')[0] or name).strip()
     split = split_in(root.findtext('.//meta/task/subset') or '')
     found = {k: Found(i, [], dict(split=split, group=film), (w, h)) for k, i in frames.items()}
-    for track in root.iterfind('track'):
+    for track, tid in _told_apart(root, name, q):
         steps = []
         for e in track:
             e.set('label', track.get('label', '')); e.set('source', e.get('source') or track.get('source') or '')
-            if (a := _said(e, f'{name}, track {track.get("id")}', w, h, known, q)) is not None:
-                steps.append((int(e.get('frame', -1)), a | dict(track_id=track.get('id')), e.get('outside') == '1'))
+            if (a := _said(e, f'{name}, track {tid}', w, h, known, q)) is not None:
+                steps.append((int(e.get('frame', -1)), a | dict(track_id=tid), e.get('outside') == '1'))
         steps.sort(key=lambda s: s[0])
         for (k, a, out), (k2, b, _) in zip(steps, steps[1:] + [(steps[-1][0] + 1, None, True)] if steps else []):
             for j in range(k, k2) if not out else ():
