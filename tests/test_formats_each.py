@@ -779,6 +779,22 @@ def test_cityscapes_kitti_open_images_as_published(tmp_path):
     assert why(r) == [('image is missing', '0009')]
 
 
+def test_what_was_wrong_is_said_in_plain_words(tmp_path):
+    for k in range(2): image(tmp_path / f'c/leftImg8bit/val/bonn/bonn_000001_00001{k}_leftImg8bit.png', k)
+    home = tmp_path / 'c/gtFine/val/bonn'
+    objects = [dict(polygon=[[1, 1]]), dict(label='car'), dict(label='car', polygon=[['x', 1]]), 7,
+               dict(label='car', polygon=None), dict(label='car', polygon=[[1, 1], [9, 1], [9, 9]])]
+    dump(home / 'bonn_000001_000010_gtFine_polygons.json', dict(imgHeight=H, imgWidth=W, objects=objects))
+    (home / 'bonn_000001_000011_gtFine_polygons.json').write_text('{"objects": [')
+    r = import_dataset(tmp_path / 'c', 'cityscapes', tmp_path / 'o')
+    assert len(r.dataset) == 1
+    said = r.quarantine['detail'].tolist(); kind = 'a value is missing, or is not of the kind it should be'
+    assert said[:5] == ['object 0: `label` is missing', 'object 1: `polygon` is missing',
+                        "object 2: 'x' is not a number", f'object 3: {kind}', f'object 4: {kind}']
+    assert said[5].startswith('gtFine/val/bonn/bonn_000001_000011_gtFine_polygons.json is not JSON')
+    assert str(tmp_path) not in ' '.join(said)
+
+
 def test_packed_formats(tmp_path):
     png = image(tmp_path/'a.png').read_bytes(); jpg = image(tmp_path/'a.jpg', 1).read_bytes()
     def shard(name, files):

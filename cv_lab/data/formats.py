@@ -19,7 +19,7 @@ import numpy as np, pandas as pd, pyarrow as pa, pyarrow.compute as pc, pyarrow.
 from tqdm import tqdm
 from ..audit import Log, log_of, record, withdrawn
 from ..core import Annotation, BadInput, Refusal, canonical_json, inside, write_atomic
-from .files import ARCHIVES, Look, Quarantine, Source, look_all, unpack
+from .files import ARCHIVES, Look, Quarantine, Source, in_words, look_all, unpack
 from ..geometry import sound_rle
 from cv_lab.data.manifest import (
     PREDICTIONS,
@@ -199,7 +199,7 @@ def _checked(a:dict, found:Found, w:int, h:int, clip:bool, q:Quarantine) -> Anno
         if (b := _outline(a)) is None: return drop('outline has no area')
         a['bbox'] = b
     try: return Annotation(**{k: _text(v) if k in _TEXTS else v for k, v in a.items()})
-    except MALFORMED as e: return drop('annotation cannot be read', getattr(e, 'what', str(e)))
+    except MALFORMED as e: return drop('annotation cannot be read', in_words(e))
 
 # %% ../../nbs/11_data.formats.ipynb #583e6a06
 _TURN = {5: lambda x, y, W, H: (y, x),         6: lambda x, y, W, H: (W - y, x),  # W, H: upright
@@ -244,7 +244,7 @@ def _columns(found:Found, q:Quarantine) -> dict:
                 else {k: {_text(t): _text(x) for t, x in v.items() if x is not None} if k == 'tags' else _text(v)}
             )
         except MALFORMED as e:
-            q.drop(found.image, f'{k} cannot be read', str(e), part='column')
+            q.drop(found.image, f'{k} cannot be read', in_words(e), part='column')
     return out
 
 def _row(found:Found, look:Look, clip:bool, q:Quarantine) -> dict|None:

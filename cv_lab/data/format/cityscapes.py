@@ -7,8 +7,8 @@ __all__ = ['TITLE', 'KEEPS', 'ATTRIBUTES', 'LOSES', 'COUNTED', 'recognise', 'rea
 
 # %% ../../../nbs/11l_data.format.cityscapes.ipynb #f60ffe27
 import json, re
-from ...core import BadInput, Refusal, read_json
-from ..files import Source
+from ...core import BadInput, Refusal
+from ..files import Source, in_words
 from ..formats import NO_SPLIT, Found, Reading, Target, kind_of, split_in, unlisted
 
 TITLE = 'Cityscapes polygons'
@@ -34,17 +34,17 @@ def _read_file(source:Source, name:str) -> Found|None:
     image = source.locate(f'{stem}_leftImg8bit', near, suffix=False) or source.locate(stem, near, suffix=False)
     if image is None: return q.drop(f'{stem}_leftImg8bit', 'image is missing', name)
     try:
-        said = read_json(source.path(name), nan=True)
+        said = source.json(name)
         size = (said.get('imgWidth') or 0, said.get('imgHeight') or 0)
         objects = list(said.get('objects') or [])
     except (Refusal, AttributeError, TypeError) as e:
-        return q.drop(image, 'annotation file cannot be read', str(e).splitlines()[0], part='file')
+        return q.drop(image, 'annotation file cannot be read', in_words(e), part='file')
     anns = []
     for k, o in enumerate(objects):
         try:
             anns += [_object(o)] if not o.get('deleted') else []
         except (KeyError, TypeError, ValueError, AttributeError) as e:
-            q.drop(image, 'annotation cannot be read', f'object {k}: {e!r}', part='annotation')
+            q.drop(image, 'annotation cannot be read', f'object {k}: {in_words(e)}', part='annotation')
     group = m[1] if (m := re.match(r'(.+_\d{6})_\d{6}$', stem)) else None
     return Found(image, anns, dict(split=split_in(home), group=group), size)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Callable, Iterator
 import numpy as np
 from ...core import BadInput, read_json
-from ..files import Quarantine, Source
+from ..files import Quarantine, Source, in_words
 from ..manifest import Dataset
 from ..formats import MALFORMED, Found, Reading, Target, kind_of, split_in, unlisted
 from ..outlines import mask_of
@@ -200,7 +200,7 @@ def _read_annotations(records:list[dict], names:dict, here:dict[int, Found], q) 
             f.annotations.append(_from_coco(a, names, f.size, keep and a.get('id') is not None))
         except MALFORMED as e:
             q.drop(
-                f.image, 'annotation cannot be read', f"id {a.get('id')}: {getattr(e, 'what', e)}", part='annotation'
+                f.image, 'annotation cannot be read', f"id {a.get('id')}: {in_words(e)}", part='annotation'
             )
 
 # %% ../../../nbs/11c_data.format.coco.ipynb #df877455
@@ -353,6 +353,6 @@ def predictions(source:Source, d:Dataset, find:Callable, # name of an image -> i
                 label=label if label is not None else f'category {c}'
             )
         except MALFORMED as e:
-            said = dict(fault=f'object {k} cannot be read: {getattr(e, "what", e)}')
+            said = dict(fault=f'object {k} cannot be read: {in_words(e)}')
         if r.get('score') is None: said = dict(fault=f'object {k} has no score')
         said.pop('attributes', None); yield Found(item if item is not None else f'image_id {at}', [said])

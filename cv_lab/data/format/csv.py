@@ -9,7 +9,7 @@ __all__ = ['TITLE', 'KEEPS', 'LOSES', 'NAMES', 'JSON', 'columns_of', 'recognise'
 import csv, io, json
 from typing import Callable, Iterator
 from ...core import BadInput
-from ..files import Source
+from ..files import Source, in_words
 from ..manifest import Dataset
 from ..formats import COLUMNS, FIELDS, KINDS, Found, Reading, Target, split_of, unlisted
 
@@ -138,7 +138,9 @@ def _read_table(source:Source, name:str, given:dict, relative:bool, separator:st
             q.drop(get('image'), 'image is missing', where)
             continue
         try: a, size = _annotation(get)
-        except ValueError as e: q.drop(image, 'annotation cannot be read', f'{where}: {e}', part='annotation'); continue
+        except ValueError as e:
+            q.drop(image, 'annotation cannot be read', f'{where}: {in_words(e)}', part='annotation')
+            continue
         f = items.setdefault(image, Found(image, relative=relative, size=size))
         for c in COLUMNS:
             if c != 'tags' and (v := get(c)):
@@ -208,5 +210,5 @@ def predictions(
                     item_says = dict(probs=p)
                     a = dict(label=d.classes[p.index(max(p))], score=max(p)) | a
             except ValueError as e:
-                a = dict(fault=f'row {k} cannot be read: {e}')
+                a = dict(fault=f'row {k} cannot be read: {in_words(e)}')
             yield Found(item if item is not None else name, [a] if a else [], item_says)

@@ -11,7 +11,7 @@ import xml.etree.ElementTree as ET
 from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import fromstring
 from ...core import BadInput
-from ..files import Source
+from ..files import Source, in_words
 from ..formats import MALFORMED, Found, Reading, Target, kind_of, natural, split_in, unlisted
 from ..outlines import mask_of, rotated_box, runs_of, unrotated_box
 from ...geometry import mask_box, rle_decode, rle_encode
@@ -70,7 +70,7 @@ def _said(e:ET.Element, image:str, w:int, h:int, known:list[str], q) -> dict|Non
         return q.drop(
             image,
             'shape cannot be read',
-            f'{e.tag} {e.get("label") or ""}: {getattr(err, "what", err)}',
+            f'{e.tag} {e.get("label") or ""}: {in_words(err)}',
             part='annotation',
         )
     if known and a['label'] not in known: return q.drop(image, 'label is not defined', a['label'], part='annotation')

@@ -9,7 +9,7 @@ __all__ = ['TITLE', 'KEEPS', 'LOSES', 'recognise', 'from_packed', 'to_packed', '
 import base64, binascii, io, json, zlib
 import numpy as np
 from ...core import BadInput, read_json
-from ..files import MAX_BYTES, Source
+from ..files import MAX_BYTES, Source, in_words
 from ..formats import COLUMNS, FIELDS, MALFORMED, Found, Reading, Target, kind_of, split_of, unlisted
 from ...geometry import mask_box, rle_decode, rle_encode
 
@@ -88,11 +88,13 @@ def _labels(o:dict, field:str, size:tuple[int, int], image:str, q) -> list[dict]
     "Those of a field that can be read; the others are set aside, each by itself."
     out = []
     try: documents = _documents(o)
-    except MALFORMED as e: q.drop(image, 'label cannot be read', f'{field}: {e}', part='annotation'); return out
+    except MALFORMED as e:
+        q.drop(image, 'label cannot be read', f'{field}: {in_words(e)}', part='annotation')
+        return out
     for i, x in enumerate(documents):
         try: out += _label(x, field, size)
         except MALFORMED as e:
-            q.drop(image, 'label cannot be read', f'{field} {i}: {getattr(e, "what", e)}', part='annotation')
+            q.drop(image, 'label cannot be read', f'{field} {i}: {in_words(e)}', part='annotation')
     return out
 
 # %% ../../../nbs/11q_data.format.fiftyone.ipynb #b0f7ede8

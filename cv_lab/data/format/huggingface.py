@@ -10,7 +10,7 @@ import csv, io, json
 from typing import Iterator
 import pyarrow as pa, pyarrow.ipc, pyarrow.parquet as pq
 from ...core import BadInput
-from ..files import Source
+from ..files import Source, in_words
 from ..formats import COLUMNS, FIELDS, KINDS, MALFORMED, Found, Reading, Target, kind_of, split_in, unlisted
 
 TITLE = 'Hugging Face datasets'
@@ -107,7 +107,7 @@ def _said(row:dict, features:dict, boxes:str, text:str) -> tuple[list[dict], dic
 # %% ../../../nbs/11p_data.format.huggingface.ipynb #4016796e
 def _rows(source:Source, name:str, q) -> Iterator[dict]: # streamed: a few images in memory at a time
     try: yield from _batches(source, name)
-    except (pa.ArrowException, OSError) as e: q.drop(name, 'file cannot be read to its end', str(e), part='file')
+    except (pa.ArrowException, OSError) as e: q.drop(name, 'file cannot be read to its end', in_words(e), part='file')
 
 def _batches(source:Source, name:str) -> Iterator[dict]:
     if name.lower().endswith('.parquet'):
@@ -148,7 +148,7 @@ def _packed(source:Source, boxes:str, text:str) -> Iterator[Found]:
             try:
                 anns, item = _said(row, features, boxes, text)
             except MALFORMED as e:
-                q.drop(name, 'annotation cannot be read', f'{n}, row {k}: {e}', part='annotation')
+                q.drop(name, 'annotation cannot be read', f'{n}, row {k}: {in_words(e)}', part='annotation')
                 anns, item = [], {}
             seen.add(name); yield Found(name, anns, dict(split=split_in(n)) | item, data=im['bytes'])
 
@@ -187,7 +187,7 @@ def _listed(source:Source, name:str, boxes:str, text:str) -> Iterator[Found]:
             row = json.loads(row) if isinstance(row, str) else row
             anns, item = _said(row, {}, boxes, text)
         except MALFORMED as e:
-            q.drop(f'{name}:{k + 1}', 'line cannot be read', str(e), part='row')
+            q.drop(f'{name}:{k + 1}', 'line cannot be read', in_words(e), part='row')
             continue
         if (image := source.locate(str(row.get('file_name')), [home])) is None:
             q.drop(row.get('file_name'), 'image is missing', f'{name}:{k + 1}')

@@ -8,7 +8,7 @@ __all__ = ['TITLE', 'KEEPS', 'ATTRIBUTES', 'LOSES', 'recognise', 'read', 'write'
 # %% ../../../nbs/11j_data.format.icdar.ipynb #a7644e2f
 import re
 from ...core import BadInput
-from ..files import Source
+from ..files import Source, in_words
 from ..formats import NO_SPLIT, Found, Reading, Target, split_in, unlisted
 
 TITLE = 'ICDAR text detection'
@@ -55,7 +55,8 @@ def read(source:Source) -> Reading:
         for k, line in enumerate(source.text(n).splitlines(), 1):
             if not line.strip(): continue
             try: f.annotations.append(_word(line))
-            except ValueError as e: q.drop(image, 'annotation cannot be read', f'{n}:{k}: {e}', part='annotation')
+            except ValueError as e:
+                q.drop(image, 'annotation cannot be read', f'{n}:{k}: {in_words(e)}', part='annotation')
     unlisted(source, [f.image for f in items])
     return Reading(items, total=len(items))
 

@@ -8,7 +8,7 @@ __all__ = ['TITLE', 'KEEPS', 'ATTRIBUTES', 'LOSES', 'recognise', 'read', 'write'
 # %% ../../../nbs/11m_data.format.kitti.ipynb #913c369c
 import re
 from ...core import BadInput
-from ..files import Source
+from ..files import Source, in_words
 from ..formats import NO_SPLIT, Found, Reading, Target, split_of
 
 TITLE = 'KITTI'
@@ -86,7 +86,8 @@ def read(source:Source) -> Reading:
         for k, line in enumerate(source.text(n).splitlines() if n else [], 1):
             if not line.strip(): continue
             try: f.annotations.append(_object(line))
-            except ValueError as e: q.drop(image, 'annotation cannot be read', f'{n}:{k}: {e}', part='annotation')
+            except ValueError as e:
+                q.drop(image, 'annotation cannot be read', f'{n}:{k}: {in_words(e)}', part='annotation')
     for stem in sorted(set(files) - used): q.drop(stem, 'image is missing', files[stem])
     return Reading(items, total=len(items))
 

@@ -11,7 +11,7 @@ from collections import defaultdict
 from urllib.parse import quote, unquote, urlsplit
 from xml.sax.saxutils import quoteattr
 from ...core import BadInput, digest, read_json
-from ..files import Source
+from ..files import Source, in_words
 from ..formats import COLUMNS, KINDS, FIELDS, MALFORMED, Found, Reading, Target, kind_of, split_of, unlisted
 from ..outlines import from_brush, rotated_box, to_brush, unrotated_box
 from ...geometry import rle_decode, rle_encode
@@ -81,7 +81,7 @@ def _results(result:list[dict], image:str, q) -> list[dict]: # annotations
         try:
             where = _geometry(r)
         except (*MALFORMED, ZeroDivisionError) as e:
-            q.drop(image, 'region cannot be read', f'{kind}: {getattr(e, "what", e)}', part='annotation')
+            q.drop(image, 'region cannot be read', f'{kind}: {in_words(e)}', part='annotation')
             regions.pop(r.get('id'), None)
             continue
         names = next((v[k] for k in v if k.endswith('labels') and isinstance(v[k], list)), [])

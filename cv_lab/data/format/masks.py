@@ -11,7 +11,7 @@ import csv, io, re
 import numpy as np
 from PIL import Image
 from ...core import BadInput
-from ..files import Source, look_all
+from ..files import Source, look_all, in_words
 from ..formats import NO_SPLIT, Found, Reading, Target, kind_of, split_in, split_of, unlisted
 from ...geometry import polygon_mask, rle_decode, rle_encode
 
@@ -142,7 +142,7 @@ def _annotations(
 def _objects(source:Source, name:str, image:str, size:tuple, q) -> np.ndarray|None: # 0: a class without objects, as sky
     "The numbers of the objects; None when they cannot be told apart after all."
     try: whose = np.asarray(Image.open(source.path(name))).astype(np.int64)
-    except Exception as e: return q.mend(image, 'objects cannot be read: not told apart', f'{name}: {e}')
+    except Exception as e: return q.mend(image, 'objects cannot be read: not told apart', f'{name}: {in_words(e)}')
     if whose.shape != size: return q.mend(image, 'objects have another size than classes: not told apart', name)
     return whose
 

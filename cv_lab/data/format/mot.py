@@ -8,7 +8,7 @@ __all__ = ['TITLE', 'KEEPS', 'ATTRIBUTES', 'LOSES', 'CLASSES', 'recognise', 'rea
 # %% ../../../nbs/11i_data.format.mot.ipynb #0360db37
 import configparser, re
 from ...core import BadInput
-from ..files import Source
+from ..files import Source, in_words
 from ..formats import NO_SPLIT, Found, Reading, Target, kind_of, natural, split_in, unlisted
 
 TITLE = 'MOT Challenge'
@@ -60,7 +60,7 @@ def _film(source:Source, gt:str) -> tuple[list[Found], set[str]]:
         try:
             ini.read_string(source.text(home + 'seqinfo.ini'))
         except configparser.Error as e:
-            q.mend(home + 'seqinfo.ini', 'file cannot be read: done without', str(e), part='file')
+            q.mend(home + 'seqinfo.ini', 'file cannot be read: done without', in_words(e), part='file')
     info = dict(ini['Sequence']) if ini.has_section('Sequence') else {}
     below = [n for n in source.images if n.startswith(f'{home}{info.get("imdir", "img1")}/')]
     frames = {int(m[1]): n for n in below if (m := re.search(r'(\d+)\.\w+$', n))}
@@ -75,7 +75,9 @@ def _film(source:Source, gt:str) -> tuple[list[Found], set[str]]:
     for j, line in enumerate(source.text(gt).splitlines(), 1):
         if not line.strip(): continue
         try: k, a = _line(line, names)
-        except ValueError as e: q.drop(gt, 'line cannot be read', f'line {j}: {e}', part='annotation'); continue
+        except ValueError as e:
+            q.drop(gt, 'line cannot be read', f'line {j}: {in_words(e)}', part='annotation')
+            continue
         if k not in found: q.drop(f'{home}img1, frame {k}', 'image is missing', f'{gt}:{j}'); continue
         found[k].annotations.append(a)
     return list(found.values()), {a['label'] for f in found.values() for a in f.annotations if a['label']}

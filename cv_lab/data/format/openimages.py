@@ -8,7 +8,7 @@ __all__ = ['TITLE', 'KEEPS', 'ATTRIBUTES', 'LOSES', 'recognise', 'read', 'write'
 # %% ../../../nbs/11n_data.format.openimages.ipynb #0309d8d9
 import csv, io
 from ...core import BadInput
-from ..files import Source
+from ..files import Source, in_words
 from ..formats import MALFORMED, NO_SPLIT, Found, Reading, Target, kind_of, split_in, unlisted
 
 TITLE = 'Open Images CSV'
@@ -82,7 +82,7 @@ def _read_table(source:Source, name:str, names:dict, items:dict[str, Found|None]
         try:
             a = _row(r, names)
         except MALFORMED as e:
-            q.drop(f.image, 'annotation cannot be read', f'{name}:{k}: {e}', part='annotation')
+            q.drop(f.image, 'annotation cannot be read', f'{name}:{k}: {in_words(e)}', part='annotation')
             continue
         if 'bbox' not in a and r.get('Confidence') in ('0', '0.0'):
             t = f.item.setdefault('tags', {})

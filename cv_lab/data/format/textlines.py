@@ -8,7 +8,7 @@ __all__ = ['TITLE', 'KEEPS', 'LOSES', 'recognise', 'read', 'write']
 # %% ../../../nbs/11k_data.format.textlines.ipynb #a8edcd4b
 import re
 from ...core import BadInput
-from ..files import Source
+from ..files import Source, in_words
 from ..formats import Found, Reading, Target, kind_of, split_in, unlisted
 from ...image import SUFFIXES
 
@@ -47,7 +47,7 @@ def read(source:Source) -> Reading:
         for k, line in enumerate(re.split(r'\r?\n', source.text(n)), 1):
             if not line.strip(): continue
             try: name, text = _entry(line)
-            except ValueError as e: q.drop(f'{n}:{k}', 'line cannot be read', str(e), part='annotation'); continue
+            except ValueError as e: q.drop(f'{n}:{k}', 'line cannot be read', in_words(e), part='annotation'); continue
             if (image := source.locate(name, _near(n))) is None: q.drop(name, 'image is missing', f'{n}:{k}'); continue
             if image in items: q.drop(image, 'image is listed twice', f'{n}:{k}'); continue
             items[image] = Found(image, [dict(text=text)] if text else [], dict(split=split_in(n) or split_in(image)))

@@ -11,7 +11,7 @@ import xml.etree.ElementTree as ET
 from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import fromstring
 from ...core import BadInput
-from ..files import Source
+from ..files import Source, in_words
 from ..formats import NO_SPLIT, Found, Reading, Target, kind_of, split_of, unlisted
 
 TITLE = 'Pascal VOC'
@@ -51,7 +51,7 @@ def _read_xml(source:Source, name:str, origin:int) -> Found|None:
     try:
         root = fromstring(source.path(name).read_bytes())
     except (ET.ParseError, DefusedXmlException, ValueError) as e:
-        return q.drop(name, 'annotation file cannot be read', str(e), part='file')
+        return q.drop(name, 'annotation file cannot be read', in_words(e), part='file')
     if root.tag != 'annotation': return q.drop(name, 'not a VOC annotation', f'<{root.tag}>', part='file')
     said = (root.findtext('filename') or '').strip(); near = (*_NEAR, name.rpartition('/')[0])
     image = (said and source.locate(said, near)) or source.locate(stem, near, suffix=False)
@@ -59,7 +59,8 @@ def _read_xml(source:Source, name:str, origin:int) -> Found|None:
     anns = []
     for k, o in enumerate(root.iterfind('object'), 1):
         try: anns.append(_object(o, origin))
-        except ValueError as e: q.drop(image, 'annotation cannot be read', f'object {k}: {e}', part='annotation')
+        except ValueError as e:
+            q.drop(image, 'annotation cannot be read', f'object {k}: {in_words(e)}', part='annotation')
     try: size = tuple(float(root.findtext(f'size/{k}') or 0) for k in ('width', 'height'))
     except ValueError: size = None
     db = (root.findtext('source/database') or '').strip()

@@ -9,7 +9,7 @@ __all__ = ['TITLE', 'KEEPS', 'LOSES', 'samples', 'recognise', 'read', 'write']
 import io, json, re, tarfile
 from typing import Iterator
 from ...core import BadInput
-from ..files import MAX_BYTES, Source
+from ..files import MAX_BYTES, Source, in_words
 from ..formats import COLUMNS, FIELDS, KINDS, NO_SPLIT, Found, Reading, Target, kind_of, split_in
 from ...image import SUFFIXES
 
@@ -73,7 +73,7 @@ def read(source:Source) -> Reading:
             try:
                 with tarfile.open(source.path(n)) as t: yield from _shard(t, n, classes, seen, q)
             except (tarfile.TarError, OSError, EOFError) as e:
-                q.drop(n, 'shard cannot be read to its end', str(e), part='file')
+                q.drop(n, 'shard cannot be read to its end', in_words(e), part='file')
 
     return Reading(items(), classes or None)
 
@@ -85,7 +85,7 @@ def _shard(tar:tarfile.TarFile, name:str, classes:list[str], seen:set, q) -> Ite
         try:
             anns, item = _said(parts, classes)
         except ValueError as e:
-            q.drop(image, 'annotation cannot be read', str(e), part='annotation')
+            q.drop(image, 'annotation cannot be read', in_words(e), part='annotation')
             anns, item = [], {}
         seen.add(image); yield Found(image, anns, dict(split=split_in(name)) | item, data=parts[s])
 

@@ -10,7 +10,7 @@ import re
 from typing import Callable, Iterator
 import yaml
 from ...core import BadInput
-from ..files import Source
+from ..files import Source, in_words
 from ..manifest import Dataset
 from ..formats import NO_SPLIT, Found, Reading, Target, get_format, kind_of, split_in, split_of
 
@@ -153,7 +153,7 @@ def _annotations(source:Source, image:str, file:str, names:list[str]) -> list[di
         try:
             a = annotation_of(line, names)
         except ValueError as e:
-            source.quarantine.drop(image, 'annotation cannot be read', f'{file}:{k}: {e}', part='annotation')
+            source.quarantine.drop(image, 'annotation cannot be read', f'{file}:{k}: {in_words(e)}', part='annotation')
             continue
         out.append(a)
     return out
@@ -208,7 +208,7 @@ def _said(line:str, names:list[str]) -> dict:
     try:
         if label in names and not score.isdecimal(): return dict(label=label, score=float(score))
         a = annotation_of(line, names); return a if 'score' in a else dict(fault='a box without a confidence')
-    except ValueError as e: return dict(fault=f'a line that cannot be read: {e}')
+    except ValueError as e: return dict(fault=f'a line that cannot be read: {in_words(e)}')
 
 def predictions(
     source: Source, d: Dataset, find: Callable
