@@ -779,6 +779,24 @@ def test_cityscapes_kitti_open_images_as_published(tmp_path):
     assert why(r) == [('image is missing', '0009')]
 
 
+def test_open_images_sets_labels_aside_that_the_class_file_does_not_name(tmp_path):
+    image(tmp_path / 'o/validation/0001.jpg')
+    (tmp_path / 'o/validation-annotations-human-imagelabels.csv').write_text(
+        'ImageID,Source,LabelName,Confidence\n0001,verification,/m/1,1\n0001,verification,/m/09,1\n0001,verification,/m/08,0\n'
+    )
+    r = import_dataset(tmp_path / 'o', 'openimages', tmp_path / 'o1')
+    assert r.dataset.classes == ['/m/1', '/m/09'] and not len(r.quarantine) # no class file: the names are all there is
+    (tmp_path / 'o/class-descriptions.csv').write_text('/m/1,Cat\n')
+    r = import_dataset(tmp_path / 'o', 'openimages', tmp_path / 'o2')
+    row = r.dataset.table.to_pylist()[0]
+    assert r.dataset.classes == ['Cat'] and [a['label'] for a in row['annotations']] == ['Cat'] and not row['tags']
+    file = 'validation-annotations-human-imagelabels.csv'
+    assert [(x['item'], x['part'], x['reason'], x['detail']) for x in r.quarantine.to_dict('records')] == [
+        ('validation/0001.jpg', 'annotation', 'unknown class', f'{file}:3: /m/09'),
+        ('validation/0001.jpg', 'annotation', 'unknown class', f'{file}:4: /m/08'),
+    ]
+
+
 def test_what_was_wrong_is_said_in_plain_words(tmp_path):
     for k in range(2): image(tmp_path / f'c/leftImg8bit/val/bonn/bonn_000001_00001{k}_leftImg8bit.png', k)
     home = tmp_path / 'c/gtFine/val/bonn'

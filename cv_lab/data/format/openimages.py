@@ -84,6 +84,9 @@ def _read_table(source:Source, name:str, names:dict, items:dict[str, Found|None]
         except MALFORMED as e:
             q.drop(f.image, 'annotation cannot be read', f'{name}:{k}: {in_words(e)}', part='annotation')
             continue
+        if names and r['LabelName'] not in names:
+            q.drop(f.image, 'unknown class', f'{name}:{k}: {r["LabelName"]}', part='annotation')
+            continue
         if 'bbox' not in a and r.get('Confidence') in ('0', '0.0'):
             t = f.item.setdefault('tags', {})
             t['absent'] = '|'.join(filter(None, [t.get('absent'), a['label']]))
