@@ -256,4 +256,10 @@ def test_the_command_line(tmp_path):
     )
     (tmp_path/'src/c0/bad.jpg').write_text('x')
     assert isinstance(run('import', tmp_path/'src', '--out', tmp_path/'out', '--strict').exception, Quarantined)
+    with pytest.raises(BadInput, match='is a dataset of this workspace already') as said:
+        import_dataset(tmp_path / 'out', out=tmp_path / 'again')
+    assert f'cvlab data check {tmp_path / "out"}' in said.value.mend and not (tmp_path / 'again/dataset.json').exists()
+    (tmp_path / 'other').mkdir(); (tmp_path / 'other/dataset.json').write_text('[]')
+    with pytest.raises(BadInput, match='in no format that is known'):
+        import_dataset(tmp_path / 'other', out=tmp_path / 'again')
     assert run('import', '--help').exit_code == 0 and 'imagefolder' in run('formats').stdout

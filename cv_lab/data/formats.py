@@ -18,7 +18,7 @@ from typing import Iterable, Iterator, Literal
 import numpy as np, pandas as pd, pyarrow as pa, pyarrow.compute as pc, pyarrow.parquet as pq
 from tqdm import tqdm
 from ..audit import Log, log_of, record, withdrawn
-from ..core import Annotation, BadInput, Refusal, canonical_json, inside, write_atomic
+from ..core import Annotation, BadInput, Refusal, canonical_json, inside, read_json, write_atomic
 from .files import ARCHIVES, Look, Quarantine, Source, in_words, look_all, unpack
 from ..geometry import sound_rle
 from cv_lab.data.manifest import (
@@ -374,12 +374,25 @@ def write_tally(tally:dict) -> str: # a few lines
     )
 
 # %% ../../nbs/11_data.formats.ipynb #1829efb0
+def _refuse_own(root:Path) -> None:
+    "Say of a dataset of ours that it needs no import."
+    try: said = read_json(root/'dataset.json')
+    except (BadInput, OSError): return
+    if not isinstance(said, dict) or not {'manifest', 'version', 'classes'} <= set(said): return
+    raise BadInput(
+        f'{root.name} is a dataset of this workspace already, version {said["version"]}',
+        'files that no import has seen',
+        f'to train: `dataset: {root}` in a problem; to look: cvlab data check {root}; '
+        f'for another tool: cvlab data export {root} -f FORMAT --out FOLDER',
+    )
+
 def recognise(source:Source) -> tuple[str, str]: # the format's name, and why
     "What a source looks like."
     claims = {name: m.recognise(source) for name, m in formats().items()}
     best = max((s for s, _ in claims.values()), default=0)
     top = {n: why for n, (s, why) in claims.items() if s == best}
     if best == 0:
+        if source.only in (None, 'dataset.json'): _refuse_own(source.root)
         raise BadInput(
             f'{source.only or source.root.name} is in no format that is known here',
             f'one of: {", ".join(claims)}',
