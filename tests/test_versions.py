@@ -246,6 +246,14 @@ def test_command_line(home):
         json.loads(cvlab('diff', home, first, '--json')[1])['moved']
         and cvlab('golden', home)[0] == cvlab('golden', home)[0] == 0
     )
+    there = json.loads(cvlab('golden', home, '--json')[1]); frozen = (home / 'golden.json').read_bytes()
+    assert there == dict(frozen=0, changed=[], items=len(json.loads(frozen)['items']), since=v.versions(home)[-1]['at'])
+    asked = cvlab('golden', home, '--each', 7)[1]
+    assert f'{there["items"]} golden items, frozen since {there["since"]}; --each 7 changes nothing' in asked
+    assert f'remove {home / "golden.json"}' in asked and (home / 'golden.json').read_bytes() == frozen
+    assert '--each' not in cvlab('golden', home)[1]
+    (home / 'golden.json').unlink()                    # as it says
+    assert json.loads(cvlab('golden', home, '--each', 1, '--json')[1])['frozen'] < there['items']
     assert (
         cvlab('datasheet', home, '--task', 'detection')[0] == 0
         and (home / 'DATASHEET.md').exists()

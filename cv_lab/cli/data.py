@@ -374,19 +374,29 @@ def diff(
 @app.command()
 def golden(
     dataset: Folder,
-    each: Annotated[int, typer.Option(min=1, help='Test items of each class.')] = 5,
+    each: Annotated[
+        int | None, typer.Option(min=1, help='Test items of each class, where none are frozen; 5 if not given.')
+    ] = None,
     who: Who = None,
     as_json: Json = False,
 ) -> None:
     "Freeze a golden set of test items, or say whether the frozen one is untouched."
     from cv_lab.data.manifest import load_dataset
-    from cv_lab.data.versions import freeze_golden, golden_changes
+    from cv_lab.core import read_json
+    from cv_lab.data.versions import freeze_golden, golden_changes, versions
     there = (dataset/'golden.json').exists()
     changed = golden_changes(dataset, load_dataset(dataset)) if there else []
-    items = {} if there else freeze_golden(dataset, each, by=who)
+    items = {} if there else freeze_golden(dataset, each or 5, by=who)
+    total = len(read_json(dataset/'golden.json')['items'])
+    since = [x['at'] for x in versions(dataset) if 'golden' in x][-1]
     if items: text = f'{len(items)} golden items frozen'
-    else: text = f'changed: {", ".join(changed)}' if changed else 'untouched'
-    say(dict(frozen=len(items), changed=changed), as_json, text)
+    else:
+        text = f'changed: {", ".join(changed)}' if changed else 'untouched'
+        text += f'\n{total:,} golden items, frozen since {since}'
+        if each:
+            text += f'; --each {each} changes nothing\nfor another set: remove {dataset / "golden.json"} and ask again'
+            text += '; figures on the old set do not compare with those on the new one'
+    say(dict(frozen=len(items), changed=changed, items=total, since=since), as_json, text)
     if changed: raise typer.Exit(NotAccepted.exit_code)
 
 # %% ../../nbs/95_cli.data.ipynb #1c07045f
