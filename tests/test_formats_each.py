@@ -1,6 +1,6 @@
 "Each format as its own tools write it, half-broken as such files are; checked against other implementations where there are any."
 
-import base64, io, json, tarfile, zlib
+import base64, io, json, re, tarfile, zlib
 import numpy as np, pyarrow as pa, pyarrow.parquet as pq, pytest, yaml
 from PIL import Image
 from pycocotools import mask as coco_mask
@@ -625,6 +625,31 @@ def test_cvat_tracks_go_out_and_come_back(tmp_path):
         for x in t.to_pylist()
     )
     assert key(r.dataset.table) == key(d.table)
+
+
+def test_a_cvat_track_has_one_label_and_no_label_changes(tmp_path):
+    d = film(tmp_path)
+    rows = d.table.to_pylist()
+    for k, r in enumerate(rows):  # id 7: a car, once called a dog, and once two of it
+        more = [dict(r['annotations'][-1], label='dog' if k == 1 else 'car', track_id='7', polygon=None)]
+        if k == 0: more.append(dict(more[0], bbox=[3.0, 3.0, 8.0, 8.0]))
+        r['annotations'] = [*r['annotations'], *more]
+    d = Dataset(make_table(rows), 'film', d.root, d.classes)
+    out = export_dataset(d, 'cvat', tmp_path / 'out')
+    (lost,) = out.lost.items()
+    assert lost == ('track_id where a track has a second label, or two shapes in a frame', 2)
+    (xml,) = (tmp_path / 'out').rglob('annotations.xml')
+    ids = re.findall(r'<track id="(.*?)"', xml.read_text())
+    assert len(ids) == len(set(ids)) and '7' in ids
+    r = import_dataset(tmp_path / 'out', 'auto', tmp_path / 'back', splits='keep')
+    assert not len(r.quarantine)  # and no label, no place is another one
+    said = lambda t, *keys: {
+        x['sha256']: sorted(json.dumps([a[k] for k in ('label', 'bbox', *keys)]) for a in x['annotations'])
+        for x in t.to_pylist()
+    }
+    assert said(r.dataset.table) == said(d.table) and said(r.dataset.table, 'track_id') != said(d.table, 'track_id')
+    cars = [a for x in r.dataset.table.to_pylist() for a in x['annotations'] if a['track_id'] == '7']
+    assert len(cars) == len(rows) - 1 and {a['label'] for a in cars} == {'car'}
 
 
 def test_cvat_faults(tmp_path):

@@ -8,6 +8,7 @@ __all__ = ['TITLE', 'KEEPS', 'LOSES', 'recognise', 'read', 'write']
 # %% ../../../nbs/11f_data.format.cvat.ipynb #0959ff81
 import re
 import xml.etree.ElementTree as ET
+from itertools import count
 from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import fromstring
 from ...core import BadInput
@@ -20,7 +21,7 @@ TITLE = 'CVAT 1.1'
 KEEPS = ('class', 'box', 'polygon', 'mask', 'track_id', 'attributes', 'split')
 LOSES = (
     'Outlines of several rings become several; polylines, points, ellipses, cuboids and skeletons are not read; '
-    'of a video, whatever is not tracked; '
+    'of a video, whatever is not tracked, and the track of what has another label than most of it; '
     'scores (a model\'s shapes are marked `source="auto"`).'
 )
 
@@ -266,13 +267,28 @@ def _write_video(target:Target) -> None:
                 if a.track_id is None or kind_of(a) not in ('box', 'polygon', 'mask'):
                     target.lose('annotations without a track')
                     continue
-                tracks.setdefault((a.track_id, a.label), {})[k] = (a, r)
-        for (tid, label), seen in tracks.items(): _append_track(root, tid, label, seen, len(rows))
+                part = next(n for n in range(len(rows[k]['annotations'])) if k not in tracks.get((a.track_id, a.label, n), ()))
+                tracks.setdefault((a.track_id, a.label, part), {})[k] = (a, r)
+        for tid, label, seen in _one_label_each(tracks, target): _append_track(root, tid, label, seen, len(rows))
         ET.indent(root)
         target.text(
             f'{folder}/annotations.xml',
             '<?xml version="1.0" encoding="utf-8"?>\n' + ET.tostring(root, 'unicode') + '\n',
         )
+
+
+def _one_label_each(tracks:dict, target:Target) -> list[tuple[str, str|None, dict]]: # id, label, frame -> shape
+    "Tracks as CVAT has them; of several parts of one id the longest keeps it, the others get numbers that are free."
+    keeps, taken, out = {}, {tid for tid, *_ in tracks}, []
+    for key, seen in tracks.items():
+        if len(seen) > len(tracks[keeps.setdefault(key[0], key)]): keeps[key[0]] = key
+    free = (n for n in map(str, count()) if n not in taken)
+    for (tid, label, part), seen in tracks.items():
+        if keeps[tid] != (tid, label, part):
+            tid = next(free)
+            target.lose('track_id where a track has a second label, or two shapes in a frame', len(seen))
+        out.append((tid, label, seen))
+    return out
 
 
 def _append_track(root:ET.Element, tid:str, label:str|None, seen:dict, length:int) -> None:
