@@ -184,7 +184,7 @@ def train_on(net, problem, data, config:dict, epochs:int) -> None: # changed in 
     from cv_lab.task import get_task
     from cv_lab.loading import make_loaders
     from cv_lab.runs import Fit
-    from cv_lab.train import one_cycle
+    from cv_lab.optimizers import one_cycle
     task = get_task(problem.task)
     own = Fit.model_validate(config)
     how = own.model_copy(update=dict(epochs=epochs, lr=own.lr/3, warmup=.1))

@@ -240,12 +240,14 @@ def test_rare_classes_come_more_often():
     assert np.bincount(systematic(np.ones(7), .3)).tolist() == [1]*7
 
 
-def test_a_running_mean_is_resumed_bit_for_bit(tmp_path):
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+def test_mean_and_optimizer_are_resumed_bit_for_bit(tmp_path, optimizer):
     from lightning.pytorch.callbacks import Callback
     class Stop(Callback):
         def on_train_epoch_start(self, trainer, module):
             if trainer.current_epoch == 3: raise RuntimeError('out of power')
-    data = classification.example(tmp_path/'stripes'); how = SMALL | dict(ema=.9, clip=1., warmup=.2, monitor='metric')
+    data = classification.example(tmp_path/'stripes')
+    how = SMALL | dict(ema=.9, clip=1., warmup=.2, monitor='metric', optimizer=optimizer)
     whole = fit(problem(), data, tmp_path/'a', **how)
     with pytest.raises(RuntimeError, match='power'): fit(problem(), data, tmp_path/'b', callbacks=[Stop()], **how)
     assert (
@@ -253,6 +255,42 @@ def test_a_running_mean_is_resumed_bit_for_bit(tmp_path):
         == whole.done['weights']
         != fit(problem(), data, tmp_path / 'c', **how | dict(ema=0)).done['weights']
     )
+
+
+def test_muon_makes_all_directions_of_a_step_alike(monkeypatch):
+    from cv_lab import optimizers
+    from cv_lab.runs import Fit
+    net = torch.nn.Sequential(torch.nn.Conv2d(8, 16, 3), torch.nn.BatchNorm2d(16))
+    rng = torch.Generator().manual_seed(0); grads = [torch.randn(p.shape, generator=rng) for p in net.parameters()]
+    grads[0] += 3*torch.ones(16, 8, 3, 3)  # one loud direction
+    def spread(name):
+        there = [p.detach().clone() for p in net.parameters()]
+        opt, _ = optimizers.one_cycle(net, Fit(optimizer=name, weight_decay=0), 10)
+        for p, g in zip(net.parameters(), grads): p.grad = g.clone()
+        opt.step(); moved = [p.detach() - t for p, t in zip(net.parameters(), there)]
+        for p, t in zip(net.parameters(), there): p.data.copy_(t)
+        s = torch.linalg.svdvals(moved[0].flatten(1)); return float(s[-1]/s[0]), moved
+    half, moved = spread('muon'); assert half > .6 > .3 > spread('adamw')[0]
+    assert torch.allclose(moved[1], -moved[1].abs()*grads[1].sign())  # a bias: AdamW's own step
+    monkeypatch.setattr(optimizers, 'fast_bf16', lambda: False); exact, again = spread('muon')
+    assert exact > .6 and not torch.equal(again[0], moved[0]) and torch.allclose(again[0], moved[0], atol=2e-5)
+
+
+def test_a_processor_without_bfloat16_trains_in_single_precision(monkeypatch):
+    from cv_lab import runs
+    asked = runs.Fit(precision='bf16-mixed', accelerator='cpu')
+    for has, done in ((True, 'bf16-mixed'), (False, '32-true')):
+        monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: dict(avx2=True, avx512_bf16=has))
+        assert runs._machine(asked)['precision'] == done
+
+
+@pytest.mark.parametrize('warmup, steps', [(.1, 10), (.5, 2), (.3, 1), (.25, 4), (.3, 100)])
+def test_a_cycle_of_any_length(warmup, steps):
+    from cv_lab.optimizers import one_cycle
+    from cv_lab.runs import Fit
+    opt, cycle = one_cycle(torch.nn.Linear(2, 2), Fit(warmup=warmup), steps)
+    for _ in range(steps - 1): opt.step(); cycle.step()
+    assert 0 < cycle.get_last_lr()[0] < 1e-4
 
 
 def test_augmentation_is_data_and_only_transforms():

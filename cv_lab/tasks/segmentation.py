@@ -41,6 +41,7 @@ class Config(Strict):
         2.0, ge=0
     )  # of the focal loss: how little a pixel counts that is right already; 0: cross-entropy
     dice: float = Field(.5, ge=0)             # weight of the Dice loss beside it
+    loss_stride: int = Field(1, ge=1)         # in training the loss looks at every n-th pixel of every n-th row
     min_pixels: int = Field(0, ge=0)          # a class with fewer pixels of the input is not said
 
 # %% ../../nbs/23_tasks.segmentation.ipynb #f922ff9f
@@ -80,7 +81,10 @@ def loss(outputs:dict, targets:dict, cfg:Config): # scalar tensor
     "Focal loss plus Dice, over the pixels that are not ignored."
     import torch
 
-    z, y, weight = outputs['logits'].float().contiguous(), targets['classes'].long(), targets['weight'][0]
+    z, y, weight = outputs['logits'], targets['classes'], targets['weight'][0]
+    if (n := cfg.loss_stride) > 1 and z.requires_grad:
+        i, j = torch.randint(n, (2,)).tolist(); z, y = z[..., i::n, j::n], y[..., i::n, j::n]
+    z, y = z.float().contiguous(), y.long()
     ok = (y != IGNORE).float(); y = y.clamp(min=0); w = weight[y]*ok
     lp = z.log_softmax(1); said = lp.gather(1, y[:, None])[:, 0]; p = said.exp()
     total = -(w*(1 - p)**cfg.focus*said).sum()/torch.maximum((w*(y > 0)).sum(), .01*w.sum()).clamp(min=1e-6)
