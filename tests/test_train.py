@@ -280,7 +280,7 @@ def test_a_processor_without_bfloat16_trains_in_single_precision(monkeypatch):
     from cv_lab import runs
     asked = runs.Fit(precision='bf16-mixed', accelerator='cpu')
     for has, done in ((True, 'bf16-mixed'), (False, '32-true')):
-        monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: dict(avx2=True, avx512_bf16=has))
+        monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda has=has: dict(avx2=True, avx512_bf16=has))
         assert runs._machine(asked)['precision'] == done
 
 
