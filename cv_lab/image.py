@@ -15,8 +15,8 @@ from PIL import Image
 from .core import BadInput
 
 # %% ../nbs/02_image.ipynb #d83d324c
-FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'GIF') # GIF and animated WebP and PNG: the first frame
-SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif')
+FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'TIFF') # GIF and animated WebP and PNG: the first frame
+SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff')
 MAX_PIXELS = 50_000_000
 WEIGHT = {'WEBP': 3} # what a pixel counts, by what its decoder takes
 
@@ -33,7 +33,7 @@ class NotAnImage(BadImage):
     http_status, code = 415, 'unsupported_format'
 
 # %% ../nbs/02_image.ipynb #71ff0002
-OTHERS = {'.tif': 'TIFF', '.tiff': 'TIFF', '.heic': 'HEIC', '.heif': 'HEIC', '.avif': 'AVIF', '.jp2': 'JPEG 2000',
+OTHERS = {'.heic': 'HEIC', '.heif': 'HEIC', '.avif': 'AVIF', '.jp2': 'JPEG 2000',
           '.jxl': 'JPEG XL', '.svg': 'SVG', '.psd': 'a Photoshop file', '.dcm': 'DICOM',
           **dict.fromkeys(('.nef', '.cr2', '.arw', '.dng'), 'a raw photograph')} # suffixes that are not read
 AS_PNG = 'save it as PNG (grey keeps its 16 bits), a file for each page: Image.open("scan.tif").save("scan.png")'
@@ -46,6 +46,30 @@ def known_as(data:bytes) -> str: # '' where nothing is recognised
     if data[128:132] == b'DICM': return 'DICOM'
     return next((what for start, what in _STARTS.items() if data.startswith(start)), '')
 
+# %% ../nbs/02_image.ipynb #6e604b35
+_PACKED = ('raw', 'packbits', 'tiff_lzw', 'tiff_adobe_deflate', 'tiff_deflate')
+_MODES = ('1', 'L', 'LA', 'P', 'RGB', 'RGBA', 'RGBa', 'I;16', 'I;16B', 'I;16L')
+
+def _tiff_fault(im:Image.Image) -> str: # '' where there is none
+    "Why a TIFF is not read, by its header."
+    t = im.tag_v2
+    bits, kind = set(np.ravel(t.get(258, 1)).tolist()), set(np.ravel(t.get(339, 1)).tolist())
+    if 50706 in t or 330 in t: return 'it is a raw photograph, or has pictures within'
+    if im.is_animated or t.get(254, 0) & 5: return 'it has several pages'
+    if (how := im.info.get('compression')) not in _PACKED: return f'it is compressed as {how}'
+    if kind != {1}: return 'its numbers are signed, complex or floating point'
+    if not bits <= {1, 8, 16}: return f'it has {max(bits)} bits a channel'
+    if im.mode not in _MODES or t.get(277, 1) > 4: return f'its channels are {im.mode}'
+    if 16 in bits and t.get(262) == 0: return 'it has 16 bits, and white is 0'
+    return ''
+
+def _counted(im:Image.Image) -> int:
+    "How many pixels an image counts as: what its decoder takes, in pixels of a JPEG."
+    n = im.width*im.height*WEIGHT.get(im.format, 1)
+    if im.format != 'TIFF': return n
+    tile, bits = np.prod([int(im.tag_v2.get(k, 0)) for k in (322, 323)], dtype=object), np.ravel(im.tag_v2.get(258, 1))
+    return max(n, int(tile))*(2 if max(bits.tolist()) == 16 and im.tag_v2.get(277, 1) > 1 else 1)
+
 # %% ../nbs/02_image.ipynb #0e2d2a3a
 def open_image(data:bytes, max_pixels:int=MAX_PIXELS) -> Image.Image:
     "Read the header only: refuses what is no image, of another format, or too large."
@@ -53,18 +77,23 @@ def open_image(data:bytes, max_pixels:int=MAX_PIXELS) -> Image.Image:
     if not data: raise BadImage('the image is empty: 0 bytes', want, 'send the bytes of an image file')
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore', Image.DecompressionBombWarning)
+            warnings.simplefilter('ignore')
             im = Image.open(io.BytesIO(data), formats=FORMATS)
+            fault, pixels = _tiff_fault(im) if im.format == 'TIFF' else '', _counted(im)
     except Image.DecompressionBombError:
         raise TooLarge('the image has far too many pixels', want, 'send a smaller image') from None
     except Exception:
         other = known_as(data)
+        what = f'the bytes are {other}, which is not read' if other else 'the bytes are not an image that can be read'
+        if other == 'TIFF': what = 'the bytes are a TIFF that is not read: of an unknown kind, or cut short'
         raise NotAnImage(
-            f'the bytes are {other}, which is not read' if other else 'the bytes are not an image that can be read',
+            what,
             want,
             AS_PNG if other else 'send the file itself, re-encoded as PNG or JPEG if need be',
         ) from None
-    if im.width*im.height*(n := WEIGHT.get(im.format, 1)) > max_pixels:
+    if fault: raise NotAnImage(f'the bytes are a TIFF that is not read: {fault}', want, AS_PNG)
+    if pixels > max_pixels:
+        n = pixels // (im.width*im.height)
         raise TooLarge(
             f'the image is {im.width} x {im.height} pixels'
             + (f', and each counts {n} times in {im.format}' if n > 1 else ''),

@@ -1,11 +1,11 @@
 "Decoding in strips gives the pixels of Pillow's own way at once, for every mode and turn."
-import io
+import io, struct
 
 import numpy as np, pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, TiffImagePlugin
 
 from cv_lab import image as room
-from cv_lab.image import TooLarge, decode
+from cv_lab.image import NotAnImage, TooLarge, decode
 
 
 def at_once(data):
@@ -44,6 +44,9 @@ def files():
     yield '16 bit', put(Image.fromarray(rng.integers(0, 65536, (37, 53), np.uint16)), 'PNG')
     yield 'BMP', put(rgb, 'BMP')
     yield 'GIF', put(rgb, 'GIF')
+    for packed in ('raw', 'packbits', 'tiff_lzw', 'tiff_adobe_deflate'):
+        for mode in ('1', 'L', 'LA', 'P', 'RGB', 'RGBA'): yield f'TIFF {mode} {packed}', put(rgba.convert(mode), 'TIFF', compression=packed)
+        yield f'TIFF 16 bit {packed}', put(Image.fromarray(rng.integers(0, 65536, (37, 53), np.uint16)), 'TIFF', compression=packed)
 
 
 @pytest.mark.parametrize('strip', [1, 53*5, 1 << 20])
@@ -55,3 +58,51 @@ def test_strips_are_the_whole(strip, monkeypatch):
 def test_a_pixel_of_webp_counts_three_times():
     b = io.BytesIO(); Image.new('RGB', (100, 100)).save(b, 'WEBP'); decode(b.getvalue(), 30_000)
     with pytest.raises(TooLarge, match='counts 3 times'): decode(b.getvalue(), 29_999)
+
+
+def tiff(im, **tags):
+    "A TIFF with tags as they are given: number=value."
+    b, more = io.BytesIO(), TiffImagePlugin.ImageFileDirectory_v2()
+    for k, v in tags.pop('tags', {}).items(): more[k] = v; more.tagtype[k] = 4
+    im.save(b, 'TIFF', tiffinfo=more, **tags)
+    return b.getvalue()
+
+
+@pytest.mark.parametrize('why, mode, how', [
+    ('several pages', 'RGB', dict(save_all=True, append_images=[Image.new('RGB', (9, 9))])),
+    ('several pages', 'L', dict(tags={254: 1})), # a preview
+    ('raw photograph', 'RGB', dict(tags={330: 8})),
+    ('compressed as jpeg', 'RGB', dict(compression='jpeg')),
+    ('compressed as group4', '1', dict(compression='group4')),
+    ('floating point', 'F', {}),
+    ('signed', 'I', {}),
+    ('channels are CMYK', 'CMYK', {}),
+])
+def test_a_tiff_of_another_kind_is_refused_in_words_before_it_is_unpacked(why, mode, how, monkeypatch):
+    data = tiff(Image.new(mode, (9, 9)), **how)
+    monkeypatch.setattr(TiffImagePlugin.TiffImageFile, 'load', lambda im: pytest.fail('unpacked'))
+    with pytest.raises(NotAnImage, match=f'a TIFF that is not read: .*{why}') as e: decode(data)
+    assert 'PNG' in e.value.mend
+
+
+@pytest.mark.parametrize('bits, why', [(12, '12 bits'), (32, '32 bits')])
+def test_a_tiff_of_other_depths_is_refused(bits, why):
+    data = tiff(Image.new('I;16', (8, 8))).replace(struct.pack('<HHIHH', 258, 3, 1, 16, 0), struct.pack('<HHIHH', 258, 3, 1, bits, 0))
+    with pytest.raises(NotAnImage, match=f'{why}|unknown kind'): decode(data)
+
+
+def test_a_tiff_is_judged_by_what_its_decoder_takes(monkeypatch):
+    tifffile = pytest.importorskip('tifffile')
+    def put(pixels, **kw):
+        b = io.BytesIO(); tifffile.imwrite(b, pixels, photometric='rgb', metadata=None, **kw); return b.getvalue()
+
+    deep = np.random.default_rng(0).integers(0, 65536, (50, 40, 3), np.uint16)
+    assert np.array_equal(decode(put(deep), 4000), deep >> 8)
+    with pytest.raises(TooLarge, match='counts 2 times in TIFF'): decode(put(deep), 3999)
+    tiled = put(np.zeros((16, 16, 3), np.uint8), tile=(1600, 1600), compression='zlib') # a small picture in a large tile
+    decode(tiled)
+    monkeypatch.setattr(TiffImagePlugin.TiffImageFile, 'load', lambda im: pytest.fail('unpacked'))
+    with pytest.raises(TooLarge): decode(tiled, 1600*1600 - 1)
+    bomb = tiff(Image.new('1', (9_000, 6_000)), compression='tiff_lzw')
+    assert len(bomb) < 200_000
+    with pytest.raises(TooLarge, match='9000 x 6000'): decode(bomb)

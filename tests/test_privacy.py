@@ -83,6 +83,23 @@ def test_nothing_is_left_and_no_pixel_changes(kind, turn):
     if kind == 'GIF': assert Image.open(io.BytesIO(new)).n_frames == 2
 
 
+@pytest.mark.parametrize('how', [dict(), dict(byteorder='>'), dict(tile=(16, 32)), dict(compression='zlib', predictor=True)])
+@pytest.mark.parametrize('shape, kind', [((50, 70), 'uint16'), ((50, 70, 3), 'uint8'), ((50, 70, 3), 'uint16')])
+def test_a_tiff_keeps_its_pixels_as_they_are_packed_and_tells_nothing(how, shape, kind):
+    tifffile, out = pytest.importorskip('tifffile'), io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 256, shape).astype(kind)*(257 if kind == 'uint16' else 1)
+    place = (33922, 'd', 6, (0., 0., 0., 8.53, 47.37, 0.), True)  # GeoTIFF's tie point
+    more = [place, (315, 's', 0, 'Ada Lovelace', True), (274, 'H', 1, 6, True)]
+    tifffile.imwrite(out, pixels, photometric='rgb' if len(shape) == 3 else 'minisblack', description='Lovelace, at home',
+                     extratags=more, metadata=None, **how)
+    data = out.getvalue()
+    assert told(open_image(data)) == {'gps', 'owner', 'note'}
+    new = strip(data)
+    assert b'Lovelace' not in new and not told(open_image(new)) and strip(new) == new
+    assert np.array_equal(decode(new), decode(data)) and np.array_equal(tifffile.imread(io.BytesIO(new)), pixels)
+    with pytest.raises(BadInput): strip(data[:len(data)//2])
+
+
 def test_a_profile_stays_and_a_cut_file_is_refused():
     from PIL import ImageCms
 

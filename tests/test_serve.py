@@ -104,7 +104,8 @@ def hostile():
         + b'\r\n'
     )
     rng = np.random.default_rng(0); out = []
-    files = {f: grey(77, f, (33, 21)) for f in ('PNG', 'JPEG', 'WEBP', 'BMP', 'GIF')}
+    two = io.BytesIO(); Image.new('L', (9, 9)).save(two, 'TIFF', save_all=True, append_images=[Image.new('L', (9, 9))])
+    files = {f: grey(77, f, (33, 21)) for f in ('PNG', 'JPEG', 'WEBP', 'BMP', 'GIF', 'TIFF')}
     for name, f in files.items():
         out += [
             (f'{name} cut at {n}', 'POST', one, raw(f[:n]))
@@ -125,7 +126,7 @@ def hostile():
         ('GIF of 65535 x 65535', 'POST', one, raw(b'GIF89a' + struct.pack('<HH', 65535, 65535) + b'\0\0\0;')),
         ('BMP of negative width', 'POST', one, raw(files['BMP'][:18] + struct.pack('<i', -5) + files['BMP'][22:])),
         ('SVG', 'POST', one, raw(b'<svg xmlns="http://www.w3.org/2000/svg" onload="x()"/>', 'image/svg+xml')),
-        ('TIFF', 'POST', one, raw(grey(3, 'TIFF'))),
+        ('TIFF of two pages', 'POST', one, raw(two.getvalue())),
         ('ICO', 'POST', one, raw(grey(3, 'ICO'))),
         ('PDF', 'POST', one, raw(grey(3, 'PDF'))),
         ('polyglot', 'POST', one, raw(b'PK\x03\x04' + good)),
@@ -312,7 +313,7 @@ def test_no_client_fault_is_a_5xx(toy):
     assert sum(len(f.samples) for f in text_string_to_metric_families(text)) < 900
 
 
-@pytest.mark.parametrize('kind', ['exif', 'cmyk', '16 bit', 'alpha', 'palette', 'grey', 'gif', 'webp', 'progressive'])
+@pytest.mark.parametrize('kind', ['exif', 'cmyk', '16 bit', 'alpha', 'palette', 'grey', 'gif', 'webp', 'tiff', 'progressive'])
 def test_served_pixels_are_training_pixels(tmp_path, kind):
     "The network echoes its input: what the service saw against what `decode` and `preprocess` give."
     rng = np.random.default_rng(1)

@@ -82,9 +82,11 @@ def look(data:bytes, # an image file's content
     if not data: return Look(sha, fault='empty file')
     try: im = open_image(data); (w, h), kind = im.size, im.format
     except TooLarge as e: return Look(sha, fault='too many pixels', detail=e.what)
-    except NotAnImage:
-        if other := known_as(data): return Look(sha, fault=_OTHER, detail=f'{other}: {AS_PNG}')
-        return Look(sha, fault='not an image that is read', detail='JPEG, PNG, WebP, BMP and GIF are')
+    except NotAnImage as e:
+        if other := known_as(data):
+            why = e.what.partition(' that is not read: ')[2]
+            return Look(sha, fault=_OTHER, detail=f'{other}{why and ", " + why}: {AS_PNG}')
+        return Look(sha, fault='not an image that is read', detail='JPEG, PNG, WebP, BMP, GIF and TIFF are')
     except BadImage as e: return Look(sha, fault='cannot be decoded', detail=e.what)
     suffix = '.' + kind.lower().replace('jpeg', 'jpg')
     try: turned = _readable(im, data)

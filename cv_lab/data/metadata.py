@@ -9,7 +9,7 @@ __all__ = ['told', 'strip']
 import struct, zlib
 from typing import Iterator
 import numpy as np
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 from ..core import Damaged
 from ..image import BadImage, decode, open_image
 
@@ -19,6 +19,7 @@ _OWNER, _SERIAL = (
     {0x013B, 0x8298, 0x9C9D, 0xA430, 0x013C},
     {0xA431, 0xA435, 0xA420, 0xC62F},
 )  # artist, copyright, author, owner, computer; body, lens, image, camera
+_PLACE = {0x830E, 0x8480, 0x8482, 0x85D8, 0x87AF, 0x87B0, 0x87B1} # of GeoTIFF: where on the earth each pixel lies
 _NOTE, _MAKER = {0x010E, 0x9286, 0x9C9B, 0x9C9C, 0x9C9E, 0x9C9F}, {0x927C}
 
 def told(im:Image.Image, # as `open_image` gives it
@@ -31,6 +32,8 @@ def told(im:Image.Image, # as `open_image` gives it
         out |= {k for k, which in dict(owner=_OWNER, serial=_SERIAL, note=_NOTE, maker=_MAKER).items() if tags & which}
         if 'exif' in info and exif.get_ifd(1): out.add('preview')
     xmp = info.get('xmp') or info.get('XML:com.adobe.xmp')
+    tags = set(im.tag_v2) if im.format == 'TIFF' else set()
+    if tags & _PLACE: out.add('gps')
     if xmp: out |= {'xmp'} | ({'gps'} if 'GPSL' in (xmp if isinstance(xmp, str) else xmp.decode('latin-1')) else set())
     blocks = {n for n, body in getattr(im, 'applist', []) if body[:12] != b'ICC_PROFILE\0'} - {
         'APP0',
@@ -38,7 +41,7 @@ def told(im:Image.Image, # as `open_image` gives it
         'APP14',
         'COM',
     }
-    if info.get('photoshop') or 'APP13' in blocks: out.add('iptc')
+    if info.get('photoshop') or tags & {0x83BB, 0x8649} or 'APP13' in blocks: out.add('iptc')
     if blocks - {'APP13'}: out.add('maker')
     if info.get('comment') or (im.format == 'PNG' and set(im.text) - {'XML:com.adobe.xmp'}): out.add('note')
     return out
@@ -119,8 +122,27 @@ def _gif(data:bytes, turn:int) -> Iterator[bytes]:
         at = end
     yield b';'
 
+# %% ../../nbs/10e_data.metadata.ipynb #90a9058c
+_TIFF = {254, 256, 257, 258, 259, 262, 266, 274, 277, 278, 279, 282, 283, 284, 296, 317, 320, 322, 323, 325, 338, 339, 34675}
+
+def _tiff(data:bytes, turn:int) -> Iterator[bytes]:
+    t = open_image(data).tag_v2; where, sizes = (324, 325) if 324 in t else (273, 279)
+    if where not in t or sizes not in t: raise ValueError('it does not say where its pixels are')
+    parts = [data[a:a + n] for a, n in zip(t[where], t[sizes], strict=True)]
+    if [len(p) for p in parts] != list(t[sizes]): raise ValueError('pixels are missing')
+    parts = [p + bytes(len(p) % 2) for p in parts]; at = np.cumsum([0, *map(len, parts)])
+    if at[-1] > len(data) + len(parts): raise ValueError('its strips overlap')
+    new = TiffImagePlugin.ImageFileDirectory_v2((b'II*\0' if t.prefix == b'II' else b'MM\0*') + bytes(4))
+    for k in sorted(_TIFF & set(t)): new.tagtype[k] = t.tagtype[k]; new[k] = t[k]
+    new.tagtype[where], new[where] = 4, tuple(at[:-1].tolist()); table = new.tobytes(8)
+    if where == 324: # Pillow counts strips from the end of the table, tiles from the start of the file
+        new[where] = tuple((at[:-1] + 8 + len(table)).tolist()); table = new.tobytes(8)
+    yield data[:4] + struct.pack('<I' if t.prefix == b'II' else '>I', 8)
+    yield table
+    yield from parts
+
 # %% ../../nbs/10e_data.metadata.ipynb #d71f0be2
-_HOW = dict(JPEG=_jpeg, MPO=_jpeg, PNG=_png, WEBP=_webp, GIF=_gif)
+_HOW = dict(JPEG=_jpeg, MPO=_jpeg, PNG=_png, WEBP=_webp, GIF=_gif, TIFF=_tiff)
 
 def strip(data:bytes, # an image file's content
          ) -> bytes: # the same pixels, upright the same way, with nothing told beside
