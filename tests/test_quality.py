@@ -114,6 +114,19 @@ def test_leaks_are_errors_and_the_test_item_stays(tmp_path):
     assert not r.ok and {x['rule']: x['verdict'] for x in r.rules}['nothing shared between splits'] == 'fail'
 
 
+def test_broken_rules_are_refused_each_with_its_own_way_out(tmp_path):
+    d = dataset(tmp_path, {f'{i}.png': encoded(picture(i), 'PNG') for i in range(4)})
+    ask = dict(name='p', task='classification', dataset='x', classes=d.classes, owner='t', intended_use='t')
+    ask |= dict(acceptance=[dict(metric='accuracy', at_least=0.5)])
+    fine, few = (q.check(d, Problem(**ask, data=dict(min_per_class=n))) for n in (0, 9))
+    assert q.refuse_data(fine) is None and 'to_do' not in fine.verdicts() and 'what to do' not in fine._repr_markdown_()
+    with pytest.raises(BadInput) as e: q.refuse_data(few)
+    assert 'min_per_class' in e.value.mend and 'split' not in e.value.mend and 'at least 9' in e.value.expected
+    bad = few.verdicts().set_index('rule')['to_do']
+    assert bad['training items of each class'] and not bad.drop('training items of each class').any()
+    assert 'min_per_class' in few._repr_markdown_()
+
+
 def test_same_pixels_in_another_file(tmp_path):
     im = picture(1)
     r = q.check(

@@ -235,6 +235,8 @@ def test_command_line(home):
     code, out = cvlab('split', home, '--no-near', '--redo', '--seed', 3, '--json')
     assert code == 0 and json.loads(out)['proof']['shared_groups'] == 0
     assert load_dataset(home).about['split']['seed'] == 3
+    said = cvlab('split', home, '--no-near', '--seed', 4)[1]  # nothing is left to split: that is said, and how to split anew
+    assert 'every item had a split' in said and '--redo' in said
     first = json.loads(cvlab('log', home, '--json')[1])[-1]['version']
     assert not (home/'GUIDELINE.md').exists() and isinstance(
         CliRunner().invoke(app, ['datasheet', str(home), '--task', 'nope']).exception, BadInput)

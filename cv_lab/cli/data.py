@@ -198,11 +198,13 @@ def export(
 # %% ../../nbs/95_cli.data.ipynb #6ec186f3
 def _checked(found:dict) -> str:
     "A check, for a person."
-    rules = Table('rule', 'verdict', 'seen', 'expected')
+    rules = Table('rule', 'verdict', 'seen', 'expected', *([] if found['ok'] else ['what to do']))
     kinds = Table('found', 'severity', 'items', 'first', 'what to do')
     for x in found['rules']:
         colour = dict(fail='red', **{'not judged': 'yellow'}).get(x['verdict'], 'green')
-        rules.add_row(x['rule'], f"[{colour}]{x['verdict']}[/]", x['said'], x['expected'])
+        rules.add_row(
+            x['rule'], f"[{colour}]{x['verdict']}[/]", x['said'], x['expected'], *([] if found['ok'] else [x['to_do']])
+        )
     for x in found['findings']:
         what, first = f"{x['kind']}: {x['meaning']}", ', '.join(x['first'][:3])
         kinds.add_row(what, x['severity'], f"{x['items']:,}", first, x['to_do'])
@@ -319,9 +321,9 @@ def split(
 
     **Example**: `cvlab data split data/street --by site --site camera --redo`
     """
-    from cv_lab.data.manifest import load_dataset, open_manifest
+    from cv_lab.data.manifest import SPLITS, load_dataset, open_manifest
     from cv_lab.data.versions import commit, ever_held, split_dataset
-    d, clusters = open_manifest(dataset), None
+    d, clusters = open_manifest(dataset), None; before = d.version
     if near:
         from cv_lab.data.quality import check as look
         d = load_dataset(dataset)
@@ -329,7 +331,8 @@ def split(
     shares = {k: v for k, v in dict(train=train, val=val, test=test).items() if v}
     done, proof = split_dataset(d, shares, by, site, clusters, ever_held(dataset), redo, seed)
     line = commit(dataset, done, f'split by {proof["by"]}, seed {seed}', who, golden)
-    text = f'version {line["version"]}: ' + ', '.join(f'{s} {n:,}' for s, n in proof['items'].items())
+    text = f'version {line["version"]}: ' + ', '.join(f'{s} {proof["items"].get(s, 0):,}' for s in SPLITS)
+    if line['version'] == before: text += '\nevery item had a split, and kept it' + ('' if redo else '; new ones: --redo')
     near_n = '(not looked for)' if clusters is None else proof['shared_clusters']
     text += f'\nin two splits: {proof["shared_groups"]} groups, {proof["shared_contents"]} contents'
     say(dict(version=line['version'], proof=proof), as_json, f'{text}, {near_n} near-duplicate clusters')

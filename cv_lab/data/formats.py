@@ -24,6 +24,7 @@ from ..geometry import sound_rle
 from cv_lab.data.manifest import (
     PREDICTIONS,
     SCHEMA,
+    SPLITS,
     Dataset,
     assign_splits,
     labels_in,
@@ -340,7 +341,7 @@ def tally_of(t:pa.Table, q:Quarantine) -> dict: # counts
         annotations=len(flat),
         kinds={k: n for k, m in kinds.items() if (n := int(pc.sum(m).as_py() or 0))},
         unlabelled=int(pc.sum(pc.equal(pc.fill_null(pc.list_value_length(anns), 0), 0)).as_py() or 0),
-        splits=counted(t['split']),
+        splits=dict(sorted(counted(t['split']).items(), key=lambda kv: [*SPLITS, NO_SPLIT].index(kv[0]))),
         labels=dict(sorted(counted(pc.struct_field(flat, 'label').drop_null()).items(), key=lambda kv: natural(kv[0]))),
         left_out=q.counts('left out'),
         mended=q.counts('mended'),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KINDS', 'finding', 'picture_findings', 'between_findings', 'near_pairs', 'near_findings', 'same_boxes',
            'table_findings', 'label_findings', 'class_counts', 'judge_data', 'quality_parts', 'quality_score', 'Report',
-           'check', 'plot_balance', 'beside', 'examples', 'plot_findings']
+           'refuse_data', 'check', 'plot_balance', 'beside', 'examples', 'plot_findings']
 
 # %% ../../nbs/12_data.quality.ipynb #efea8887
 import textwrap
@@ -230,7 +230,7 @@ def _file_findings(t:pa.Table, seen:pd.DataFrame) -> list[pd.DataFrame]:
     sizes = zip(w[other], h[other], seen['width'][other], seen['height'][other])
     two = [f'{a:.0f} x {b:.0f} in the manifest, {c:.0f} x {e:.0f} in the file' for a, b, c, e in sizes]
     silent = pc.fill_null(pc.list_value_length(t['annotations']), 0).to_numpy() == 0
-    over, tells = expired(t), seen['tells'].fillna('').str.split(',').map(set)
+    over, tells = expired(t), seen['tells'].astype(object).fillna('').str.split(',').map(set)
     until = [f'it was to be used until {v}' for v in t['expires'].filter(pa.array(over)).to_pylist()]
     out = [
         finding('changed', ids[changed], 'its content hash differs from the manifest'),
@@ -365,7 +365,7 @@ def class_counts(
 # %% ../../nbs/12_data.quality.ipynb #21d59fdb
 def judge_data(
     rules: DataRules, t: pa.Table, findings: pd.DataFrame, counts: pd.DataFrame
-) -> list[dict]:  # rule, verdict, said, expected
+) -> list[dict]:  # rule, verdict, said, expected, to_do (empty where it passes)
     "The data rules that a problem asks for, judged."
     n = {k: findings.loc[findings['kind'] == k, 'id'].nunique() for k in KINDS}; items = max(len(t), 1)
     leaked = findings.loc[
@@ -376,8 +376,8 @@ def judge_data(
     train = counts['train'] if 'train' in counts else counts.sum(axis=1)
     least = train.sort_values(kind='stable').index[0] if len(train) else None
 
-    def rule(name, ok, said, expected):
-        return dict(rule=name, verdict='pass' if ok else 'fail', said=said, expected=expected)
+    def rule(name, ok, said, expected, to_do):
+        return dict(rule=name, verdict='pass' if ok else 'fail', said=said, expected=expected, to_do='' if ok else to_do)
 
     return [
         rule(
@@ -385,21 +385,31 @@ def judge_data(
             n['unreadable'] / items <= rules.max_broken,
             f'{n["unreadable"]} of {len(t)} cannot',
             f'at most {rules.max_broken:.2%}',
+            'fetch the broken files again, or import without them',
         ),
-        rule('files as imported', not n['changed'], f'{n["changed"]} changed', 'none'),
+        rule('files as imported', not n['changed'], f'{n["changed"]} changed', 'none', 'import the dataset again'),
         rule(
             'nothing shared between splits',
             rules.allow_leaks or not leaked,
             f'{leaked} items leak'
             + (f', {n["leaked_near"]} items are nearly like one of another split' if n['leaked_near'] else ''),
             'any number: the problem allows leaks' if rules.allow_leaks else 'none',
+            'cvlab data split DIR --redo keeps copies and near-duplicates together; where pictures are alike by nature: '
+            'allow_near_duplicates in the data section of the problem file',
         ),
-        rule('labels are classes', not n['unknown_label'], f'{n["unknown_label"]} items with other labels', 'none'),
+        rule(
+            'labels are classes',
+            not n['unknown_label'],
+            f'{n["unknown_label"]} items with other labels',
+            'none',
+            'correct the labels, or add them to classes in the problem file',
+        ),
         rule(
             'training items of each class',
             least is None or train[least] >= rules.min_per_class,
             'no classes' if least is None else f'“{least}” has {train[least]}',
             f'at least {rules.min_per_class}',
+            'label more of that class, take it out of data and classes, or lower min_per_class in the problem file',
         ),
         *term_rules(rules, t),
         *[
@@ -408,6 +418,7 @@ def judge_data(
                 not len(gps),
                 f'{len(gps)} do' + (f': {", ".join(gps[:3])}' if len(gps) else ''),
                 'none',
+                'cvlab data strip DIR',
             )
         ]
         * rules.no_gps,
@@ -455,13 +466,17 @@ class Report:
     seen: pd.DataFrame      # measures, a row per item; `cluster`: equal for items that are the same picture or nearly
     findings: pd.DataFrame  # id, kind, severity, detail, other
     counts: pd.DataFrame    # classes x splits
-    rules: list[dict]       # rule, verdict, said, expected
+    rules: list[dict]       # rule, verdict, said, expected, to_do
     parts: dict[str, float] # of the score
 
     @property
     def ok(self) -> bool: return all(r['verdict'] != 'fail' for r in self.rules)
     @property
     def score(self) -> float: return quality_score(self.parts)
+
+    def verdicts(self) -> pd.DataFrame: # rule, verdict, said, expected; to_do where one fails
+        "The rules as a table."
+        return pd.DataFrame(self.rules).drop(columns=['to_do'] if self.ok else [])
 
     def tally(self) -> pd.DataFrame: # kind, severity, items, first, meaning, to_do
         "Findings by kind, the worst first."
@@ -493,10 +508,13 @@ class Report:
             f'**{self.dataset.name}**, version `{self.dataset.version}`: {len(self.dataset)} items, score {self.score:.2f} '
             f'({", ".join(f"{k} {v:.2f}" for k, v in self.parts.items())})',
             '',
-            '| rule | verdict | seen | expected |',
-            '|---|---|---|---|',
+            '| rule | verdict | seen | expected |' + ('' if self.ok else ' what to do |'),
+            '|---|---|---|---|' + ('' if self.ok else '---|'),
         ]
-        lines += [f'| {r["rule"]} | {mark(r["verdict"])} | {r["said"]} | {r["expected"]} |' for r in self.rules]
+        lines += [
+            f'| {r["rule"]} | {mark(r["verdict"])} | {r["said"]} | {r["expected"]} |' + ('' if self.ok else f' {r["to_do"]} |')
+            for r in self.rules
+        ]
         if len(t := self.tally()):
             lines += ['', '| found | items | first | what to do |', '|---|---|---|---|']
             lines += [
@@ -504,6 +522,16 @@ class Report:
                 for r in t.itertuples()
             ]
         return '\n'.join(lines)
+
+
+def refuse_data(found:Report) -> None: # BadInput where a rule fails
+    "Refuse data that break a rule of the problem, with what to do about each."
+    if not (bad := [r for r in found.rules if r['verdict'] == 'fail']): return
+    raise BadInput(
+        "the data break the problem's rules: " + '; '.join(f'{r["rule"]}: {r["said"]}' for r in bad),
+        '; '.join(f'{r["rule"]}: {r["expected"]}' for r in bad),
+        '; '.join(r['to_do'] for r in bad) + '. With pictures: cvlab data check DIR --problem FILE --report',
+    )
 
 # %% ../../nbs/12_data.quality.ipynb #a1100167
 def check(dataset:Dataset,

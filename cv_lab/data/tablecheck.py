@@ -134,7 +134,7 @@ def check_table_only(d:Dataset|Manifest, problem:Problem|None=None) -> TableRepo
     names = [SPLITS[s] if s >= 0 else 'none' for s in (there[1:] + there[:1] if there[:1] == [-1] else there)]
     counts = pd.DataFrame(r.carries, pd.Index(classes, name='class'), pd.Index([*SPLITS, 'none'], name='split'))[names]
     t = pa.Table.from_batches(batches(d.rows, ['id', *TERMS]))
-    judged = [dict(v, verdict='not judged', said='no picture was looked at') if v['rule'] in _BLIND else v
+    judged = [dict(v, verdict='not judged', said='no picture was looked at', to_do='') if v['rule'] in _BLIND else v
               for v in judge_data(rules, t, found, counts)]
     parts = {k: v for k, v in quality_parts(t, found, counts).items() if k not in ('readable', 'visible')}
     return TableReport(d, pd.DataFrame(), found, counts, judged, parts)

@@ -79,19 +79,27 @@ def _named(t:pa.Table, mask:np.ndarray, what:str) -> str:
     ids = t['id'].filter(pa.array(mask)); first = ', '.join(map(str, ids[:3].to_pylist()))
     return f'{len(ids)} {what}' + (f': {first}' + (', ...' if len(ids) > 3 else '') if len(ids) else '')
 
-def term_rules(rules:DataRules, t:pa.Table, today:date|None=None) -> list[dict]: # rule, verdict, said, expected
+def term_rules(
+    rules: DataRules, t: pa.Table, today: date | None = None
+) -> list[dict]:  # rule, verdict, said, expected, to_do (empty where it passes)
     "The rules about terms that a problem asks for, judged; what is said names the items."
-    def row(rule, mask, what):
-        return dict(
-            rule=rule, verdict='fail' if mask.any() else 'pass', said=_named(t, mask, what), expected='none'
-        )
+    def row(rule, mask, what, to_do='say what is known with cvlab data terms, or cvlab data withdraw'):
+        bad, said = mask.any(), _named(t, mask, what)
+        return dict(rule=rule, verdict='fail' if bad else 'pass', said=said, expected='none', to_do=to_do if bad else '')
 
     lacks = lambda k: pc.equal(pc.fill_null(t[k], ''), '').to_numpy(zero_copy_only=False)
     named = dict(license='a licence', consent='a consent', source='a source')
     out = [
         row(f'{v} for every item', lacks(k), 'without') for k, v in named.items() if getattr(rules, f'require_{k}')
     ]
-    return out + [row('nothing past its retention date', expired(t, today), 'are')] * rules.no_expired
+    return out + [
+        row(
+            'nothing past its retention date',
+            expired(t, today),
+            'are',
+            'cvlab data withdraw, or cvlab data terms if it was prolonged',
+        )
+    ] * rules.no_expired
 
 # %% ../../nbs/10d_data.terms.ipynb #7ba5ed7a
 def refuse_terms(rules:DataRules, t:pa.Table, today:date|None=None) -> None:
@@ -100,5 +108,5 @@ def refuse_terms(rules:DataRules, t:pa.Table, today:date|None=None) -> None:
         raise BadInput(
             'the data break the problem\'s rules: ' + '; '.join(f'{r["rule"]}: {r["said"]}' for r in bad),
             'data that keep them',
-            'say what is known with `cvlab data terms`, take out what may not be used with `cvlab data withdraw`',
+            '; '.join(dict.fromkeys(r['to_do'] for r in bad)),
         )
