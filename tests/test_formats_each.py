@@ -425,6 +425,21 @@ def test_masks_as_others_keep_them(tmp_path, kind):
     assert (rle_decode(anns[0]['mask']) == first).all() and (rle_decode(anns[1]['mask']) == (m == 2)).all()
 
 
+def test_masks_and_pictures_of_an_aerial_survey_are_tiff(tmp_path):
+    for n in 'ab':
+        image(tmp_path / f's/images/{n}.tif', ord(n))
+        mask = np.zeros((H, W), np.uint8); mask[2:9, 3:12] = 2
+        (tmp_path / 's/masks').mkdir(exist_ok=True)
+        Image.fromarray(mask).save(tmp_path / f's/masks/{n}.tif', compression='tiff_lzw')
+    (tmp_path / 's/classes.txt').write_text('background\nroad\nroof\n')
+    r = import_dataset(tmp_path / 's', 'auto', tmp_path / 'o', splits='keep')
+    assert not len(r.quarantine) and sorted(get(r)) == ['a.tif', 'b.tif']
+    assert r.dataset.about['format'] == 'masks'
+    for x in r.dataset.table.to_pylist():
+        (a,) = x['annotations']
+        assert a['label'] == 'roof' and np.array_equal(rle_decode(a['mask']), mask == 2) and (x['width'], x['height']) == (W, H)
+
+
 def test_masks_tell_touching_objects_apart_and_name_strange_colours(tmp_path):
     src, kind, whose = tmp_path / 'src', np.zeros((H, W), np.uint8), np.zeros((H, W), np.uint8)
     kind[5:10, 5:25] = 1

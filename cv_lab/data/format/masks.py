@@ -56,7 +56,7 @@ _MASKS = re.compile(
 
 def _is_mask_name(n:str) -> bool:
     return (
-        n.lower().endswith(('.png', '.bmp', '.gif'))
+        n.lower().endswith(('.png', '.bmp', '.gif', '.tif', '.tiff'))
         and not re.search(r'segmentationobject', n, re.I)
         and any(_MASKS.match(p) for p in n.split('/')[:-1])
     )
