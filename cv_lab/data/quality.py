@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KINDS', 'finding', 'picture_findings', 'between_findings', 'near_pairs', 'near_findings', 'same_boxes',
            'table_findings', 'label_findings', 'class_counts', 'judge_data', 'quality_parts', 'quality_score', 'Report',
-           'refuse_data', 'check', 'plot_balance', 'beside', 'examples', 'plot_findings']
+           'check', 'refuse_data', 'plot_balance', 'beside', 'examples', 'plot_findings']
 
 # %% ../../nbs/12_data.quality.ipynb #efea8887
 import textwrap
@@ -373,6 +373,7 @@ def judge_data(
         'id',
     ].nunique()
     gps = findings.loc[findings['kind'] == 'gps', 'id'].drop_duplicates()
+    placed = f'{len(gps)} do' + (f': {", ".join(gps[:3])}' if len(gps) else '')
     train = counts['train'] if 'train' in counts else counts.sum(axis=1)
     least = train.sort_values(kind='stable').index[0] if len(train) else None
 
@@ -412,16 +413,7 @@ def judge_data(
             'label more of that class, take it out of data and classes, or lower min_per_class in the problem file',
         ),
         *term_rules(rules, t),
-        *[
-            rule(
-                'no file says where it was taken',
-                not len(gps),
-                f'{len(gps)} do' + (f': {", ".join(gps[:3])}' if len(gps) else ''),
-                'none',
-                'cvlab data strip DIR',
-            )
-        ]
-        * rules.no_gps,
+        *[rule('no file says where it was taken', not len(gps), placed, 'none', 'cvlab data strip DIR')] * rules.no_gps,
     ]
 
 # %% ../../nbs/12_data.quality.ipynb #18e660b5
@@ -503,35 +495,22 @@ class Report:
         )
 
     def _repr_markdown_(self) -> str:
-        mark = lambda v: dict(fail='**fail**').get(v, v)
+        row = lambda cells: '| ' + ' | '.join(map(str, cells)) + ' |'
+        said = self.verdicts().replace(dict(verdict=dict(fail='**fail**')))
+        heads = ['rule', 'verdict', 'seen', 'expected', 'what to do'][: said.shape[1]]
         lines = [
             f'**{self.dataset.name}**, version `{self.dataset.version}`: {len(self.dataset)} items, score {self.score:.2f} '
             f'({", ".join(f"{k} {v:.2f}" for k, v in self.parts.items())})',
             '',
-            '| rule | verdict | seen | expected |' + ('' if self.ok else ' what to do |'),
-            '|---|---|---|---|' + ('' if self.ok else '---|'),
-        ]
-        lines += [
-            f'| {r["rule"]} | {mark(r["verdict"])} | {r["said"]} | {r["expected"]} |' + ('' if self.ok else f' {r["to_do"]} |')
-            for r in self.rules
+            *map(row, [heads, ['---'] * len(heads), *said.itertuples(index=False)]),
         ]
         if len(t := self.tally()):
-            lines += ['', '| found | items | first | what to do |', '|---|---|---|---|']
-            lines += [
-                f'| {r.kind} ({r.severity}): {r.meaning} | {r.items} | {", ".join(map(str, r.first[:3]))} | {r.to_do} |'
+            found = (
+                (f'{r.kind} ({r.severity}): {r.meaning}', r.items, ', '.join(map(str, r.first[:3])), r.to_do)
                 for r in t.itertuples()
-            ]
+            )
+            lines += ['', *map(row, [['found', 'items', 'first', 'what to do'], ['---'] * 4, *found])]
         return '\n'.join(lines)
-
-
-def refuse_data(found:Report) -> None: # BadInput where a rule fails
-    "Refuse data that break a rule of the problem, with what to do about each."
-    if not (bad := [r for r in found.rules if r['verdict'] == 'fail']): return
-    raise BadInput(
-        "the data break the problem's rules: " + '; '.join(f'{r["rule"]}: {r["said"]}' for r in bad),
-        '; '.join(f'{r["rule"]}: {r["expected"]}' for r in bad),
-        '; '.join(r['to_do'] for r in bad) + '. With pictures: cvlab data check DIR --problem FILE --report',
-    )
 
 # %% ../../nbs/12_data.quality.ipynb #a1100167
 def check(dataset:Dataset,
@@ -567,6 +546,16 @@ def check(dataset:Dataset,
     )  # within a kind: as found, the surest first where there is an order
     rules = judge_data(problem.data if problem else DataRules(), t, found, counts)
     return Report(dataset, seen, found, counts, rules, quality_parts(t, found, counts))
+
+# %% ../../nbs/12_data.quality.ipynb #dafb31cb
+def refuse_data(found:Report) -> None: # BadInput where a rule fails
+    "Refuse data that break a rule of the problem, with what to do about each."
+    if not (bad := [r for r in found.rules if r['verdict'] == 'fail']): return
+    raise BadInput(
+        "the data break the problem's rules: " + '; '.join(f'{r["rule"]}: {r["said"]}' for r in bad),
+        '; '.join(f'{r["rule"]}: {r["expected"]}' for r in bad),
+        '; '.join(r['to_do'] for r in bad) + '. With pictures: cvlab data check DIR --problem FILE --report',
+    )
 
 # %% ../../nbs/12_data.quality.ipynb #4133ed03
 def plot_balance(r:Report):
