@@ -504,11 +504,9 @@ class Report:
             '',
             *map(row, [heads, ['---'] * len(heads), *said.itertuples(index=False)]),
         ]
+        named = lambda r: (f'{r.kind} ({r.severity}): {r.meaning}', r.items, ', '.join(map(str, r.first[:3])), r.to_do)
         if len(t := self.tally()):
-            found = (
-                (f'{r.kind} ({r.severity}): {r.meaning}', r.items, ', '.join(map(str, r.first[:3])), r.to_do)
-                for r in t.itertuples()
-            )
+            found = map(named, t.itertuples())
             lines += ['', *map(row, [['found', 'items', 'first', 'what to do'], ['---'] * 4, *found])]
         return '\n'.join(lines)
 
