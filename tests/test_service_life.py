@@ -533,6 +533,7 @@ def test_the_v2_protocol(toy):
         and out['probabilities']['shape'] == [2, 2]
         and json.loads(out['answer']['data'][0])['confidence'] == want['confidence']
     )
+    assert [r.headers['content-type'] for r in (js, binary)] == ['application/json', 'application/octet-stream']
     n = int(binary.headers['inference-header-content-length']); parts, at = {}, n
     for o in json.loads(binary.content[:n])['outputs']:
         size = o['parameters']['binary_data_size']

@@ -21,10 +21,11 @@ _METHODS = {m: m for m in ('GET', 'HEAD', 'POST', 'PUT', 'DELETE', 'PATCH', 'OPT
 
 class Call:
     "A request."
-    __slots__ = ('scope', '_receive', 'id', 'headers', 'start', 'extra', 'key', 'held', 'spans', 'read')
+    __slots__ = ('scope', '_receive', 'id', 'headers', 'start', 'extra', 'type', 'key', 'held', 'spans', 'read')
     def __init__(self, scope, receive):
         self.scope, self._receive, self.headers = scope, receive, dict(scope['headers'])
         self.start, self.extra, self.key, self.held = time.perf_counter(), [], None, 0
+        self.type = None                       # of the answer, where it is not its endpoint's
         self.read = False # the whole body
         self.spans = [] # name, start, end of its parts, on the clock of time.perf_counter
         given = self.header('x-request-id'); self.id = given if _ID.match(given) else secrets.token_hex(8)
@@ -103,7 +104,7 @@ class Endpoint:
 
     async def __call__(self, scope, receive, send):
         call, method = Call(scope, receive), _METHODS.get(scope['method'], 'other')
-        try: status, body, kind = self.status, await self._said(call), self.type
+        try: status, body, kind = self.status, await self._said(call), call.type or self.type
         except ClientGone: self._count(method, 499); return
         except Exception as e:
             status, more, body = error_response(e, call.id)

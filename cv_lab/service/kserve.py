@@ -147,7 +147,9 @@ async def infer(service, call:Call) -> bytes:
     id = str(asked.get('id') or call.id)[:64]
     answer = dict(model_name=model.name, model_version=model.version, id=id, outputs=outputs)
     body, head = packed(answer, binary)
-    if binary: call.extra.append((b'inference-header-content-length', str(head).encode()))
+    if binary:
+        call.type = b'application/octet-stream'
+        call.extra.append((b'inference-header-content-length', str(head).encode()))
     return body
 
 # %% ../../nbs/68_service.kserve.ipynb #c26

@@ -310,6 +310,7 @@ def infer_operation(id:str, path:tuple[str, ...]) -> dict:
     out['parameters'] += [HEAD, DEADLINE, KEY]
     length = dict(description='bytes of the JSON part, when outputs follow it as bytes', schema=dict(type='integer'))
     out['responses']['200']['headers'] = {HEAD['name']: length}
+    out['responses']['200']['content']['application/octet-stream'] = body['application/octet-stream']
     return out
 
 # %% ../../nbs/67_service.openapi.ipynb #91bd8b2e
