@@ -185,10 +185,10 @@ td.fail,td.error{color:#b91c1c}td.warning,td.not-judged{color:#b45309}
 .gallery figure{margin:0;min-width:8rem;max-width:100%}
 .gallery figcaption{font-size:.75rem;line-height:1.35;color:var(--soft);overflow-wrap:anywhere}.params{color:var(--soft);font-size:.85rem}
 footer{margin-top:3rem;padding-top:.6rem;border-top:1px solid var(--line);color:var(--soft);font-size:.8rem}
-@media print{main{max-width:none;padding:0}details.code{display:none}h2{break-after:avoid}figure,table,img{break-inside:avoid}
+@media print{main{max-width:none;padding:0}details.code{display:none}h2{break-after:avoid}figure,img{break-inside:avoid}footer{margin-top:1rem}
 :root{color-scheme:light;--ink:#000;--soft:#444;--line:#ccc;--back:#fff;--card:#fff;--accent:#000}.output img{filter:none}
 body{font-size:11pt}.scroll,.output>div{overflow:visible}table{font-size:8.5pt}th,td{padding:.2rem .4rem}tr{break-inside:avoid}
-.output pre{max-height:none;overflow:visible;white-space:pre-wrap}h2,h3{break-after:avoid}}
+.output pre{max-height:none;overflow:visible;white-space:pre-wrap}h2,h3,p:has(>strong:only-child){break-after:avoid}}
 '''
 
 # %% ../nbs/90_report.ipynb #1b664449
