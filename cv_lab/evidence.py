@@ -9,6 +9,7 @@ __all__ = ['find_evidence', 'drafted', 'Judged', 'evaluate_predictions']
 import os
 from dataclasses import dataclass
 from pathlib import Path
+import pyarrow as pa
 from .core import BadInput, Workspace, digest, file_digest, workspace, write_atomic, write_json
 from .data.manifest import Dataset, tags_of
 from .data.predictions import Said, read_predictions
@@ -27,9 +28,22 @@ def find_evidence(name:str='', # of a run, or a folder with evaluation/; the new
     return find_run(name, problem, ws)
 
 # %% ../nbs/93_evidence.ipynb #eff87cfc
-def drafted(d:Dataset, where:str) -> tuple[Problem, str]: # the problem, its text
-    "A problem drafted from a dataset."
-    task = guess_task(d.table)
+def _answered(t:pa.Table, said:pa.Table) -> pa.Table: # the first annotations
+    "What is labelled, without the text and the shapes that no prediction has."
+    told = {k for anns in said['annotations'].to_pylist() for a in anns or () for k, v in a.items() if v is not None}
+    off = {'text'} - told | (set() if told & {'mask', 'polygon'} else {'mask', 'polygon'}) if told else set()
+    rows = [
+        [{k: v for k, v in a.items() if k not in off} for a in anns or ()]
+        for anns in t['annotations'].slice(0, 200).to_pylist()
+    ]
+    return pa.table(dict(annotations=rows))
+
+
+def drafted(
+    d: Dataset, where: str, said: pa.Table | None = None  # predictions: what none of them holds is not asked for
+) -> tuple[Problem, str]: # the problem, its text
+    "A problem drafted from a dataset, of the task that the predictions answer."
+    task = guess_task(d.table if said is None else _answered(d.table, said))
     tags = {k: set(filter(None, v)) for k, v in tags_of(d.table).items() if k not in ('split', 'captured_at')}
     text = draft_problem(
         d.name, task, d.classes, where, tags, list(get_task(task).METRICS), None, len(d.split('train'))
@@ -73,9 +87,10 @@ def evaluate_predictions(dataset:str|Path,        # a dataset folder, or the nam
     path = Path(predictions)
     d = open_dataset(str(dataset), ws)
     where = str(d.root) if Path(dataset).exists() else str(dataset)
-    spec, text = (load_problem(problem), None) if problem else drafted(d, where)
+    spec, text = (load_problem(problem), None) if problem else (None, None)
     if problem: _same_classes(d, spec)
-    said = read_predictions(path, d, split, spec.classes, kind, ids)
+    said = read_predictions(path, d, split, spec.classes if spec else None, kind, ids)
+    if not problem: spec, text = drafted(d, where, said.table)
     folder = Path(out) if out else _home(spec, path, d, split, ws)
     if (folder / 'done.json').exists():
         raise BadInput(f'{folder} holds a run', 'a folder of its own', 'give another --out')

@@ -168,7 +168,7 @@ blockquote{margin:.2rem 0 1.2rem;color:var(--soft);font-size:1.05rem;padding:0;b
 a{color:var(--accent)}a.anchor-link{display:none}img{max-width:100%;height:auto}
 .output img{border-radius:.4rem}@media screen and (prefers-color-scheme:dark){.output img{filter:brightness(.92)}}
 pre,code{font:.85rem/1.5 ui-monospace,monospace}pre{overflow:auto;margin:.5rem 0}
-.output pre{background:var(--card);padding:.6rem .8rem;border-radius:.4rem;max-height:22rem}
+.output pre{white-space:pre-wrap;overflow-wrap:anywhere;background:var(--card);padding:.6rem .8rem;border-radius:.4rem;max-height:22rem}
 details.code{margin:.3rem 0;color:var(--soft);font-size:.8rem}details.code>summary{cursor:pointer;width:max-content;opacity:.55}
 details.code pre{padding:.7rem;background:var(--card);border-radius:.4rem;color:var(--ink)}
 .scroll,.output>div{overflow-x:auto}table{border-collapse:collapse;margin:.6rem 0;font-size:.9rem}
@@ -178,7 +178,7 @@ td.fail,td.error{color:#b91c1c}td.warning,td.not-judged{color:#b45309}
 @media screen and (prefers-color-scheme:dark){td.pass,td.ok{color:#4ade80}td.fail,td.error{color:#f87171}td.warning,td.not-judged{color:#fbbf24}}
 .headline{margin:1rem 0 1.6rem}main .cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(8rem,1fr));gap:.7rem}
 .card{background:var(--card);border:1px solid var(--line);border-radius:.7rem;padding:.7rem 1rem}
-.card b{display:block;font-size:1.7rem;line-height:1.25;font-variant-numeric:tabular-nums}.card span{display:block}
+.card b{display:block;font-size:1.7rem;line-height:1.25;font-variant-numeric:tabular-nums}.card span{display:block;overflow-wrap:anywhere}
 .card small{color:var(--soft);font-variant-numeric:tabular-nums}
 .verdict{display:inline-block;font-weight:700;padding:.25rem 1rem;border-radius:1rem;margin-bottom:.8rem;color:#fff;background:#9a3412}
 .verdict.pass{background:#166534}.gallery{display:flex;flex-wrap:wrap;gap:.8rem;align-items:start}

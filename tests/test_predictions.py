@@ -1,6 +1,7 @@
 "Anybody's predictions: every way of writing them gives the same figures, and what cannot be believed is refused by name."
 
 import json
+from dataclasses import replace
 
 import numpy as np, pyarrow as pa, pyarrow.parquet as pq, pytest
 
@@ -45,6 +46,15 @@ def coco(d, t, ids, name='id'):
 
 
 def figures(d, table): return evaluate(d.split('test'), table, drafted(d, 'x')[0])['metrics']
+
+
+def test_boxes_are_judged_as_boxes_where_the_dataset_also_holds_text_and_masks(house):
+    _, d, t = house
+    mask = dict(size=[4, 4], counts='0P1')
+    more = lambda rows, **kw: [dict(r, annotations=[dict(a, **kw) for a in r['annotations']]) for r in rows.to_pylist()]
+    rich = replace(d, table=pa.Table.from_pylist(more(d.table, text='x', mask=mask), schema=d.table.schema))
+    masks = pa.Table.from_pylist(more(t, mask=mask), schema=PREDICTIONS)
+    assert [drafted(rich, 'x', s)[0].task for s in (None, t, masks)] == ['reading', 'detection', 'instances']
 
 
 def test_table_coco_yolo_and_csv_say_the_same(house, tmp_path):

@@ -167,7 +167,7 @@ def evaluate(
     t = metrics_frame(found.figures, found.problem.metrics.report or [found.problem.metrics.primary])
     print_table(
         [dict(items_of=n, **r) for n, r in zip(t.index, t.to_dict('records'))],
-        f'{predictions.name}: {found.said.answers} answers about {found.figures["items"]} items',
+        f'{predictions.name}: {found.said.answers} answers about {found.figures["items"]} items, judged as {found.problem.task}',
     )
     if found.said.silent: print(f'{found.said.silent} items without an answer count as: nothing found')
     if found.said.elsewhere: print(f'{found.said.elsewhere} items of other splits were left aside')
