@@ -37,6 +37,15 @@ def imported(name):
     return sorted(out & MODULES.keys() - {name})
 
 
+def test_links_between_pages_lead_somewhere():
+    texts = [(p, s) for p in EVERY for c, s in cells(p) if c['cell_type'] == 'markdown']
+    texts += [(ROOT/'README.md', (ROOT/'README.md').read_text(encoding='utf8'))]
+    links = [(p, link) for p, s in texts for link in re.findall(r'\]\(([^)#\s]+)[^)]*\)', s) if '://' not in link]
+    assert len(links) > 50
+    dead = [f'{p.name}: {link}' for p, link in links if not (p.parent/link).exists()]
+    assert not dead, dead
+
+
 def test_the_numbers_are_the_order_of_import():
     assert len(MODULES) > 12
     wrong = [
