@@ -388,9 +388,9 @@ def mine(
     source = pool or d; rows, left = free_items(d, source.table)
     if not len(rows):
         raise BadInput(
-            f'nothing in {source.name} could be labelled: {left}',
+            f'nothing in {source.name} is to be labelled: ' + ', '.join(f'{why}: {n:,}' for why, n in left.items()),
             'items without labels, of groups that are not held out',
-            'name a pool of new images: --pool DATASET',
+            'name a pool of ' + ('other' if pool else 'new') + ' images: --pool DATASET',
         )
     p = _looked_at(model, d, rows, source.read, strategy, others, problem)
     at = choose(p, strategy, budget, seed); chosen = [p.said[i] for i in at]; who = run or model.folder.name

@@ -272,6 +272,8 @@ def release(
     if as_json: return print_json(dict(tag=tag, verdict=verdict))
     print_table(verdict_table(verdict).to_dict('records'), f'{folder.name}: {verdict["verdict"]}')
     print(f'{tag} is stored' + ('' if alias == 'none' else f' and is {alias} now'))
+    todo = [k for k in ('owner', 'intended_use', 'out_of_scope') if 'TO DO' in str(getattr(spec, k))]
+    if todo: print(f'its model card still says TO DO: write {", ".join(todo)} into the problem file, and release again')
 
 # %% ../../nbs/99_cli.main.ipynb #e3a3a8a9
 def _tell_forms(found:dict, run:str) -> None:
