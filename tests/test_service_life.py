@@ -327,6 +327,22 @@ def test_jobs_that_are_off_say_what_switches_them_on(toy, tmp_path):
     assert not any('CVLAB_JOBS' in r.text for r in on)
 
 
+def test_a_job_that_cannot_be_read_holds_up_no_other(toy, tmp_path):
+    for name, text in (('a'*32, '{"stat'), ('.' + 'b'*32, json.dumps(dict(status='waiting', created=1.)))):
+        (tmp_path/name).mkdir(); (tmp_path/name/'job.json').write_text(text)
+    async def go():
+        async with serving(toy, jobs=tmp_path) as (service, http):
+            kind = f'multipart/form-data; boundary={"X"*300}'  # a longer one than the parser takes
+            long = await http.post('/v1/jobs', content=b'--X--', headers={'content-type': kind})
+            id = (await http.post('/v1/jobs', files=[('images', grey(9))])).json()['id']
+            for _ in range(500):
+                if (status := (await http.get(f'/v1/jobs/{id}')).json()['status']) == 'done': break
+                await asyncio.sleep(.01)
+            return long, status
+    long, status = run(go())
+    assert (long.status_code, long.json()['error']['code'], status) == (400, 'malformed', 'done')
+
+
 def test_jobs_over_http(toy, tmp_path):
     async def wait(http, id):
         for _ in range(500):
@@ -513,6 +529,20 @@ def test_the_v2_protocol(toy):
                     {'inputs': [dict(name='image', shape=[1], datatype='BYTES', parameters=3, data=['AAAA'])]},
                 )
             ]
+            whole = json.loads(head()) | dict(inputs=[good := dict(name='image', shape=[1], datatype='BYTES', data=[])])
+            good['data'] = [base64.b64encode(image).decode()]
+            twice = [dict(name='label', parameters=dict(binary_data=True))] * 2
+            bad += [
+                await http.post('/v2/models/brightness/infer', json=whole | dict(outputs=o))
+                for o in (twice, *([dict(name=n)] for n in ([], {}, ['label'])))
+            ] + [
+                await http.post(
+                    '/v2/models/brightness/infer', json=whole, headers={'inference-header-content-length': n * 5000}
+                )
+                for n in '09'
+            ]
+            half = await http.post('/v2/models/brightness/infer', content=json.dumps(whole | dict(id='a\ud800')))
+            assert half.status_code == 200 and half.json()['id'] == 'a?'
             gets = [
                 await http.get(p)
                 for p in (

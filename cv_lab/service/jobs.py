@@ -10,7 +10,7 @@ import asyncio, fcntl, os, re, secrets, shutil, time
 from pathlib import Path
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
-from ..core import read_json, write_json
+from ..core import Refusal, read_json, write_json
 from .bodies import Options, _Form, options_of
 from .calls import Call, encode, item, shown, work_on
 from .faults import ClientGone, Fault, envelope
@@ -57,10 +57,11 @@ class _ToDisk(_Form):
         return MultipartParser(boundary, {n: getattr(self, n) for n in dir(self) if n.startswith('on_')})
 
 # %% ../../nbs/68_service.jobs.ipynb #194085df
-async def _pour(call:Call, parser:MultipartParser, seconds:float):
-    "The body into the parser, piece by piece."
+async def _pour(call:Call, form:_ToDisk, boundary:bytes, seconds:float):
+    "The body into the form, piece by piece."
     size = 0
     try:
+        parser = form.parser(boundary)
         async with asyncio.timeout(seconds):
             while True:
                 message = await call.receive()
@@ -89,7 +90,7 @@ async def receive_form(
         wanted = 'multipart/form-data with a boundary'
         raise Fault('unsupported_media_type', what, wanted, 'send a form with the images')
     form = _ToDisk(folder, image_bytes)
-    try: await _pour(call, form.parser(boundary), seconds)
+    try: await _pour(call, form, boundary, seconds)
     finally:
         if form.parts and form.file: form.file.close()
     if not form.ended: raise Fault('malformed', 'the form is cut short', 'its last boundary', 'send it again')
@@ -164,7 +165,10 @@ class _Shelf:
         "Unfinished jobs, oldest first; what is too old goes."
         out = []
         for path in self.folder.glob('*/job.json'):
-            job = Job(path.parent); a = job.about
+            if not _JOB.match(path.parent.name): continue  # is still being taken in
+            job = Job(path.parent)
+            try: a = job.about
+            except Refusal as e: event('job unreadable', 40, job=job.id, reason=str(e)); continue  # the others go on
             if a['status'] in ('waiting', 'running'): out.append((a['created'], job))
             elif time.time() - a.get('ended', 0) > KEEP_SECONDS: shutil.rmtree(job.folder, ignore_errors=True)
         return [j for _, j in sorted(out, key=lambda p: p[0])]

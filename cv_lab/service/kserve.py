@@ -63,7 +63,8 @@ def _contents(t:dict, rest:bytes, most:int) -> list[bytes]:
 # %% ../../nbs/68_service.kserve.ipynb #c11
 def tensor_images(body:bytes, json_length:str, most:int) -> tuple[dict, list[bytes]]: # the JSON part, the images
     "The images of an inference request."
-    if json_length and not (json_length.isascii() and json_length.isdigit() and int(json_length) <= len(body)):
+    known = json_length.isascii() and json_length.isdigit() and len(json_length) < 20 # Python reads 4300 digits at most
+    if json_length and not (known and int(json_length) <= len(body)):
         what = f'Inference-Header-Content-Length is {json_length[:20]!r}'
         raise Fault('malformed', what, 'the length of the JSON part', 'let your client set it')
     split = int(json_length) if json_length else len(body)
@@ -98,10 +99,12 @@ def _wanted(asked:dict, outputs:list[dict]) -> tuple[list[dict], set[str]]:
     every, names = _dict(asked.get('parameters')).get('binary_data_output'), asked.get('outputs')
     if names is None: return outputs, {o['name'] for o in outputs} if every else set()
     there = {o['name']: o for o in outputs}
-    if not isinstance(names, list) or not all(isinstance(o, dict) and o.get('name') in there for o in names):
+    if not isinstance(names, list) or not all(isinstance(o, dict) and o.get('name') in [*there] for o in names):
         raise Fault(
             'bad_input', 'an output that is not there', f'of: {", ".join(there)}', 'see GET /v2/models/{problem}'
         )
+    if len({o['name'] for o in names}) < len(names):
+        raise Fault('bad_input', 'an output is named twice', 'each once', 'ask for it once')
     binary = {o['name'] for o in names if _dict(o.get('parameters')).get('binary_data', every)}
     return [there[o['name']] for o in names], binary
 
@@ -144,7 +147,7 @@ async def infer(service, call:Call) -> bytes:
         if isinstance(a, Exception): e = shown(a, service, model, call.id); e.what = f'image {i}: {e.what}'; raise e
     items = [item(service, model, p, a, d, call.id) for p, a, d in zip(prepared, answers, images)]
     outputs, binary = _wanted(asked, tensors(items, model.predictor.classes))
-    id = str(asked.get('id') or call.id)[:64]
+    id = str(asked.get('id') or call.id)[:64].encode('utf8', 'replace').decode() # half a character cannot be sent back
     answer = dict(model_name=model.name, model_version=model.version, id=id, outputs=outputs)
     body, head = packed(answer, binary)
     if binary:
