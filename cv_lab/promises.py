@@ -95,10 +95,10 @@ def mutated(data:bytes, rng) -> bytes:
 
 async def mutations(n:int=10_000) -> list[dict]:
     rng = np.random.default_rng(0)
-    files, seen = [picture(24, i, f) for i, f in enumerate(('PNG', 'JPEG', 'WEBP', 'BMP', 'GIF'))], {}
+    files, seen = [picture(24, i, f) for i, f in enumerate(('PNG', 'JPEG', 'WEBP', 'BMP', 'GIF', 'TIFF'))], {}
     async with local() as service:
         for i in range(n):
-            status, _ = await ask(service, mutated(files[i % 5], rng))
+            status, _ = await ask(service, mutated(files[i % len(files)], rng))
             seen[status] = seen.get(status, 0) + 1
     return [
         row(
