@@ -139,3 +139,16 @@ def test_help_teaches():
         for c in ('list', 'show', 'diff', 'promote', 'rollback', 'verify', 'gc', 'export', 'import', 'compare', 'log')
     )
     assert '--override' in CliRunner().invoke(app, ['promote', '--help'], env=dict(COLUMNS='140')).output
+
+
+def test_a_full_disk_is_said_in_words(monkeypatch, capsys):
+    import errno
+    from cv_lab.cli import main as cli
+    def full(**kw): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(cli, 'app', full)
+    with pytest.raises(SystemExit) as e: cli.main(['registry', 'list'])
+    said = capsys.readouterr().err
+    assert e.value.code == 3 and os.strerror(errno.ENOSPC) in said and 'its disk' in said
+    def other(**kw): raise OSError(errno.EBADF, 'a fault of ours')
+    monkeypatch.setattr(cli, 'app', other)
+    with pytest.raises(OSError, match='ours'): cli.main([])

@@ -8,7 +8,7 @@ __all__ = ['app', 'AsJson', 'print_json', 'print_table', 'run', 'not_accepted', 
            'walk_problem', 'walk', 'tour_problems', 'has_data', 'tour', 'main']
 
 # %% ../../nbs/99_cli.main.ipynb #83caf70e
-import getpass, importlib, json, os, pkgutil, sys
+import errno, getpass, importlib, json, os, pkgutil, sys
 from pathlib import Path
 from typing import Annotated
 import typer
@@ -654,8 +654,9 @@ def main(args:list[str]|None=None) -> None:
         print(e, file=sys.stderr)
         sys.exit(e.exit_code)
     except OSError as e: # a full disk, a folder that may not be written
-        if e.filename is None: raise
-        why = BadInput(f'{e.filename}: {e.strerror}', 'a path that can be read and written', 'check it, its rights, its disk')
+        if e.filename is None and e.errno not in (errno.ENOSPC, errno.EDQUOT): raise
+        at = e.filename or 'a file cannot be written'
+        why = BadInput(f'{at}: {e.strerror}', 'a path that can be read and written', 'check it, its rights, its disk')
         print(why, file=sys.stderr)
         sys.exit(why.exit_code)
     except KeyboardInterrupt:
