@@ -13,9 +13,9 @@ from .runs import Fit, fast_bf16
 # %% ../nbs/29e_optimizers.ipynb #6cc7d18c
 def _muon(groups:list[dict], lr:float) -> torch.optim.Optimizer:
     from timm.optim import Muon, muon
-    exact = torch.cuda.is_available() or fast_bf16()
+    half = torch.cuda.is_available() or fast_bf16()
     plain = getattr(muon.zeropower_via_newtonschulz, 'func', muon.zeropower_via_newtonschulz)
-    muon.zeropower_via_newtonschulz = plain if exact else functools.partial(plain, dtype=torch.float32)
+    muon.zeropower_via_newtonschulz = plain if half else functools.partial(plain, dtype=torch.float32)
     return Muon(groups, lr, nesterov=True)
 
 # %% ../nbs/29e_optimizers.ipynb #8ca5a6df
