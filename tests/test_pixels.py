@@ -88,7 +88,7 @@ def test_a_tiff_of_another_kind_is_refused_in_words_before_it_is_unpacked(why, m
 @pytest.mark.parametrize('bits, why', [(12, '12 bits'), (32, '32 bits')])
 def test_a_tiff_of_other_depths_is_refused(bits, why):
     data = tiff(Image.new('I;16', (8, 8))).replace(struct.pack('<HHIHH', 258, 3, 1, 16, 0), struct.pack('<HHIHH', 258, 3, 1, bits, 0))
-    with pytest.raises(NotAnImage, match=f'{why}|unknown kind'): decode(data)
+    with pytest.raises(NotAnImage, match=why): decode(data)
 
 
 def test_a_tiff_is_judged_by_what_its_decoder_takes(monkeypatch):
