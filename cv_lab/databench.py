@@ -13,7 +13,8 @@ from PIL import Image
 from . import promises
 from .core import Annotation, RunFailed, digest
 from .data.duplicates import near_duplicates
-from .data.manifest import Dataset, make_table
+from .data.dataset import Dataset
+from .data.manifest import make_table
 from .data.measures import THUMB
 from .data.quality import check
 

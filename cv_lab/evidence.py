@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 import pyarrow as pa
 from .core import BadInput, Workspace, digest, file_digest, workspace, write_atomic, write_json
-from .data.manifest import Dataset, tags_of
+from .data.dataset import Dataset
+from .data.manifest import tags_of
 from .data.predictions import Said, read_predictions
 from .evaluate import write_evidence
 from .experiment import Report, find_run, open_dataset, run_experiment

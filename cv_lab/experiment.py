@@ -223,7 +223,7 @@ def _run_into(folder:Path, notebook:Path, values:dict, ws:Workspace, loud:bool, 
 def open_dataset(name:str, # a folder, or the name of an embedded dataset
                  ws:Workspace|None=None):
     "The dataset a problem, a parameter or a person means; an embedded one is made when it is first asked for."
-    from cv_lab.data.manifest import load_dataset
+    from cv_lab.data.dataset import load_dataset
     from cv_lab.data.samples import SAMPLES, make_sample
     ws = ws or workspace()
     if not name:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Sampler, default_collate
 from tqdm.auto import tqdm
 from .augment import Augment, at_progress, augmentation
 from .core import Annotation, BadInput
-from .data.manifest import Dataset
+from .data.dataset import Dataset
 from .geometry import to_input
 from .image import Placement, decode, placement, preprocess
 from .runs import Fit

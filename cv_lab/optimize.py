@@ -16,7 +16,7 @@ import numpy as np, onnx, onnxruntime as ort, pyarrow as pa, pyarrow.parquet as 
 from .bench import alone, best, hardware, latency, race
 from .compress import dynamic_int8, folded, half, kept_in_float
 from .core import BadInput, NotFound, digest, file_digest, read_json, write_atomic, write_json
-from .data.manifest import Dataset
+from .data.dataset import Dataset
 from .data.versions import golden_of
 from .evaluate import write_comparison, write_evidence
 from .mining import with_embedding

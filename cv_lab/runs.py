@@ -13,7 +13,7 @@ from typing import Any, Literal
 import pandas as pd, torch, yaml
 from pydantic import Field, ValidationError
 from .core import BadInput, digest, file_digest, read_json
-from .data.manifest import Dataset
+from .data.dataset import Dataset
 from .spec import Problem, Strict
 from .task import check_decision, get_task
 

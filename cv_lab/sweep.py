@@ -18,7 +18,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 from .core import BadInput, RunFailed, digest, workspace, write_json
-from .data.manifest import Dataset
+from .data.dataset import Dataset
 from .devices import together
 from .spec import Problem, Range
 from .task import get_task

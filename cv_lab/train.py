@@ -17,7 +17,8 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from safetensors.torch import load_file, save_file
 from .backbone import safe_in_half
 from .core import BadInput, NotFound, RunFailed, file_digest, workspace, write_atomic, write_json
-from .data.manifest import Dataset, shared_groups
+from .data.dataset import Dataset
+from .data.groups import shared_groups
 from .data.terms import refuse_terms
 from .devices import meeting_point, rank, together
 from .finetune import add_lora, be_still, freeze, merge_lora

@@ -9,7 +9,8 @@ from typer.testing import CliRunner
 from cv_lab.audit import Sealed
 from cv_lab.core import Annotation, BadInput
 from cv_lab.data.files import look
-from cv_lab.data.manifest import Dataset, load_dataset, make_table, save_dataset
+from cv_lab.data.dataset import Dataset, load_dataset, save_dataset
+from cv_lab.data.manifest import make_table
 from cv_lab.data.privacy import boxes_of, cover, find_faces, find_people, hide, hide_dataset
 from cv_lab.image import decode
 

@@ -9,7 +9,8 @@ from typer.testing import CliRunner
 from cv_lab.client import AsyncClient, ServiceFault
 from cv_lab.cli.monitor import app
 from cv_lab.core import Annotation, digest
-from cv_lab.data.manifest import Dataset, load_dataset, make_table, save_dataset
+from cv_lab.data.dataset import Dataset, load_dataset, save_dataset
+from cv_lab.data.manifest import make_table
 from cv_lab.data.seen import forget, kept_embeddings, kept_images, seen_dataset
 from cv_lab.geometry import rle_encode
 from cv_lab.spec import Problem, Serving

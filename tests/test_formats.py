@@ -8,7 +8,8 @@ from cv_lab.cli.data import app
 from cv_lab.core import BadInput, file_digest
 from cv_lab.data.files import Source, look, look_all, unpack
 from cv_lab.data.formats import Quarantined, export_dataset, import_dataset
-from cv_lab.data.manifest import load_dataset, shared_groups
+from cv_lab.data.dataset import load_dataset
+from cv_lab.data.groups import shared_groups
 from cv_lab.image import decode
 
 rng = np.random.default_rng(0)

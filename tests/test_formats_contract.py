@@ -16,7 +16,8 @@ from cv_lab.data.formats import (
     little_dataset,
     losses,
 )
-from cv_lab.data.manifest import Dataset, make_table
+from cv_lab.data.dataset import Dataset
+from cv_lab.data.manifest import make_table
 from cv_lab.core import file_digest
 from cv_lab.geometry import mask_box, rle_encode
 

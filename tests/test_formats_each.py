@@ -7,7 +7,8 @@ from pycocotools import mask as coco_mask
 
 from cv_lab.core import Annotation, BadInput, digest
 from cv_lab.data.formats import export_dataset, import_dataset
-from cv_lab.data.manifest import Dataset, make_table
+from cv_lab.data.dataset import Dataset
+from cv_lab.data.manifest import make_table
 from cv_lab.data.outlines import from_brush, mask_of, rotated_box, runs_of, to_brush, unrotated_box
 from cv_lab.geometry import rle_decode, rle_encode
 

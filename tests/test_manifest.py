@@ -7,27 +7,14 @@ import numpy as np, pyarrow as pa, pyarrow.parquet as pq, pytest
 from hypothesis import given, settings, strategies as st
 
 from cv_lab.core import BadInput, Damaged, digest
-from cv_lab.data.manifest import (
-    ANNOTATION,
-    SCHEMA,
-    SPLITS,
-    Dataset,
-    assign_splits,
-    batches,
-    check_rows,
-    count_changes,
-    diff_versions,
-    first_labels,
-    load_dataset,
-    make_table,
-    row_digests,
-    save_dataset,
-    shared_groups,
-    tags_of,
-    units_of,
-    version_of,
-    write_manifest,
-)
+from cv_lab.data.content_hash import row_digests, version_of
+from cv_lab.data.dataset import Dataset, load_dataset, save_dataset, write_manifest
+from cv_lab.data.diff import count_changes, diff_versions
+from cv_lab.data.groups import shared_groups, units_of
+from cv_lab.data.manifest import ANNOTATION, SCHEMA, SPLITS, first_labels, make_table, tags_of
+from cv_lab.data.splits import assign_splits
+from cv_lab.data.streaming import batches
+from cv_lab.data.validation import check_rows
 
 settings.register_profile('short', max_examples=60, deadline=None); settings.load_profile('short')
 

@@ -9,7 +9,8 @@ from PIL import Image
 from cv_lab.core import Annotation, BadInput, digest
 from cv_lab.data.batches import absorb, import_into
 from cv_lab.data.formats import export_dataset, import_dataset
-from cv_lab.data.manifest import PREDICTIONS, Dataset, load_dataset, make_table, save_dataset
+from cv_lab.data.dataset import Dataset, load_dataset, save_dataset
+from cv_lab.data.manifest import PREDICTIONS, make_table
 from cv_lab.data.versions import freeze_golden, golden_changes, versions
 from cv_lab.geometry import rle_encode
 from cv_lab.mining import (

@@ -67,7 +67,7 @@ def test_training_report_gate_release_and_service_find_it(copy):
     root, run = copy; (root/'problems/arrows.yaml').write_text(PROBLEM)
     made = run(
         '-c',
-        "from cv_lab.data.manifest import save_dataset; from cv_lab.tasks.keypoints import example; save_dataset(example('data/arrows'), 'data/arrows')",
+        "from cv_lab.data.dataset import save_dataset; from cv_lab.tasks.keypoints import example; save_dataset(example('data/arrows'), 'data/arrows')",
     )
     assert made.returncode == 0, made.stderr[-2000:]
     done = run('-c', "from cv_lab.cli.main import main; main(['walk', '--problem', 'problems/arrows.yaml'])")

@@ -7,7 +7,8 @@ import numpy as np, pyarrow as pa, pyarrow.parquet as pq, pytest
 
 from cv_lab.core import BadInput, Workspace, read_json
 from cv_lab.data.formats import export_dataset, import_dataset
-from cv_lab.data.manifest import PREDICTIONS, load_dataset, save_dataset
+from cv_lab.data.dataset import load_dataset, save_dataset
+from cv_lab.data.manifest import PREDICTIONS
 from cv_lab.data.predictions import read_predictions
 from cv_lab.evaluate import evaluate
 from cv_lab.evidence import drafted, evaluate_predictions, find_evidence

@@ -9,7 +9,8 @@ from PIL import Image
 from cv_lab.audit import Sealed, log_of, record
 from cv_lab.core import Annotation, BadInput, digest, read_json, write_atomic
 from cv_lab.data.files import look
-from cv_lab.data.manifest import SCHEMA, Dataset, load_dataset, make_table, save_dataset
+from cv_lab.data.dataset import Dataset, load_dataset, save_dataset
+from cv_lab.data.manifest import SCHEMA, make_table
 from cv_lab.data.metadata import strip, told
 from cv_lab.data.rewrite import strip_dataset
 from cv_lab.data.terms import expired, refuse_terms, set_terms

@@ -6,7 +6,9 @@ import io
 from cv_lab.core import Annotation, BadInput, canonical_json, digest
 from cv_lab.data import coverage, duplicates, measures, quality as q
 from cv_lab.data.orientation import turned
-from cv_lab.data.manifest import Dataset, assign_splits, first_labels, make_table
+from cv_lab.data.dataset import Dataset
+from cv_lab.data.manifest import first_labels, make_table
+from cv_lab.data.splits import assign_splits
 from cv_lab.spec import Problem
 from cv_lab.tasks import classification
 
@@ -518,7 +520,8 @@ def muddle(seed, n=240):
 @pytest.mark.parametrize('size', [37, 50_000])
 def test_the_table_alone_says_what_the_whole_check_says(tmp_path, monkeypatch, seed, size):
     import cv_lab.data.tablecheck as alone
-    from cv_lab.data.manifest import batches, open_manifest, save_dataset
+    from cv_lab.data.dataset import open_manifest, save_dataset
+    from cv_lab.data.streaming import batches
 
     t, classes = muddle(seed), ['cat', 'dog', 'usual']
     monkeypatch.setattr(alone, 'batches', lambda rows, columns: batches(rows, columns, size))
@@ -543,7 +546,7 @@ def test_the_table_alone_says_what_the_whole_check_says(tmp_path, monkeypatch, s
 def test_the_command_needs_no_picture_for_the_table(tmp_path):
     from typer.testing import CliRunner
     from cv_lab.cli.data import app
-    from cv_lab.data.manifest import save_dataset
+    from cv_lab.data.dataset import save_dataset
 
     rows = [dict(id=f'{i}', uri=f'{i}.png', sha256=digest(f'{i}'), annotations=[Annotation('a')]) for i in range(6)]
     for r, s in zip(rows, ('train', 'train', 'train', 'val', 'test', 'test')): r |= dict(split=s, group=f'g{r["id"]}')

@@ -3,7 +3,8 @@
 import numpy as np, pytest, torch
 
 from cv_lab.core import Annotation, BadInput, digest
-from cv_lab.data.manifest import PREDICTIONS, Dataset, make_table
+from cv_lab.data.dataset import Dataset
+from cv_lab.data.manifest import PREDICTIONS, make_table
 from cv_lab.image import Preprocess, decode as pixels, placement
 from cv_lab.lines import hat, line_logits, merged_lines, reading_columns
 from cv_lab.reader import columns_at, columns_of, core_places, reader_loss

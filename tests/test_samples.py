@@ -7,7 +7,9 @@ from scipy import ndimage
 from sklearn.datasets import load_digits
 
 from cv_lab.core import BadInput, digest
-from cv_lab.data.manifest import first_labels, load_dataset, save_dataset, shared_groups, tags_of
+from cv_lab.data.dataset import load_dataset, save_dataset
+from cv_lab.data.groups import shared_groups
+from cv_lab.data.manifest import first_labels, tags_of
 from cv_lab.data.samples import (CAMERAS, LIGHTS, SAMPLES, digit_scenes, digits, glyph, ground_part, make_sample,
                                  plan_scenes)
 from cv_lab.image import decode

@@ -5,7 +5,10 @@ from hypothesis import given, settings, strategies as st
 from cv_lab.core import Annotation, BadInput, Damaged, NotFound, digest, read_json, write_json
 from cv_lab.data import versions as v
 from cv_lab.data.datasheet import QUESTIONS, answers_template, datasheet, guideline, load_answers
-from cv_lab.data.manifest import Dataset, load_dataset, make_table, save_dataset, units_of
+from cv_lab.data.dataset import Dataset, load_dataset, save_dataset
+from cv_lab.data.groups import units_of
+from cv_lab.data.manifest import make_table
+from cv_lab.data.splits import prove_split, split_dataset
 
 
 def item(i, label='a', **kw):
@@ -49,7 +52,7 @@ def test_no_unit_is_parted(rows, by, redo, seed):
         ]
     )
     clusters = [c for _, _, c, _, _ in rows]; held = [digest(f's{rows[0][1]}')]
-    done, proof = v.split_dataset(d, by=by, clusters=clusters, held=held, redo=redo, seed=seed)
+    done, proof = split_dataset(d, by=by, clusters=clusters, held=held, redo=redo, seed=seed)
     for keys in (column(d, 'group'), column(d, 'sha256'), clusters):
         for k in set(keys) - {None}: assert len({s for s, x in zip(column(done, 'split'), keys) if x == k}) == 1
     assert (
@@ -95,13 +98,13 @@ def test_shares_are_kept_within_a_unit():
         ]
     )
     for by in ('class', 'time', 'site'):
-        got = v.split_dataset(d, by=by)[1]['items']
+        got = split_dataset(d, by=by)[1]['items']
         assert got['train'] == pytest.approx(650, abs=21) and got['test'] == pytest.approx(200, abs=21)
 
 
 def test_time_splits_train_on_the_past():
     d = dataset([item(i, captured_at=f'2025-{1 + (i * 7) % 12:02}-{1 + i % 28:02}') for i in range(300)])
-    done, _ = v.split_dataset(d, by='time')
+    done, _ = split_dataset(d, by='time')
     x = pd.DataFrame(dict(s=column(done, 'split'), t=column(done, 'captured_at'))).groupby('s')['t'].agg(['min', 'max'])
     assert x.loc['train', 'max'] <= x.loc['val', 'min'] and x.loc['val', 'max'] <= x.loc['test', 'min']
 
@@ -115,7 +118,7 @@ def test_what_a_split_needs():
         dict(shares=dict(train=0.5, test=0.2)),
         dict(shares=dict(train=0.5, holdout=0.5)),
     ):
-        with pytest.raises(BadInput): v.split_dataset(d, **kw)
+        with pytest.raises(BadInput): split_dataset(d, **kw)
 
 
 def test_the_proof_is_counted():
@@ -127,13 +130,13 @@ def test_the_proof_is_counted():
             item(3, sha256=digest('x'), split='train'),
         ]
     )
-    p = v.prove_split(t, [0, 1, 2, 2])
+    p = prove_split(t, [0, 1, 2, 2])
     assert (p['shared_groups'], p['shared_contents'], p['shared_clusters']) == (1, 1, 1)
 
 
 @pytest.fixture
 def home(tmp_path):
-    d = v.split_dataset(dataset([item(i, 'ab'[i % 2]) for i in range(100)], tmp_path))[0]
+    d = split_dataset(dataset([item(i, 'ab'[i % 2]) for i in range(100)], tmp_path))[0]
     save_dataset(d, tmp_path)
     return tmp_path
 
@@ -165,14 +168,14 @@ def test_versions_remember(home):
 def test_once_held_out_always_held_out(home):
     was = {r['sha256'] for r in load_dataset(home).table.to_pylist() if r['split'] == 'test'}
     v.commit(home, changed(home, lambda r: r | dict(split=None)), 'splits forgotten')
-    again, _ = v.split_dataset(load_dataset(home), held=v.ever_held(home), redo=True, seed=7)
+    again, _ = split_dataset(load_dataset(home), held=v.ever_held(home), redo=True, seed=7)
     assert was <= {r['sha256'] for r in again.table.to_pylist() if r['split'] == 'test'}
 
 
 def test_splitting_again_and_again_does_not_eat_the_training_data(tmp_path):
     save_dataset(dataset([item(i, 'ab'[i % 2], sha256=digest(str(i))) for i in range(200)]), tmp_path)
     for seed in range(3):
-        d, proof = v.split_dataset(load_dataset(tmp_path), held=v.ever_held(tmp_path), redo=True, seed=seed)
+        d, proof = split_dataset(load_dataset(tmp_path), held=v.ever_held(tmp_path), redo=True, seed=seed)
         v.commit(tmp_path, d, 'again')
         assert abs(proof['items']['test'] - 40) <= 8 and abs(proof['items']['val'] - 30) <= 8
 

@@ -7,7 +7,7 @@ import pytest
 
 from cv_lab.cli.main import main
 from cv_lab.core import workspace
-from cv_lab.data.manifest import save_dataset
+from cv_lab.data.dataset import save_dataset
 from cv_lab.tasks import classification
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,8 +11,10 @@ from cv_lab.core import Annotation, BadInput, NotFound, read_json, write_atomic,
 from cv_lab.data.files import look
 from cv_lab.data.batches import import_into
 from cv_lab.data.formats import export_dataset, import_dataset
-from cv_lab.data.manifest import Dataset, load_dataset, make_table, save_dataset
-from cv_lab.data.versions import commit, freeze_golden, golden_changes, open_version, split_dataset, versions
+from cv_lab.data.dataset import Dataset, load_dataset, save_dataset
+from cv_lab.data.manifest import make_table
+from cv_lab.data.splits import split_dataset
+from cv_lab.data.versions import commit, freeze_golden, golden_changes, open_version, versions
 from cv_lab.data.withdraw import known_datasets, pending, plan_withdrawal, withdraw
 
 

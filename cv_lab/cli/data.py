@@ -183,7 +183,7 @@ def export(
     """
     from cv_lab.audit import workspace_log
     from cv_lab.data.formats import export_dataset
-    from cv_lab.data.manifest import load_dataset
+    from cv_lab.data.dataset import load_dataset
     from cv_lab.data.samples import SAMPLES
     from cv_lab.experiment import open_dataset
 
@@ -218,7 +218,7 @@ def _checked(found:dict) -> str:
 
 def _table_only(dataset:str, spec) -> dict:
     "What the table of a dataset says that cannot be right; the table is never read whole."
-    from cv_lab.data.manifest import open_manifest
+    from cv_lab.data.dataset import open_manifest
     from cv_lab.data.tablecheck import check_table_only
     from cv_lab.experiment import open_dataset
     there = (Path(dataset)/'dataset.json').is_file()
@@ -321,8 +321,10 @@ def split(
 
     **Example**: `cvlab data split data/street --by site --site camera --redo`
     """
-    from cv_lab.data.manifest import SPLITS, load_dataset, open_manifest
-    from cv_lab.data.versions import commit, ever_held, split_dataset
+    from cv_lab.data.dataset import load_dataset, open_manifest
+    from cv_lab.data.manifest import SPLITS
+    from cv_lab.data.splits import split_dataset
+    from cv_lab.data.versions import commit, ever_held
     d, clusters = open_manifest(dataset), None; before = d.version
     if near:
         from cv_lab.data.quality import check as look
@@ -365,7 +367,7 @@ def diff(
     as_json: Json = False,
 ) -> None:
     "What was added, removed, relabelled, and moved between splits."
-    from cv_lab.data.manifest import count_changes
+    from cv_lab.data.diff import count_changes
     from cv_lab.data.versions import diff as changes, version_file
 
     if as_json: return say(changes(dataset, old, new), True, '')
@@ -384,7 +386,7 @@ def golden(
     as_json: Json = False,
 ) -> None:
     "Freeze a golden set of test items, or say whether the frozen one is untouched."
-    from cv_lab.data.manifest import load_dataset
+    from cv_lab.data.dataset import load_dataset
     from cv_lab.core import read_json
     from cv_lab.data.versions import freeze_golden, golden_changes, versions
     there = (dataset/'golden.json').exists()
@@ -419,7 +421,7 @@ def datasheet(
     "Write DATASHEET.md into the folder: figures from the manifest, sentences from a short YAML."
     from cv_lab.core import write_atomic
     from cv_lab.data.datasheet import answers_template, datasheet as sheet, guideline, load_answers
-    from cv_lab.data.manifest import load_dataset
+    from cv_lab.data.dataset import load_dataset
     from cv_lab.task import get_task
     d, path = load_dataset(dataset), answers or dataset/'datasheet.yaml'
     if task: get_task(task)
@@ -477,7 +479,7 @@ def terms(
     **Example**: `cvlab data terms data/street --license CC-BY-4.0 --expires 2027-12-31 --where "site == 'north'"`
     """
     import pandas as pd
-    from cv_lab.data.manifest import load_dataset
+    from cv_lab.data.dataset import load_dataset
     from cv_lab.data.terms import set_terms
     from cv_lab.data.versions import commit
 
@@ -701,7 +703,7 @@ def faces(
     - `cvlab data faces data/street --boxes plates.csv --label plate --hide`
     """
     from cv_lab.audit import workspace_log
-    from cv_lab.data.manifest import load_dataset
+    from cv_lab.data.dataset import load_dataset
     from cv_lab.data.privacy import boxes_of, for_correction, hide_dataset
     if how not in ('pixelate', 'fill'): raise BadInput(f'--how {how}', 'pixelate or fill', 'fill is the safer one')
     d = load_dataset(dataset)

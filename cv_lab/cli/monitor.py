@@ -105,7 +105,7 @@ def seen(
     - `cvlab monitor seen logs/today --out data/seen --into data/digits` : what clients told becomes the next version
     """
     from cv_lab.data.batches import absorb_told
-    from cv_lab.data.manifest import load_dataset
+    from cv_lab.data.dataset import load_dataset
     from cv_lab.data.seen import seen_dataset
     sets = [load_dataset(p) for p in [*(known or []), *([into] if into else [])]]
     shas = frozenset(s for d in sets for s in d.table['sha256'].to_pylist())

@@ -16,7 +16,8 @@ from ..audit import withdrawn
 from ..core import BadInput, inside, read_json, write_atomic
 from .files import ARCHIVES, unpack
 from .formats import get_format, import_dataset, natural, open_source, recognise
-from .manifest import SCHEMA, Dataset, labels_in, load_dataset, make_table
+from .dataset import Dataset, load_dataset
+from .manifest import SCHEMA, labels_in, make_table
 from .versions import commit, ever_held
 from ..image import SUFFIXES
 

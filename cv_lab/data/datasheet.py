@@ -9,7 +9,8 @@ __all__ = ['QUESTIONS', 'CASES', 'load_answers', 'answers_template', 'manifest_f
 from pathlib import Path
 import pandas as pd, pyarrow.compute as pc, yaml
 from ..core import BadInput
-from .manifest import Dataset, first_labels, tags_of
+from .dataset import Dataset
+from .manifest import first_labels, tags_of
 
 # %% ../../nbs/10c_data.datasheet.ipynb #c13a65b8
 QUESTIONS = dict(  # key of the YAML: (section, question)

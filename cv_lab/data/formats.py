@@ -21,17 +21,9 @@ from ..audit import Log, log_of, record, withdrawn
 from ..core import Annotation, BadInput, Refusal, canonical_json, inside, read_json, write_atomic
 from .files import ARCHIVES, Look, Quarantine, Source, in_words, look_all, unpack
 from ..geometry import sound_rle
-from cv_lab.data.manifest import (
-    PREDICTIONS,
-    SCHEMA,
-    SPLITS,
-    Dataset,
-    assign_splits,
-    labels_in,
-    load_dataset,
-    make_table,
-    save_dataset,
-)
+from .dataset import Dataset, load_dataset, save_dataset
+from .manifest import PREDICTIONS, SCHEMA, SPLITS, labels_in, make_table
+from .splits import assign_splits
 
 # %% ../../nbs/11_data.formats.ipynb #40920b21
 CONTRACT = dict(

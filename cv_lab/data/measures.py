@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 from ..core import BadInput, inside
 from ..image import BadImage, decode, open_image
-from .manifest import Dataset
+from .dataset import Dataset
 from .metadata import told
 
 # %% ../../nbs/11a_data.measures.ipynb #a693b704

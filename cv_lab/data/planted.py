@@ -13,7 +13,8 @@ import numpy as np, pandas as pd
 from PIL import Image, ImageEnhance, ImageFilter
 from ..core import digest, write_atomic
 from ..image import decode
-from .manifest import Dataset, make_table
+from .dataset import Dataset
+from .manifest import make_table
 
 # %% ../../nbs/12f_data.planted.ipynb #5a69f2bf
 def _crop(im, r):

@@ -16,7 +16,8 @@ from ..core import Annotation, BadInput, check_bbox
 from ..geometry import sound_rle
 from .files import Source
 from .formats import MALFORMED, Found, get_format
-from .manifest import PREDICTIONS, Dataset, make_table
+from .dataset import Dataset
+from .manifest import PREDICTIONS, make_table
 
 # %% ../../nbs/11r_data.predictions.ipynb #0233eb51
 def _tails(name:str) -> Iterator[str]:  # the longest first

@@ -20,7 +20,8 @@ from ..geometry import box_iou
 from ..image import decode
 from .batches import finished
 from .formats import ExportResult, export_dataset
-from .manifest import PREDICTIONS, SCHEMA, Dataset, labels_in, load_dataset, make_table
+from .dataset import Dataset, load_dataset
+from .manifest import PREDICTIONS, SCHEMA, labels_in, make_table
 from .rewrite import rewrite
 
 # %% ../../nbs/13_data.privacy.ipynb #8897dfb4

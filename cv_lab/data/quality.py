@@ -18,7 +18,8 @@ from ..image import decode
 from ..spec import DataRules, Problem
 from .duplicates import clusters, near_duplicates
 from .label_errors import label_errors, object_errors
-from .manifest import SPLITS, Dataset, labels_in
+from .dataset import Dataset
+from .manifest import SPLITS, labels_in
 from .measures import measure_files
 from .orientation import turned
 from .terms import expired, term_rules

@@ -16,7 +16,8 @@ from tqdm.auto import tqdm
 from ..audit import log_of, record
 from ..core import BadInput, Damaged, Refusal, digest, inside, read_json, write_atomic, write_json
 from .files import look
-from .manifest import SCHEMA, Dataset, load_dataset
+from .dataset import Dataset, load_dataset
+from .manifest import SCHEMA
 from .metadata import strip, told
 from .versions import commit
 from ..image import open_image

@@ -20,7 +20,9 @@ from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 from ..core import Annotation, BadInput, Refusal, digest, write_atomic
 from ..geometry import mask_box, rle_encode
-from .manifest import Dataset, assign_splits, load_dataset, make_table, save_dataset
+from .dataset import Dataset, load_dataset, save_dataset
+from .manifest import make_table
+from .splits import assign_splits
 
 # %% ../../nbs/14_data.samples.ipynb #589db0de
 def _kept(folder:Path, recipe:dict) -> Dataset|None:

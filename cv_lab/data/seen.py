@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Iterator
 from ..core import BadInput, NotFound, file_digest, write_atomic
 from ..image import open_image
-from .manifest import Dataset, make_table, save_dataset
+from .dataset import Dataset, save_dataset
+from .manifest import make_table
 
 # %% ../../nbs/11t_data.seen.ipynb #09688016
 IMAGES = ('.jpg', '.png')

@@ -11,7 +11,9 @@ from typing import Callable
 import numpy as np
 from PIL import Image
 from ..core import digest
-from .manifest import Dataset, assign_splits, make_table
+from .dataset import Dataset
+from .manifest import make_table
+from .splits import assign_splits
 
 # %% ../../nbs/14b_data.shapes.ipynb #420f98f9
 HEIGHT, WIDTH = 64, 96 # pixels of a scene

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 import numpy as np, pandas as pd, pyarrow as pa, pyarrow.compute as pc
 from tqdm.auto import tqdm
 from ..spec import DataRules, Problem
-from .manifest import SPLITS, Dataset, Manifest, Numbers, batches, count_rows, names_in_16_bytes
+from .dataset import Dataset, Manifest
+from .manifest import SPLITS
+from .streaming import Numbers, batches, count_rows, names_in_16_bytes
 from .quality import KINDS, Report, judge_data, quality_parts, same_boxes
 from .terms import TERMS, expired
 

@@ -10,7 +10,8 @@ from datetime import date
 import numpy as np, pandas as pd, pyarrow as pa, pyarrow.compute as pc
 from ..core import BadInput
 from ..spec import DataRules, select
-from .manifest import SCHEMA, Dataset, tags_of
+from .dataset import Dataset
+from .manifest import SCHEMA, tags_of
 
 # %% ../../nbs/10d_data.terms.ipynb #23d39079
 TERMS = ('license', 'consent', 'source', 'expires')

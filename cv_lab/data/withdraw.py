@@ -14,7 +14,7 @@ import pandas as pd, pyarrow as pa, pyarrow.compute as pc, pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 from ..audit import Sealed, record
 from ..core import BadInput, Damaged, NotFound, Refusal, digest, file_digest, read_json, write_atomic, write_json
-from .manifest import load_dataset
+from .dataset import load_dataset
 from .rewrite import finish
 from .seen import forget, log_lines
 from .versions import became, drop_everywhere

@@ -17,7 +17,9 @@ from ..core import Annotation, BadInput, digest
 from ..decide import class_stairs
 from ..image import Preprocess
 from ..spec import Problem, Strict
-from ..data.manifest import Dataset, assign_splits, make_table
+from ..data.dataset import Dataset
+from ..data.manifest import make_table
+from ..data.splits import assign_splits
 from ..task import Prediction
 
 # %% ../../nbs/21_tasks.classification.ipynb #bf2965bf

@@ -10,7 +10,7 @@ __all__ = ['GEOMETRY', 'METRICS', 'TAXONOMY', 'GAIN', 'Config', 'network', 'targ
 from pathlib import Path
 import numpy as np, pandas as pd, pyarrow as pa
 from ..core import Annotation
-from ..data.manifest import Dataset
+from ..data.dataset import Dataset
 from ..data.shapes import shape_mask, shape_scenes
 from ..drawing import draw_annotations
 from cv_lab.objects import (

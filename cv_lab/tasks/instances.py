@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, pyarrow as pa
 from pydantic import Field
 from ..core import Annotation
-from ..data.manifest import Dataset
+from ..data.dataset import Dataset
 from ..data.shapes import HEIGHT, WIDTH, shape_mask, shape_scenes
 from ..drawing import draw_annotations
 from ..geometry import mask_box, rle_encode

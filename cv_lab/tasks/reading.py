@@ -15,7 +15,9 @@ from PIL import Image, ImageDraw
 from pydantic import Field
 from ..core import Annotation, BadInput, digest
 from ..ctc import read_line, to_codes
-from ..data.manifest import Dataset, assign_splits, make_table
+from ..data.dataset import Dataset
+from ..data.manifest import make_table
+from ..data.splits import assign_splits
 from ..geometry import box_iou
 from ..image import Preprocess
 from ..lines import line_logits, merged_lines

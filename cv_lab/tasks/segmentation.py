@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np, pandas as pd, pyarrow as pa
 from pydantic import Field
 from ..core import Annotation, BadInput
-from ..data.manifest import Dataset
+from ..data.dataset import Dataset
 from ..data.shapes import shape_mask, shape_scenes
 from ..drawing import draw_annotations
 from ..geometry import mask_box, rle_encode

@@ -12,7 +12,7 @@ from typing import Callable, Iterator
 import numpy as np
 from ...core import BadInput, read_json
 from ..files import Quarantine, Source, in_words
-from ..manifest import Dataset
+from ..dataset import Dataset
 from ..formats import MALFORMED, Found, Reading, Target, kind_of, split_in, unlisted
 from ..outlines import mask_of
 from ...geometry import mask_box, rle_decode, rle_encode

@@ -10,7 +10,7 @@ import csv, io, json
 from typing import Callable, Iterator
 from ...core import BadInput
 from ..files import Source, in_words
-from ..manifest import Dataset
+from ..dataset import Dataset
 from ..formats import COLUMNS, FIELDS, KINDS, Found, Reading, Target, split_of, unlisted
 
 TITLE = 'CSV or TSV'

@@ -11,7 +11,7 @@ from typing import Callable, Iterator
 import yaml
 from ...core import BadInput
 from ..files import Source, in_words
-from ..manifest import Dataset
+from ..dataset import Dataset
 from ..formats import NO_SPLIT, Found, Reading, Target, get_format, kind_of, split_in, split_of
 
 TITLE = 'YOLO'
