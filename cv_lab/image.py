@@ -7,8 +7,9 @@ __all__ = ['FORMATS', 'SUFFIXES', 'MAX_PIXELS', 'WEIGHT', 'OTHERS', 'AS_PNG', 'S
            'known_as', 'open_image', 'decode', 'Preprocess', 'Placement', 'placement', 'preprocess']
 
 # %% ../nbs/02_image.ipynb #82263b1d
-import io, warnings
+import ctypes, io, warnings
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 import numpy as np
 from PIL import Image
@@ -29,8 +30,10 @@ class TooLarge(BadImage):
     http_status, code = 413, 'too_large'
 
 class NotAnImage(BadImage):
-    "The bytes are in none of the formats that are read."
+    "The bytes are in none of the formats that are read, or in one of them and of a kind that is not: `fault` says of which."
     http_status, code = 415, 'unsupported_format'
+    def __init__(self, what:str, expected:str='', mend:str='', fault:str=''):
+        super().__init__(what, expected, mend); self.fault = fault
 
 # %% ../nbs/02_image.ipynb #71ff0002
 OTHERS = {'.heic': 'HEIC', '.heif': 'HEIC', '.avif': 'AVIF', '.jp2': 'JPEG 2000',
@@ -70,6 +73,13 @@ def _counted(im:Image.Image) -> int:
     tile, bits = np.prod([int(im.tag_v2.get(k, 0)) for k in (322, 323)], dtype=object), np.ravel(im.tag_v2.get(258, 1))
     return max(n, int(tile))*(2 if max(bits.tolist()) == 16 and im.tag_v2.get(277, 1) > 1 else 1)
 
+# %% ../nbs/02_image.ipynb #4aeca550
+@cache                                                     # once a process
+def _quiet_libtiff() -> None:
+    try: handler = ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler
+    except (AttributeError, OSError): return               # a Pillow that hides its libtiff, or has none
+    handler.argtypes, handler.restype = [ctypes.c_void_p], ctypes.c_void_p; handler(None)
+
 # %% ../nbs/02_image.ipynb #0e2d2a3a
 def open_image(data:bytes, max_pixels:int=MAX_PIXELS) -> Image.Image:
     "Read the header only: refuses what is no image, of another format, or too large."
@@ -79,19 +89,19 @@ def open_image(data:bytes, max_pixels:int=MAX_PIXELS) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             im = Image.open(io.BytesIO(data), formats=FORMATS)
+            if im.format == 'TIFF': _quiet_libtiff()
             fault, pixels = _tiff_fault(im) if im.format == 'TIFF' else '', _counted(im)
     except Image.DecompressionBombError:
         raise TooLarge('the image has far too many pixels', want, 'send a smaller image') from None
     except Exception:
-        other = known_as(data)
-        what = f'the bytes are {other}, which is not read' if other else 'the bytes are not an image that can be read'
-        if other == 'TIFF': what = 'the bytes are a TIFF that is not read: of an unknown kind, or cut short'
-        raise NotAnImage(
-            what,
-            want,
-            AS_PNG if other else 'send the file itself, re-encoded as PNG or JPEG if need be',
-        ) from None
-    if fault: raise NotAnImage(f'the bytes are a TIFF that is not read: {fault}', want, AS_PNG)
+        if (other := known_as(data)) != 'TIFF':
+            raise NotAnImage(
+                f'the bytes are {other}, which is not read' if other else 'the bytes are not an image that can be read',
+                want,
+                AS_PNG if other else 'send the file itself, re-encoded as PNG or JPEG if need be',
+            ) from None
+        fault = 'of an unknown kind, or cut short'
+    if fault: raise NotAnImage(f'the bytes are a TIFF that is not read: {fault}', want, AS_PNG, fault)
     if pixels > max_pixels:
         n = pixels // (im.width*im.height)
         raise TooLarge(

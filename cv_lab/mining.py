@@ -15,7 +15,7 @@ from typing import Callable, Sequence
 import numpy as np, pandas as pd, pyarrow as pa, pyarrow.compute as pc
 from PIL import Image, ImageEnhance
 from .core import BadInput, digest, write_atomic, write_json
-from .data.formats import ExportResult, export_dataset
+from .data.exports import ExportResult, export_dataset
 from .data.dataset import Dataset, save_dataset
 from .errors import mistakes
 from .image import decode

@@ -7,7 +7,8 @@ from typer.testing import CliRunner
 from cv_lab.cli.data import app
 from cv_lab.core import BadInput, file_digest
 from cv_lab.data.files import Source, look, look_all, unpack
-from cv_lab.data.formats import Quarantined, export_dataset, import_dataset
+from cv_lab.data.exports import export_dataset
+from cv_lab.data.imports import Quarantined, import_dataset
 from cv_lab.data.dataset import load_dataset
 from cv_lab.data.groups import shared_groups
 from cv_lab.image import decode

@@ -2,7 +2,9 @@
 from pathlib import Path
 import pytest
 from cv_lab.core import canonical_json
-from cv_lab.data.formats import export_dataset, formats, import_dataset
+from cv_lab.data.exports import export_dataset
+from cv_lab.data.formats import formats
+from cv_lab.data.imports import import_dataset
 
 BCCD = next(
     (p for p in (Path(__file__).resolve().parents[k] / 'shared/data/bccd' for k in (1, 2, 3)) if p.is_dir()), None

@@ -3,19 +3,10 @@ import numpy as np, pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 
-from cv_lab.data.formats import (
-    CONTRACT,
-    COLUMNS,
-    FIELDS,
-    KINDS,
-    content,
-    export_dataset,
-    formats,
-    get_format,
-    import_dataset,
-    little_dataset,
-    losses,
-)
+from cv_lab.data.exports import export_dataset, losses
+from cv_lab.data.formats import COLUMNS, CONTRACT, FIELDS, KINDS, formats, get_format
+from cv_lab.data.imports import import_dataset
+from cv_lab.data.roundtrip import content, little_dataset
 from cv_lab.data.dataset import Dataset
 from cv_lab.data.manifest import make_table
 from cv_lab.core import file_digest

@@ -6,7 +6,8 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from cv_lab.core import Annotation, BadInput, digest
-from cv_lab.data.formats import export_dataset, import_dataset
+from cv_lab.data.exports import export_dataset
+from cv_lab.data.imports import import_dataset
 from cv_lab.data.dataset import Dataset
 from cv_lab.data.manifest import make_table
 from cv_lab.data.outlines import from_brush, mask_of, rotated_box, runs_of, to_brush, unrotated_box

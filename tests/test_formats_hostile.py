@@ -2,7 +2,10 @@
 import copy, json, random, re, warnings
 import pytest
 from cv_lab.core import Refusal
-from cv_lab.data.formats import export_dataset, formats, import_dataset, little_dataset
+from cv_lab.data.exports import export_dataset
+from cv_lab.data.formats import formats
+from cv_lab.data.imports import import_dataset
+from cv_lab.data.roundtrip import little_dataset
 
 FORMATS = formats()
 JUNK = (

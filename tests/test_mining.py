@@ -8,7 +8,8 @@ from PIL import Image
 
 from cv_lab.core import Annotation, BadInput, digest
 from cv_lab.data.batches import absorb, import_into
-from cv_lab.data.formats import export_dataset, import_dataset
+from cv_lab.data.exports import export_dataset
+from cv_lab.data.imports import import_dataset
 from cv_lab.data.dataset import Dataset, load_dataset, save_dataset
 from cv_lab.data.manifest import PREDICTIONS, make_table
 from cv_lab.data.versions import freeze_golden, golden_changes, versions

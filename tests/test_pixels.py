@@ -5,7 +5,7 @@ import numpy as np, pytest
 from PIL import Image, ImageOps, TiffImagePlugin
 
 from cv_lab import image as room
-from cv_lab.image import NotAnImage, TooLarge, decode
+from cv_lab.image import BadImage, NotAnImage, TooLarge, decode
 
 
 def at_once(data):
@@ -82,13 +82,21 @@ def test_a_tiff_of_another_kind_is_refused_in_words_before_it_is_unpacked(why, m
     data = tiff(Image.new(mode, (9, 9)), **how)
     monkeypatch.setattr(TiffImagePlugin.TiffImageFile, 'load', lambda im: pytest.fail('unpacked'))
     with pytest.raises(NotAnImage, match=f'a TIFF that is not read: .*{why}') as e: decode(data)
-    assert 'PNG' in e.value.mend
+    assert 'PNG' in e.value.mend and why in e.value.fault
 
 
 @pytest.mark.parametrize('bits, why', [(12, '12 bits'), (32, '32 bits')])
 def test_a_tiff_of_other_depths_is_refused(bits, why):
     data = tiff(Image.new('I;16', (8, 8))).replace(struct.pack('<HHIHH', 258, 3, 1, 16, 0), struct.pack('<HHIHH', 258, 3, 1, bits, 0))
     with pytest.raises(NotAnImage, match=why): decode(data)
+
+
+@pytest.mark.parametrize('how', ['tiff_lzw', 'tiff_adobe_deflate'])
+def test_libtiff_says_nothing_past_python(how, capfd):
+    data = bytearray(tiff(Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)), compression=how))
+    data[500:900] = bytes(b ^ 0x5A for b in data[500:900])
+    with pytest.raises(BadImage, match='TIFF image cannot be decoded'): decode(bytes(data))
+    assert capfd.readouterr().err == ''
 
 
 def test_a_tiff_is_judged_by_what_its_decoder_takes(monkeypatch):

@@ -6,7 +6,8 @@ from dataclasses import replace
 import numpy as np, pyarrow as pa, pyarrow.parquet as pq, pytest
 
 from cv_lab.core import BadInput, Workspace, read_json
-from cv_lab.data.formats import export_dataset, import_dataset
+from cv_lab.data.exports import export_dataset
+from cv_lab.data.imports import import_dataset
 from cv_lab.data.dataset import load_dataset, save_dataset
 from cv_lab.data.manifest import PREDICTIONS
 from cv_lab.data.predictions import read_predictions

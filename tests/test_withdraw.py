@@ -10,7 +10,8 @@ from cv_lab.audit import Sealed
 from cv_lab.core import Annotation, BadInput, NotFound, read_json, write_atomic, write_json
 from cv_lab.data.files import look
 from cv_lab.data.batches import import_into
-from cv_lab.data.formats import export_dataset, import_dataset
+from cv_lab.data.exports import export_dataset
+from cv_lab.data.imports import import_dataset
 from cv_lab.data.dataset import Dataset, load_dataset, save_dataset
 from cv_lab.data.manifest import make_table
 from cv_lab.data.splits import split_dataset

@@ -114,7 +114,7 @@ def _tell_import(r, out:Path|None, format:str, as_json:bool) -> None:
     say(dict(**fields, classes=d.classes, **r.tally), as_json, text)
 
 def _tally(tally:dict) -> str:
-    from cv_lab.data.formats import write_tally
+    from cv_lab.data.imports import write_tally
     return write_tally(tally)
 
 def _import_into(src, into, format, batch, empty, copy, who, workers, option, as_json) -> None:
@@ -157,7 +157,7 @@ def import_(src: Src, out: NewFolder = None, into: Into = None, format: Guess = 
         raise BadInput(
             '--batch, --empty and --who belong to --into', 'a dataset to add to', 'give --into instead of --out'
         )
-    from cv_lab.data.formats import import_dataset
+    from cv_lab.data.imports import import_dataset
 
     splits = 'assign' if split else 'keep'
     r = import_dataset(src, format, out, name, strict, workers, copy, splits, **options_of(option))
@@ -182,7 +182,7 @@ def export(
     **Example**: `cvlab data export data/street --format coco --out street-coco`
     """
     from cv_lab.audit import workspace_log
-    from cv_lab.data.formats import export_dataset
+    from cv_lab.data.exports import export_dataset
     from cv_lab.data.dataset import load_dataset
     from cv_lab.data.samples import SAMPLES
     from cv_lab.experiment import open_dataset

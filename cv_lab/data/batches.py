@@ -14,8 +14,10 @@ from typing import Sequence
 import pyarrow as pa, pyarrow.compute as pc
 from ..audit import withdrawn
 from ..core import BadInput, inside, read_json, write_atomic
-from .files import ARCHIVES, unpack
-from .formats import get_format, import_dataset, natural, open_source, recognise
+from .files import ARCHIVES, open_source, unpack
+from .formats import get_format, recognise
+from .imports import import_dataset
+from .reading import natural
 from .dataset import Dataset, load_dataset
 from .manifest import SCHEMA, labels_in, make_table
 from .versions import commit, ever_held

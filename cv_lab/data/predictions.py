@@ -15,7 +15,8 @@ import numpy as np, pyarrow as pa, pyarrow.compute as pc, pyarrow.parquet as pq
 from ..core import Annotation, BadInput, check_bbox
 from ..geometry import sound_rle
 from .files import Source
-from .formats import MALFORMED, Found, get_format
+from .formats import get_format
+from .reading import MALFORMED, Found
 from .dataset import Dataset
 from .manifest import PREDICTIONS, make_table
 

@@ -19,7 +19,7 @@ from ..core import Annotation, BadInput, NotFound
 from ..geometry import box_iou
 from ..image import decode
 from .batches import finished
-from .formats import ExportResult, export_dataset
+from .exports import ExportResult, export_dataset
 from .dataset import Dataset, load_dataset
 from .manifest import PREDICTIONS, SCHEMA, labels_in, make_table
 from .rewrite import rewrite

@@ -8,8 +8,10 @@ __all__ = ['TITLE', 'KEEPS', 'ATTRIBUTES', 'LOSES', 'COUNTED', 'recognise', 'rea
 # %% ../../../nbs/11l_data.format.cityscapes.ipynb #f60ffe27
 import json, re
 from ...core import BadInput, Refusal
+from ..exports import Target
 from ..files import Source, in_words
-from ..formats import NO_SPLIT, Found, Reading, Target, kind_of, split_in, unlisted
+from ..formats import kind_of
+from ..reading import NO_SPLIT, Found, Reading, split_in, unlisted
 
 TITLE = 'Cityscapes polygons'
 KEEPS = ('polygon', 'split')

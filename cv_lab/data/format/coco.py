@@ -13,7 +13,9 @@ import numpy as np
 from ...core import BadInput, read_json
 from ..files import Quarantine, Source, in_words
 from ..dataset import Dataset
-from ..formats import MALFORMED, Found, Reading, Target, kind_of, split_in, unlisted
+from ..exports import Target
+from ..formats import kind_of
+from ..reading import MALFORMED, Found, Reading, split_in, unlisted
 from ..outlines import mask_of
 from ...geometry import mask_box, rle_decode, rle_encode
 

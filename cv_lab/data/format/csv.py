@@ -11,7 +11,9 @@ from typing import Callable, Iterator
 from ...core import BadInput
 from ..files import Source, in_words
 from ..dataset import Dataset
-from ..formats import COLUMNS, FIELDS, KINDS, Found, Reading, Target, split_of, unlisted
+from ..exports import Target
+from ..formats import COLUMNS, FIELDS, KINDS
+from ..reading import Found, Reading, split_of, unlisted
 
 TITLE = 'CSV or TSV'
 KEEPS = (*KINDS, *FIELDS, *COLUMNS)

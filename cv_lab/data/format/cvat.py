@@ -12,8 +12,10 @@ from itertools import count
 from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import fromstring
 from ...core import BadInput
+from ..exports import Target
 from ..files import Source, in_words
-from ..formats import MALFORMED, Found, Reading, Target, kind_of, natural, split_in, unlisted
+from ..formats import kind_of
+from ..reading import MALFORMED, Found, Reading, natural, split_in, unlisted
 from ..outlines import mask_of, rotated_box, runs_of, unrotated_box
 from ...geometry import mask_box, rle_decode, rle_encode
 

@@ -9,8 +9,10 @@ __all__ = ['TITLE', 'KEEPS', 'LOSES', 'recognise', 'from_packed', 'to_packed', '
 import base64, binascii, io, json, zlib
 import numpy as np
 from ...core import BadInput, read_json
+from ..exports import Target
 from ..files import MAX_BYTES, Source, in_words
-from ..formats import COLUMNS, FIELDS, MALFORMED, Found, Reading, Target, kind_of, split_of, unlisted
+from ..formats import COLUMNS, FIELDS, kind_of
+from ..reading import MALFORMED, Found, Reading, split_of, unlisted
 from ...geometry import mask_box, rle_decode, rle_encode
 
 TITLE = 'FiftyOne dataset'

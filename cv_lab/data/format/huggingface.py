@@ -10,8 +10,10 @@ import csv, io, json
 from typing import Iterator
 import pyarrow as pa, pyarrow.ipc, pyarrow.parquet as pq
 from ...core import BadInput
+from ..exports import Target
 from ..files import Source, in_words
-from ..formats import COLUMNS, FIELDS, KINDS, MALFORMED, Found, Reading, Target, kind_of, split_in, unlisted
+from ..formats import COLUMNS, FIELDS, KINDS, kind_of
+from ..reading import MALFORMED, Found, Reading, split_in, unlisted
 
 TITLE = 'Hugging Face datasets'
 KEEPS = (*KINDS, *FIELDS, *COLUMNS)

@@ -8,8 +8,9 @@ __all__ = ['TITLE', 'KEEPS', 'ATTRIBUTES', 'LOSES', 'recognise', 'read', 'write'
 # %% ../../../nbs/11j_data.format.icdar.ipynb #a7644e2f
 import re
 from ...core import BadInput
+from ..exports import Target
 from ..files import Source, in_words
-from ..formats import NO_SPLIT, Found, Reading, Target, split_in, unlisted
+from ..reading import NO_SPLIT, Found, Reading, split_in, unlisted
 
 TITLE = 'ICDAR text detection'
 KEEPS = ('box', 'polygon', 'text', 'split')

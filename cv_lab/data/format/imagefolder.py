@@ -8,8 +8,10 @@ __all__ = ['TITLE', 'KEEPS', 'LOSES', 'split_folders', 'recognise', 'read', 'wri
 # %% ../../../nbs/11a_data.format.imagefolder.ipynb #a0a1485d
 import re
 from ...core import BadInput
+from ..exports import Target
 from ..files import Source
-from ..formats import NO_SPLIT, Found, Reading, Target, kind_of, split_of
+from ..formats import kind_of
+from ..reading import NO_SPLIT, Found, Reading, split_of
 
 TITLE = 'Image folder'
 KEEPS = ('class', 'split')
@@ -20,7 +22,7 @@ def split_folders(names:list[str]) -> dict[str, str|None]: # folder -> split; em
     "The top folders that are splits."
     top = {n.split('/', 1)[0] for n in names if '/' in n}
     deep = {n.split('/', 1)[0] for n in names if n.count('/') > 1}
-    meant = {t: split_of(t) for t in top if split_of(t) or t == NO_SPLIT}
+    meant = {t: split_of(t) for t in sorted(top) if split_of(t) or t == NO_SPLIT}
     return meant if len(meant) == len(top) or any(split_of(t) == 'train' for t in deep) else {}
 
 # %% ../../../nbs/11a_data.format.imagefolder.ipynb #1613064e

@@ -8,8 +8,9 @@ __all__ = ['TITLE', 'KEEPS', 'ATTRIBUTES', 'LOSES', 'recognise', 'read', 'write'
 # %% ../../../nbs/11m_data.format.kitti.ipynb #913c369c
 import re
 from ...core import BadInput
+from ..exports import Target
 from ..files import Source, in_words
-from ..formats import NO_SPLIT, Found, Reading, Target, split_of
+from ..reading import NO_SPLIT, Found, Reading, split_of
 
 TITLE = 'KITTI'
 KEEPS = ('box', 'score', 'split')

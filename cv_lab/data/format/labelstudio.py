@@ -11,8 +11,10 @@ from collections import defaultdict
 from urllib.parse import quote, unquote, urlsplit
 from xml.sax.saxutils import quoteattr
 from ...core import BadInput, digest, read_json
+from ..exports import Target
 from ..files import Source, in_words
-from ..formats import COLUMNS, KINDS, FIELDS, MALFORMED, Found, Reading, Target, kind_of, split_of, unlisted
+from ..formats import COLUMNS, FIELDS, KINDS, kind_of
+from ..reading import MALFORMED, Found, Reading, split_of, unlisted
 from ..outlines import from_brush, rotated_box, to_brush, unrotated_box
 from ...geometry import rle_decode, rle_encode
 from ...image import SUFFIXES

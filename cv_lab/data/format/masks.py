@@ -11,8 +11,10 @@ import csv, io, re
 import numpy as np
 from PIL import Image
 from ...core import BadInput
+from ..exports import Target
 from ..files import Source, look_all, in_words
-from ..formats import NO_SPLIT, Found, Reading, Target, kind_of, split_in, split_of, unlisted
+from ..formats import kind_of
+from ..reading import NO_SPLIT, Found, Reading, split_in, split_of, unlisted
 from ...geometry import polygon_mask, rle_decode, rle_encode
 
 TITLE = 'Mask PNGs (VOC, CamVid)'

@@ -8,8 +8,10 @@ __all__ = ['TITLE', 'KEEPS', 'ATTRIBUTES', 'LOSES', 'CLASSES', 'recognise', 'rea
 # %% ../../../nbs/11i_data.format.mot.ipynb #0360db37
 import configparser, re
 from ...core import BadInput
+from ..exports import Target
 from ..files import Source, in_words
-from ..formats import NO_SPLIT, Found, Reading, Target, kind_of, natural, split_in, unlisted
+from ..formats import kind_of
+from ..reading import NO_SPLIT, Found, Reading, natural, split_in, unlisted
 
 TITLE = 'MOT Challenge'
 KEEPS = ('box', 'track_id', 'split', 'group')

@@ -8,8 +8,10 @@ __all__ = ['TITLE', 'KEEPS', 'ATTRIBUTES', 'LOSES', 'recognise', 'read', 'write'
 # %% ../../../nbs/11n_data.format.openimages.ipynb #0309d8d9
 import csv, io
 from ...core import BadInput
+from ..exports import Target
 from ..files import Source, in_words
-from ..formats import MALFORMED, NO_SPLIT, Found, Reading, Target, kind_of, split_in, unlisted
+from ..formats import kind_of
+from ..reading import MALFORMED, NO_SPLIT, Found, Reading, split_in, unlisted
 
 TITLE = 'Open Images CSV'
 KEEPS = ('class', 'box', 'score', 'split')

@@ -8,8 +8,10 @@ __all__ = ['TITLE', 'KEEPS', 'LOSES', 'recognise', 'read', 'write']
 # %% ../../../nbs/11k_data.format.textlines.ipynb #a8edcd4b
 import re
 from ...core import BadInput
+from ..exports import Target
 from ..files import Source, in_words
-from ..formats import Found, Reading, Target, kind_of, split_in, unlisted
+from ..formats import kind_of
+from ..reading import Found, Reading, split_in, unlisted
 from ...image import SUFFIXES
 
 TITLE = 'Lines of text (labels.txt)'

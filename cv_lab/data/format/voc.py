@@ -11,8 +11,10 @@ import xml.etree.ElementTree as ET
 from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import fromstring
 from ...core import BadInput
+from ..exports import Target
 from ..files import Source, in_words
-from ..formats import NO_SPLIT, Found, Reading, Target, kind_of, split_of, unlisted
+from ..formats import kind_of
+from ..reading import NO_SPLIT, Found, Reading, split_of, unlisted
 
 TITLE = 'Pascal VOC'
 KEEPS = ('box', 'attributes', 'split', 'source')

@@ -9,8 +9,10 @@ __all__ = ['TITLE', 'KEEPS', 'LOSES', 'samples', 'recognise', 'read', 'write']
 import io, json, re, tarfile
 from typing import Iterator
 from ...core import BadInput
+from ..exports import Target
 from ..files import MAX_BYTES, Source, in_words
-from ..formats import COLUMNS, FIELDS, KINDS, NO_SPLIT, Found, Reading, Target, kind_of, split_in
+from ..formats import COLUMNS, FIELDS, KINDS, kind_of
+from ..reading import NO_SPLIT, Found, Reading, split_in
 from ...image import SUFFIXES
 
 TITLE = 'WebDataset shards'

@@ -12,7 +12,9 @@ import yaml
 from ...core import BadInput
 from ..files import Source, in_words
 from ..dataset import Dataset
-from ..formats import NO_SPLIT, Found, Reading, Target, get_format, kind_of, split_in, split_of
+from ..exports import Target
+from ..formats import get_format, kind_of
+from ..reading import NO_SPLIT, Found, Reading, split_in, split_of
 
 TITLE = 'YOLO'
 KEEPS = ('class', 'box', 'polygon', 'split')
